@@ -1,0 +1,185 @@
+"""From the fifteen fields of the contract to one frozen Request, or one sentence that says why not.
+
+Every rule on fields lives here, including those that Cog's schema also holds: a service that is
+driven without the schema refuses the same requests.
+"""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+from musicgen_svc.errors import InputError
+
+ModelVersion = Literal["melody", "small", "medium", "large", "encode-decode", "finetuned"]
+Normalization = Literal["loudness", "clip", "peak", "rms"]
+OutputFormat = Literal["wav", "mp3"]
+
+T = TypeVar("T", bound=str)
+
+MAX_PROMPT_CHARACTERS = 2000
+MAX_SEED = 2**32 - 1
+MAX_DURATION_S = 600
+
+
+class Mode(Enum):
+    """What a request asks for; contract: "What each mode does"."""
+
+    TEXT = "text"
+    MELODY = "melody"
+    CONTINUATION = "continuation"
+    ENCODE_DECODE = "encode-decode"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn. The names are audiocraft's, but for `guidance` (its `cfg_coef`)."""
+
+    top_k: int = 250
+    """Draw among the k most likely tokens; 0: among all."""
+    top_p: float = 0.0
+    """Draw among the most likely tokens that hold this probability together; replaces `top_k` if > 0."""
+    temperature: float = 1.0
+    """Divides the logits; 0: always the most likely token."""
+    guidance: float = 3.0
+    """Classifier-free guidance: unconditional + guidance * (conditional - unconditional)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One valid request. The seed is settled: what runs twice with it gives the same bytes."""
+
+    model: ModelVersion
+    prompt: str | None
+    input_audio: Path | None
+    duration_s: int
+    continuation: bool
+    start_s: int
+    end_s: int | None
+    """None: the end of the clip."""
+    multi_band_diffusion: bool
+    normalization: Normalization
+    sampling: SamplingParams
+    output_format: OutputFormat
+    seed: int
+
+    @property
+    def mode(self) -> Mode:
+        if self.model == "encode-decode":
+            return Mode.ENCODE_DECODE
+        if self.input_audio is None:
+            return Mode.TEXT
+        return Mode.CONTINUATION if self.continuation else Mode.MELODY
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, object], max_duration_s: int = MAX_DURATION_S) -> "Request":
+        """Checks the fields of the contract, by their names there.
+
+        Raises:
+            InputError: a value, or a combination of values, that no mode accepts.
+        """
+        end_s = _integer(fields, "continuation_end", -1, None)
+        seed = _integer(fields, "seed", -1, MAX_SEED)
+        request = cls(
+            model=_choice(fields, "model_version", get_args(ModelVersion)),
+            prompt=_prompt(fields),
+            input_audio=_input_audio(fields),
+            duration_s=_required_integer(fields, "duration", 1, min(max_duration_s, MAX_DURATION_S)),
+            continuation=bool(fields["continuation"]),
+            start_s=_required_integer(fields, "continuation_start", 0, None),
+            end_s=None if end_s == -1 else end_s,
+            multi_band_diffusion=bool(fields["multi_band_diffusion"]),
+            normalization=_choice(fields, "normalization_strategy", get_args(Normalization)),
+            sampling=SamplingParams(
+                top_k=_required_integer(fields, "top_k", 0, None),
+                top_p=_number(fields, "top_p", 0, 1),
+                temperature=_number(fields, "temperature", 0, 10),
+                guidance=_required_integer(fields, "classifier_free_guidance", 0, 20),
+            ),
+            output_format=_choice(fields, "output_format", get_args(OutputFormat)),
+            seed=secrets.randbelow(MAX_SEED + 1) if seed in (None, -1) else seed,
+        )
+        request._check_combination()
+        return request
+
+    def _check_combination(self) -> None:
+        if self.input_audio is None:
+            if self.model == "encode-decode":
+                raise InputError(
+                    "model_version 'encode-decode' needs input_audio: the audio to encode and decode."
+                )
+            if self.continuation:
+                raise InputError(
+                    "continuation is true but input_audio is missing: give the audio to continue."
+                )
+            if self.prompt is None:
+                raise InputError("prompt and input_audio are both missing: give at least one of them.")
+        elif self.end_s is not None and self.start_s >= self.end_s:
+            raise InputError(
+                f"continuation_start is {self.start_s} s and continuation_end is {self.end_s} s: "
+                "the start must come before the end (-1 stands for the end of the clip)."
+            )
+
+
+def _prompt(fields: Mapping[str, object]) -> str | None:
+    prompt = fields["prompt"]
+    if prompt is None:
+        return None
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt is {prompt!r}; it must be a string.")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise InputError(
+            f"prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are accepted."
+        )
+    return prompt if prompt.strip() else None
+
+
+def _input_audio(fields: Mapping[str, object]) -> Path | None:
+    value = fields["input_audio"]
+    # Cog hands a string that is neither a URL nor a data URI through as it stands; opening it would
+    # let a client read the server's files.
+    if value is not None and not isinstance(value, Path):
+        raise InputError(
+            f"input_audio is {_short(value)}; it must be an http(s) URL or a data URI of an audio file."
+        )
+    return value
+
+
+def _choice(fields: Mapping[str, object], name: str, choices: tuple[T, ...]) -> T:
+    for choice in choices:
+        if fields[name] == choice:
+            return choice
+    raise InputError(f"{name} is {_short(fields[name])}; it must be one of {', '.join(choices)}.")
+
+
+def _integer(fields: Mapping[str, object], name: str, low: int, high: int | None) -> int | None:
+    if fields[name] is None:
+        return None
+    number = _number(fields, name, low, high)
+    if not number.is_integer():  # 8.0 passes Cog's `integer` and arrives as a float
+        raise InputError(f"{name} is {number}; it must be a whole number.")
+    return int(number)
+
+
+def _required_integer(fields: Mapping[str, object], name: str, low: int, high: int | None) -> int:
+    number = _integer(fields, name, low, high)
+    if number is None:
+        raise InputError(f"{name} is null; it must be a whole number.")
+    return number
+
+
+def _number(fields: Mapping[str, object], name: str, low: float, high: float | None) -> float:
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{name} is {_short(value)}; it must be a number.")
+    if not (low <= value and (high is None or value <= high)):  # also refuses NaN
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InputError(f"{name} is {value}; it must be {bounds}.")
+    return float(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,63 @@
+"""Every setting of the service, read once from the environment when the server starts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from musicgen_svc.errors import ServiceError
+
+PREFIX = "MUSICGEN_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator may choose. Field `x` is read from the environment variable `MUSICGEN_X`."""
+
+    weights_dir: Path = Path("weights")
+    """Where `scripts/download_weights` puts checkpoints."""
+    device: str = "auto"
+    """`cuda`, `cuda:1`, `cpu`, or `auto`: the first GPU, else the CPU."""
+    max_duration_s: int = 600
+    """Longest `duration` that is accepted; the schema's own maximum is 600."""
+    max_request_s: float = 1800.0
+    """Wall-clock limit of one prediction, from its start on the device."""
+    work_dir: Path | None = None
+    """Where outputs are written until Cog has sent them. Default: the system's temporary folder."""
+    output_grace_s: float = 30.0
+    """How long an output stays after `run()` returned it, so that Cog can read or upload it."""
+    diffusion_window_s: float = 60.0
+    """Longest piece that MultiBand Diffusion decodes at once; longer ones are crossfaded."""
+    tag_prompt: bool = False
+    """Whether the prompt is written into the output's tags."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
+        """Reads the settings; unset or empty variables keep their defaults.
+
+        Raises:
+            ServiceError: a variable does not parse, or a limit is not positive.
+        """
+        values: dict[str, object] = {}
+        for field in fields(cls):
+            name = PREFIX + field.name.upper()
+            text = environment.get(name, "")
+            if text:
+                values[field.name] = _parse(name, text, type(field.default))
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _parse(name: str, text: str, kind: type) -> object:
+    if kind is bool:
+        try:
+            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        except KeyError:
+            raise ServiceError(f"{name} is {text!r}; it must be true or false.") from None
+    if kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            raise ServiceError(f"{name} is {text!r}; it must be a number.") from None
+        if number <= 0:
+            raise ServiceError(f"{name} is {text}; it must be above 0.")
+        return number
+    return text if kind is str else Path(text)

@@ -1,0 +1,56 @@
+"""Where outputs lie until Cog has sent them: one folder a server, in it one folder a request.
+
+Cog does not delete the file that `run()` returns. A request's folder goes a grace period after its
+end, a server's when it stops, and what a killed server left when the next one starts.
+"""
+
+import atexit
+import fcntl
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+_PREFIX = "musicgen-"
+_LOCK = "lock"
+
+
+class WorkFolder:
+    """The server's own folder; nobody else's files are ever touched."""
+
+    def __init__(self, parent: Path | None = None) -> None:
+        parent = parent or Path(tempfile.gettempdir())
+        parent.mkdir(parents=True, exist_ok=True)
+        _sweep(parent)
+        self._path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        self._lock = (self._path / _LOCK).open("w")  # held as long as this process lives
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        atexit.register(self.remove)
+
+    def new_request(self) -> Path:
+        """An empty folder that belongs to one request."""
+        return Path(tempfile.mkdtemp(dir=self._path))
+
+    def release(self, request_folder: Path, after_s: float = 0.0) -> None:
+        """Removes a request's folder, now or after a grace period."""
+        if after_s <= 0:
+            shutil.rmtree(request_folder, ignore_errors=True)
+            return
+        timer = threading.Timer(after_s, self.release, [request_folder])
+        timer.daemon = True
+        timer.start()
+
+    def remove(self) -> None:
+        shutil.rmtree(self._path, ignore_errors=True)
+        self._lock.close()
+
+
+def _sweep(parent: Path) -> None:
+    """Removes the folders of servers that died without doing so: nobody holds their lock."""
+    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
+        try:
+            with lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        except OSError:
+            continue  # another server's, alive or another user's

@@ -1,0 +1,49 @@
+"""What a request draws depends on its seed alone, and leaves no trace."""
+
+import random
+
+import pytest
+import torch
+
+from musicgen_svc.randomness import GlobalRandom
+
+CPU = torch.device("cpu")
+
+
+def draw() -> tuple[float, float]:
+    return random.random(), torch.rand(()).item()
+
+
+def test_streams_go_on_where_they_stopped_whatever_runs_between() -> None:
+    alone = GlobalRandom(3, CPU)
+    with alone.pinned():
+        expected = [draw(), draw()]
+    mixed, other = GlobalRandom(3, CPU), GlobalRandom(4, CPU)
+    got = []
+    for _ in range(2):
+        with mixed.pinned():
+            got.append(draw())
+        with other.pinned():
+            draw()
+        draw()
+    assert got == expected
+
+
+def test_streams_are_those_of_the_plain_seed() -> None:
+    with GlobalRandom(7, CPU).pinned():
+        pinned = draw()
+    random.seed(7)
+    torch.manual_seed(7)
+    assert pinned == draw()
+
+
+def test_the_global_generators_are_left_as_they_were() -> None:
+    random.seed(1)
+    torch.manual_seed(1)
+    expected = draw()
+    random.seed(1)
+    torch.manual_seed(1)
+    with pytest.raises(ZeroDivisionError), GlobalRandom(2, CPU).pinned():
+        draw()
+        _ = 1 / 0
+    assert draw() == expected

@@ -1,0 +1,44 @@
+"""Outputs live as long as Cog needs them and no longer; nobody else's files are touched."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+from musicgen_svc.storage import WorkFolder
+
+
+def test_a_released_folder_goes_after_its_grace_and_neighbours_stay(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path)
+    mine, neighbour = work.new_request(), work.new_request()
+    (mine / "a.wav").touch()
+    (neighbour / "b.wav").touch()
+    work.release(mine, after_s=0.3)
+    assert (mine / "a.wav").exists()
+    time.sleep(0.6)
+    assert not mine.exists()
+    assert (neighbour / "b.wav").exists()
+    work.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def _die_without_cleaning(parent: Path) -> None:
+    (WorkFolder(parent).new_request() / "left.wav").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_server_left_goes_when_the_next_one_starts(tmp_path: Path) -> None:
+    (tmp_path / "musicgen-not-ours").mkdir()
+    alive = WorkFolder(tmp_path)
+    kept = alive.new_request()
+    process = multiprocessing.get_context("spawn").Process(target=_die_without_cleaning, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.glob("*/*/left.wav"))) == 1
+    successor = WorkFolder(tmp_path)
+    assert list(tmp_path.glob("*/*/left.wav")) == []
+    assert kept.is_dir() and (tmp_path / "musicgen-not-ours").is_dir()
+    for work in (alive, successor):
+        work.remove()

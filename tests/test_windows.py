@@ -1,0 +1,59 @@
+"""The plan of windows: no gap, no overlap error, and the same windows as audiocraft's own loop."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from musicgen_svc.windows import Window, plan, stride_frames
+
+
+def audiocraft_windows(total: int, prompt: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """What `MusicGen._generate_tokens` asks its language model for, in frames."""
+    if total <= window:
+        return [(0, prompt, total)]
+    calls, offset = [], 0
+    while offset + prompt < total:
+        length = min(total - offset, window)
+        calls.append((offset, prompt, length))
+        prompt, offset = length - stride, offset + stride
+    return calls
+
+
+lengths = st.tuples(st.integers(2, 1600), st.integers(0, 1500), st.integers(1, 4000), st.data())
+
+
+@given(lengths)
+def test_windows_cover_the_piece_without_gap_or_repetition(
+    drawn: tuple[int, int, int, st.DataObject],
+) -> None:
+    window, prompt, fresh, data = drawn
+    prompt = min(prompt, window - 1)
+    stride = data.draw(st.integers(1, window - 1))
+    total = prompt + fresh
+    known = prompt
+    previous = None
+    for w in plan(total, prompt, window, stride):
+        assert w.start + w.prompt == known, "a window's prompt ends where the piece ends so far"
+        assert w.prompt < w.length <= window
+        if previous is not None:
+            assert w.start == previous.start + stride
+        known, previous = w.start + w.length, w
+    assert known == total
+
+
+@given(lengths)
+def test_windows_are_audiocrafts(drawn: tuple[int, int, int, st.DataObject]) -> None:
+    window, prompt, fresh, data = drawn
+    prompt = min(prompt, window - 1)
+    stride = data.draw(st.integers(1, window - 1))
+    ours = [(w.start, w.prompt, w.length) for w in plan(prompt + fresh, prompt, window, stride)]
+    assert ours == audiocraft_windows(prompt + fresh, prompt, window, stride)
+
+
+def test_musicgens_own_figures() -> None:
+    assert list(plan(1500, 0, 1500, 900)) == [Window(0, 0, 1500)]
+    assert list(plan(1550, 0, 1500, 900)) == [Window(0, 0, 1500), Window(900, 600, 650)]
+
+
+def test_the_stride_fits_every_window() -> None:
+    assert stride_frames(1500, 50) == 900
+    assert all(0 < stride_frames(window, 50) < window for window in range(2, 2000))
