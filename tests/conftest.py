@@ -1,0 +1,50 @@
+"""The tiny checkpoints, and audiocraft's own models over them, for every test."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import _tiny_weights  # noqa: E402
+
+# audiocraft loads T5, Demucs and transformers' EnCodec by name. The Hugging Face libraries read these
+# when they are imported, so that no test can reach the network or a cache of the machine's user.
+HUB = _tiny_weights.home(ROOT).with_name(_tiny_weights.home(ROOT).name + "-hub")
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(HUB), "HF_HUB_CACHE": str(HUB)}
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """The tiny checkpoints, laid out as `weights/`."""
+    folder = _tiny_weights.ensure(ROOT)
+    _tiny_weights.hub_cache(folder, HUB)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(weights: Path) -> Callable[[str], Any]:
+    """`pretrained("melody")`: audiocraft's own `MusicGen` of that folder, made once and shared."""
+    import musicgen_svc.compat  # noqa: F401
+
+    models: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in models:
+            from audiocraft.models.musicgen import MusicGen
+
+            with warnings.catch_warnings():  # audiocraft uses torch's older weight norm
+                warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated", FutureWarning)
+                models[name] = MusicGen.get_pretrained(str(weights / name), device="cpu")
+        return models[name]
+
+    return get
