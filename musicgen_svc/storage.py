@@ -22,9 +22,11 @@ class WorkFolder:
         parent = parent or Path(tempfile.gettempdir())
         parent.mkdir(parents=True, exist_ok=True)
         _sweep(parent)
-        self._path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        self._lock = (self._path / _LOCK).open("w")  # held as long as this process lives
+        unlocked = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
+        self._lock = (unlocked / _LOCK).open("w")  # held as long as this process lives
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        # Under its name, where a neighbour looks for dead servers' folders, it is locked already.
+        self._path = unlocked.rename(parent / unlocked.name.removeprefix("."))
         atexit.register(self.remove)
 
     def new_request(self) -> Path:

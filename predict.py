@@ -1,0 +1,123 @@
+"""The service as Cog sees it: fifteen inputs, and no logic.
+
+`cog build` reads this file's text, not the running class. What it understands is narrow: every
+default, bound and description is one plain literal, else it is silently dropped.
+"""
+# ruff: noqa: B008, E501 (an Input is a call in the signature, a description one literal on one line)
+
+import os
+
+from cog import BaseRunner, Input, Path
+
+
+class Predictor(BaseRunner):
+    def setup(self, weights: str | None = None) -> None:
+        """Loads the `finetuned` model. `weights` is COG_WEIGHTS as it stands: the path of a checkpoint."""
+        # Here and not above: torch and audiocraft take seconds to import, and their errors belong to set-up.
+        from musicgen_svc.service import Service
+        from musicgen_svc.settings import Settings
+
+        self.service = Service(Settings.from_environment(os.environ))
+        self.service.start(weights)
+
+    def healthcheck(self) -> bool:
+        return self.service.healthy()
+
+    async def run(
+        self,
+        model_version: str = Input(
+            default="finetuned",
+            choices=["melody", "small", "medium", "large", "encode-decode", "finetuned"],
+            description="The model that generates. 'encode-decode' generates nothing: it sends `input_audio` through the audio codec and back.",
+        ),
+        prompt: str | None = Input(
+            default=None,
+            description="The music in words, up to 2,000 characters: genre, instruments, mood, tempo. May be left out when there is `input_audio`.",
+        ),
+        input_audio: Path | None = Input(
+            default=None,
+            description="A sound file of up to 100 MB and 15 minutes. With `continuation` the music goes on from it; without, the music follows its melody.",
+        ),
+        duration: int = Input(
+            default=8,
+            ge=1,
+            le=600,
+            description="Seconds of music to generate. With `continuation` they come after the selected part of `input_audio`.",
+        ),
+        continuation: bool = Input(
+            default=False,
+            description="Whether to continue `input_audio` (true) or to follow its melody (false).",
+        ),
+        continuation_start: int = Input(
+            default=0,
+            ge=0,
+            description="Where the part of `input_audio` that is used begins, in seconds.",
+        ),
+        continuation_end: int | None = Input(
+            default=None,
+            ge=-1,
+            description="Where the part of `input_audio` that is used ends, in seconds. Left out or -1: the end of the file.",
+        ),
+        multi_band_diffusion: bool = Input(
+            default=False,
+            description="Whether MultiBand Diffusion turns tokens into sound instead of EnCodec's decoder: fewer artefacts, much slower.",
+        ),
+        normalization_strategy: str = Input(
+            default="loudness",
+            choices=["loudness", "clip", "peak", "rms"],
+            description="How the level is set: to a loudness of -14 LUFS, by clipping only, to a peak of -1 dBFS, or to an RMS of -18 dBFS.",
+        ),
+        top_k: int = Input(
+            default=250,
+            ge=0,
+            description="Each token is drawn from the k most likely ones. 0: from all.",
+        ),
+        top_p: float = Input(
+            default=0.0,
+            ge=0,
+            le=1,
+            description="Above 0, each token is drawn from the most likely ones that hold this much probability together, and `top_k` is not used.",
+        ),
+        temperature: float = Input(
+            default=1.0,
+            ge=0,
+            le=10,
+            description="Higher is more surprising, lower more predictable. 0 always takes the most likely token.",
+        ),
+        classifier_free_guidance: int = Input(
+            default=3,
+            ge=0,
+            le=20,
+            description="How closely the music keeps to the prompt and the melody. Higher is closer and less varied.",
+        ),
+        output_format: str = Input(
+            default="wav",
+            choices=["wav", "mp3"],
+            description="Format of the file that comes back: 16-bit wav, or mp3 at 320 kbit/s.",
+        ),
+        seed: int | None = Input(
+            default=None,
+            ge=-1,
+            le=4294967295,
+            description="The same seed and inputs give the same music; 0 is a seed too. Left out or -1: a random one, which is reported.",
+        ),
+    ) -> Path:
+        """One request; contract and errors: `musicgen_svc/service.py`."""
+        fields = {
+            "model_version": model_version,
+            "prompt": prompt,
+            "input_audio": input_audio,
+            "duration": duration,
+            "continuation": continuation,
+            "continuation_start": continuation_start,
+            "continuation_end": continuation_end,
+            "multi_band_diffusion": multi_band_diffusion,
+            "normalization_strategy": normalization_strategy,
+            "top_k": top_k,
+            "top_p": top_p,
+            "temperature": temperature,
+            "classifier_free_guidance": classifier_free_guidance,
+            "output_format": output_format,
+            "seed": seed,
+        }
+        return Path(await self.service.predict(fields, self.record_metric))

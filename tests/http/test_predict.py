@@ -1,0 +1,115 @@
+"""scripts/predict, end to end over the real coglet, with a toy for the service."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toy
+from server import CogServer
+from toy import needs_proc, processes_with, wait_for
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture
+def temporary(tmp_path: Path) -> Path:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    return folder
+
+
+def start(checkout: Path, cwd: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    own = {name: value for name, value in os.environ.items() if name != "COG_WEIGHTS"}
+    return subprocess.Popen(
+        [sys.executable, str(checkout / "scripts" / "_predict.py"), *arguments],
+        cwd=cwd,
+        env={**own, "PYTHONPATH": str(checkout), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@needs_proc
+def test_one_command_starts_a_server_and_leaves_a_file_and_nothing_else(
+    checkout: Path, tmp_path: Path, temporary: Path
+) -> None:
+    (tmp_path / "clip.mp3").write_bytes(b"ID3 of the user's")
+    process = start(
+        checkout,
+        tmp_path,
+        "-i",
+        "prompt=x",
+        "-i",
+        "input_audio=@clip.mp3",
+        "-i",
+        "seed=0",
+        TMPDIR=str(temporary),
+    )
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out == "output.wav\n  8.00 s of audio, seed 0\n  load 0.50 s, generate 1.25 s\n"
+    assert (tmp_path / "output.wav").read_bytes() == b"ID3 of the user's"
+    assert "No weights yet: using a tiny random model" in err
+    assert "100%" in err
+    assert processes_with(str(temporary)) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_failed_set_up_is_its_sentence_and_status_1(checkout: Path, tmp_path: Path) -> None:
+    process = start(checkout, tmp_path, "-i", "prompt=x", COG_WEIGHTS="broken")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert err.splitlines()[-1] == "Setup failed: COG_WEIGHTS is 'broken', where there is no state_dict.bin."
+
+
+def test_a_server_that_runs_is_used_and_left_running(checkout: Path, tmp_path: Path) -> None:
+    with CogServer(root=checkout) as server:
+        process = start(checkout, tmp_path, "--url", server.url, "-i", "prompt=refused")
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (1, "")
+        assert err.splitlines()[-1] == "prompt is 'refused'; it must be another."
+        process = start(checkout, tmp_path, "--url", server.url, "-i", "duration=601")
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (1, "")
+        assert err.splitlines()[-1] == "duration: 601 is greater than the maximum of 600."
+        process = start(checkout, tmp_path, "--url", server.url, "-i", "prompt=crash")
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (1, "")
+        assert err.splitlines()[-1] == "Worker crashed"
+        assert server.health()["status"] == "UNHEALTHY"
+
+
+@needs_proc
+def test_progress_is_shown_and_ctrl_c_ends_everything(
+    checkout: Path, tmp_path: Path, temporary: Path
+) -> None:
+    process = start(checkout, tmp_path, "-i", "prompt=slow", TMPDIR=str(temporary))
+    wait_for(lambda: list(temporary.rglob("half-written")))
+    time.sleep(1.5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - began < 10
+    assert err.splitlines()[-1] == "Interrupted."
+    assert "generate" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["temporary"]
+    assert processes_with(str(temporary)) == []
+    assert list(temporary.iterdir()) == []
+
+
+@needs_proc
+def test_a_killed_command_leaves_no_server(checkout: Path, tmp_path: Path, temporary: Path) -> None:
+    process = start(checkout, tmp_path, "-i", "prompt=slow", TMPDIR=str(temporary))
+    wait_for(lambda: list(temporary.rglob("half-written")))
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not processes_with(str(temporary)), limit_s=10)

@@ -1,0 +1,55 @@
+"""A checkout whose service is a toy: the real predict.py, scripts and coglet, without torch or weights.
+
+What a prompt does is said in the toy; everything that is not the service's own is thus tested in
+seconds, and in states that the real one cannot be brought into at will.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICE = Path(__file__).with_name("toy_service.py")
+KEPT = ("__init__.py", "errors.py", "settings.py", "storage.py")
+
+
+def checkout(folder: Path) -> Path:
+    """Makes it in `folder`, which is returned."""
+    (folder / "scripts").mkdir(parents=True)
+    (folder / "musicgen_svc").mkdir()
+    for name in ("predict.py", "openapi_schema.json"):
+        shutil.copy(ROOT / name, folder)
+    for script in ("_serve.py", "_predict.py", "_client.py", "_inputs.py"):
+        shutil.copy(ROOT / "scripts" / script, folder / "scripts")
+    for name in KEPT:
+        shutil.copy(ROOT / "musicgen_svc" / name, folder / "musicgen_svc")
+    shutil.copy(SERVICE, folder / "musicgen_svc" / "service.py")
+    (folder / "scripts" / "_tiny_weights.py").write_text(
+        "from pathlib import Path\n\n\ndef ensure(root: Path) -> Path:\n    return root / 'tiny'\n"
+    )
+    return folder
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+
+
+def processes_with(text: str) -> list[int]:
+    """Processes whose environment holds `text`, zombies left out: they hold nothing any more."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if text.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], object], limit_s: float = 20.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)

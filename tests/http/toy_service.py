@@ -1,0 +1,53 @@
+"""Stands in for musicgen_svc/service.py in toy.py's checkout; the prompt says what happens."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from musicgen_svc.errors import InputError, WeightsError
+from musicgen_svc.settings import Settings
+
+
+class Service:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def start(self, weights: str | None) -> None:
+        print(f"weights: {weights}")
+        warnings.warn("ours", stacklevel=1)
+        warnings.warn_explicit("theirs", UserWarning, "torch/nn.py", 1, module="torch.nn")
+        if weights == "broken":
+            raise WeightsError("COG_WEIGHTS is 'broken', where there is no state_dict.bin.")
+
+    def healthy(self) -> bool:
+        return True
+
+    async def predict(self, fields: dict[str, object], record_metric: Callable[[str, object], None]) -> Path:
+        prompt = str(fields["prompt"])
+        print(f"seed: {fields['seed']}")
+        record_metric("seed", fields["seed"] if fields["seed"] is not None else 12345)
+        folder = Path(tempfile.mkdtemp())
+        if prompt == "refused":
+            raise InputError("prompt is 'refused'; it must be another.")
+        if prompt == "crash":
+            os._exit(1)
+        if prompt == "slow":  # with a child, and deaf to everything but SIGKILL
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+            (folder / "half-written").touch()
+            for percent in range(101):
+                print(
+                    f"\r{percent:3d}%|##        | generate [00:01<00:09]", end="", file=sys.stderr, flush=True
+                )
+                await asyncio.sleep(0.2)
+        for name, seconds in {"load": 0.5, "generate": 1.25}.items():
+            record_metric(name, seconds)
+        record_metric("audio_seconds", fields["duration"])
+        clip = fields["input_audio"]
+        path = folder / f"out.{fields['output_format']}"
+        path.write_bytes(clip.read_bytes() if isinstance(clip, Path) else b"RIFF" + prompt.encode())
+        return path

@@ -1,0 +1,532 @@
+"""scripts/predict's side of the conversation, against a server that answers like Cog's."""
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import _client
+import _predict
+import pytest
+from _client import Client, FailedError, progress, sentence
+from _inputs import UsageError, impossible_input, request_input
+from jsonschema import Draft7Validator
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMA = json.loads((ROOT / "openapi_schema.json").read_text())
+WAV = "data:audio/wav;base64," + base64.b64encode(b"RIFF....").decode()
+
+Json = dict[str, Any]
+Answer = tuple[int, Json]
+
+
+class FakeCog(ThreadingHTTPServer):
+    """Answers as coglet 0.23.1 was seen to; a test says what a prediction comes to."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.statuses = ["READY"]  # of health-check, the last one again and again
+        self.set_up_log = ""
+        self.schema: Json | None = SCHEMA
+        self.outcome: Callable[[str, Json], Answer] = lambda id, values: (
+            200,
+            {"status": "succeeded", "output": WAV},
+        )
+        self.running: dict[str, str] = {}  # id -> log so far
+        self.started: list[Json] = []
+        self.cancelled: list[str] = []
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    server: FakeCog
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_GET(self) -> None:
+        fake = self.server
+        if self.path == "/health-check":
+            status = fake.statuses.pop(0) if len(fake.statuses) > 1 else fake.statuses[0]
+            self._answer(200, {"status": status, "setup": {"logs": fake.set_up_log}})
+        elif self.path == "/openapi.json":
+            self._answer(*((200, fake.schema) if fake.schema else (503, {"error": "no schema"})))
+        elif self.path == "/uploaded/song.mp3":
+            self._answer(200, b"ID3 uploaded", "audio/mpeg; charset=binary")
+        else:
+            self._answer(404, b"<html>", "text/html")
+
+    def do_PUT(self) -> None:
+        fake = self.server
+        id = self.path.removeprefix("/predictions/")
+        values = json.loads(self.rfile.read(int(self.headers["content-length"])))["input"]
+        if id in fake.running:
+            state = {"id": id, "input": values, "logs": fake.running[id], "status": "processing"}
+            self._answer(202, state)
+            return
+        valid = Draft7Validator({"$ref": "#/components/schemas/Input", **SCHEMA}).is_valid(values)
+        if fake.schema and not valid:
+            problem = {
+                "loc": ["body", "input", "duration"],
+                "msg": "99999 is greater than the maximum of 600",
+            }
+            self._answer(422, {"detail": [{**problem, "type": "value_error"}]})
+            return
+        fake.started.append(values)
+        self._answer(*fake.outcome(id, values))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.server.cancelled.append(self.path.split("/")[2])
+        self._answer(200, {})
+
+    def _answer(self, code: int, body: Json | bytes, kind: str = "application/json") -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def cog() -> Iterator[FakeCog]:
+    with FakeCog() as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def client(cog: FakeCog) -> Client:
+    return Client(cog.url)
+
+
+def predict(client: Client, on_progress: _client.OnProgress = lambda percent, stage: None) -> Json:
+    return client.predict({"prompt": "a waltz"}, SCHEMA, on_progress, on_busy=lambda: None)
+
+
+def failure(answer: Answer) -> Callable[[str, Json], Answer]:
+    return lambda id, values: answer
+
+
+# Inputs
+
+
+@pytest.mark.parametrize(
+    ("pair", "value"),
+    [
+        ("prompt=a slow waltz", "a slow waltz"),
+        ("prompt=tempo=120", "tempo=120"),
+        ('prompt="quoted"', "quoted"),
+        ("prompt=", ""),
+        ("prompt=7", "7"),
+        ("prompt=true", "true"),
+        ("prompt=@home", "@home"),
+        ("duration=30", 30),
+        ("duration=8.0", 8.0),
+        ("duration=8.5", 8.5),
+        ("duration=long", "long"),
+        ("seed=-1", -1),
+        ("seed=4294967295", 4294967295),
+        ("top_p=0.5", 0.5),
+        ("temperature=1", 1),
+        ("temperature=nan", "nan"),
+        ("temperature=inf", "inf"),
+        ("continuation=true", True),
+        ("continuation=False", False),
+        ("continuation=1", "1"),
+        ("output_format=mp3", "mp3"),
+        ("input_audio=https://example.org/a.mp3", "https://example.org/a.mp3"),
+    ],
+)
+def test_values_have_the_types_of_the_schema(pair: str, value: object) -> None:
+    values = request_input([pair], SCHEMA)
+    assert values == {pair.partition("=")[0]: value}
+    assert type(next(iter(values.values()))) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        (["a waltz"], "an input is written name=value"),
+        (["=a waltz"], "an input is written name=value"),
+        (["prompt=a", "prompt=b"], "prompt is given twice"),
+        (["promt=a"], "There is no input 'promt'; there are model_version, prompt, input_audio, duration,"),
+        (["input_audio=@nowhere.mp3"], "input_audio: cannot read nowhere.mp3: No such file or directory."),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(pairs: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words.replace("(", r"\(")):
+        request_input(pairs, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("clip.mp3", "audio/mpeg"), ("clip.flac", "audio/"), ("clip", "application/octet-stream")],
+)
+@pytest.mark.parametrize("schema", [SCHEMA, None])
+def test_an_at_sign_sends_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, schema: Json | None
+) -> None:
+    content = bytes(range(256))
+    (tmp_path / name).write_bytes(content)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    head, _, data = request_input([f"input_audio=@~/{name}"], schema)["input_audio"].partition(",")
+    assert head.startswith(f"data:{kind}")
+    assert head.endswith(";base64")
+    assert base64.b64decode(data) == content
+
+
+def test_the_question_for_progress_can_never_be_a_request() -> None:
+    question = impossible_input(SCHEMA)
+    assert question is not None
+    assert not Draft7Validator({"$ref": "#/components/schemas/Input", **SCHEMA}).is_valid(question)
+    assert impossible_input(None) is None
+
+
+# Answers
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("Prediction failed: Async prediction failed: InputError: seed is -2; no.", "seed is -2; no."),
+        ("Prediction failed: Prediction failed: ValueError: a b", "a b"),
+        ("Prediction failed: Input validation error: 404 for url", "Input validation error: 404 for url"),
+        (
+            "worker setup failed: worker setup failed (slot 4585da5b-c6d8-4d52-9d9a-6313350bbf16): "
+            "Setup failed: setup failed: WeightsError: COG_WEIGHTS is 'x', where there is nothing.",
+            "COG_WEIGHTS is 'x', where there is nothing.",
+        ),
+        (
+            "Traceback ...\n  File\nmusicgen_svc.errors.AudioError: input_audio is no audio.\n",
+            "input_audio is no audio.",
+        ),
+        ("KeyError: 'x'", "KeyError: 'x'"),
+        ("Worker crashed", "Worker crashed"),
+        ("", "no reason was given."),
+    ],
+)
+def test_an_error_is_cut_down_to_the_services_sentence(error: str, words: str) -> None:
+    assert sentence(error) == words
+
+
+def test_progress_is_the_last_bar_that_tqdm_printed() -> None:
+    log = io.StringIO()
+    bar = tqdm(
+        total=100, file=log, mininterval=0, bar_format="{percentage:3.0f}%|{bar:25}| {desc} [{elapsed}]"
+    )
+    for stage, percent in [("load", 5), ("encode-decode", 42)]:
+        bar.set_description_str(stage)
+        bar.update(percent - bar.n)
+    assert progress(log.getvalue()) == (42, "encode-decode")
+    bar.update(58)
+    bar.close()
+    assert progress(log.getvalue() + "a line that ends in 3%\n") == (100, "encode-decode")
+    assert progress("seed: 5\n") == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (
+            (200, {"status": "failed", "error": "Prediction failed: InputError: prompt is bad; no."}),
+            "prompt is bad; no.",
+        ),
+        ((200, {"status": "canceled"}), "The prediction was cancelled."),
+        ((200, {"status": "succeeded", "output": None}), "The prediction succeeded and returned no file."),
+        ((503, {"error": "Setup has not finished yet.", "status": "failed"}), "Setup has not finished yet."),
+        ((413, {"error": "length limit exceeded"}), "The request is larger than the server takes"),
+        ((500, {}), "The server answered 500."),
+    ],
+)
+def test_a_prediction_that_fails_is_one_sentence(
+    cog: FakeCog, client: Client, answer: Answer, words: str
+) -> None:
+    cog.outcome = failure(answer)
+    with pytest.raises(FailedError) as caught:
+        predict(client)
+    assert str(caught.value).startswith(words)
+
+
+def test_what_the_schema_refuses_is_one_sentence_with_the_field(client: Client) -> None:
+    with pytest.raises(FailedError, match=r"^duration: 99999 is greater than the maximum of 600\.$"):
+        client.predict({"duration": 99999}, SCHEMA, lambda percent, stage: None, lambda: None)
+
+
+def test_nobody_there_and_somebody_else_are_sentences(cog: FakeCog) -> None:
+    with pytest.raises(FailedError, match=r"^What answers|^The server answered 404 Not Found without JSON"):
+        Client(f"{cog.url}/elsewhere").health()
+    cog.server_close()
+    with pytest.raises(
+        FailedError, match=r"^The server at http://127.0.0.1:1 does not answer: Connection refused\.$"
+    ):
+        Client("http://127.0.0.1:1").health()
+
+
+def test_a_proxy_is_not_asked_for_the_loopback(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", "")
+    assert client.health()["status"] == "READY"
+
+
+# Waiting
+
+
+def test_set_up_is_waited_for(cog: FakeCog, client: Client) -> None:
+    cog.statuses = ["STARTING", "STARTING", "READY"]
+    waits: list[None] = []
+    client.await_ready(lambda: waits.append(None))
+    assert len(waits) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ("SETUP_FAILED", r"^Setup failed: the weights are gone\.$"),
+        ("DEFUNCT", "says that it is DEFUNCT"),
+        ("UNHEALTHY", "says that it is UNHEALTHY"),
+    ],
+)
+def test_a_server_that_will_never_be_ready_is_not_waited_for(
+    cog: FakeCog, client: Client, status: str, words: str
+) -> None:
+    cog.statuses = ["STARTING", status]
+    cog.set_up_log = "worker setup failed: WeightsError: the weights are gone."
+    with pytest.raises(FailedError, match=words):
+        client.await_ready()
+
+
+def test_a_busy_server_is_asked_again_ever_less_often(
+    cog: FakeCog, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(_client.time, "sleep", slept.append)
+    cog.outcome = lambda id, values: (
+        (409, {"error": "At capacity"})
+        if len(cog.started) <= 6
+        else (200, {"status": "succeeded", "output": WAV})
+    )
+    told: list[None] = []
+    reply = client.predict({}, SCHEMA, lambda percent, stage: None, lambda: told.append(None))
+    assert reply["output"] == WAV
+    assert slept == [1, 2, 4, 8, 15, 15]
+    assert len(told) == 6
+
+
+def test_a_server_without_a_worker_is_not_taken_for_busy(cog: FakeCog, client: Client) -> None:
+    cog.outcome = failure((409, {"error": "At capacity"}))
+    cog.statuses = ["UNHEALTHY"]
+    with pytest.raises(FailedError, match="UNHEALTHY"):
+        predict(client)
+
+
+@pytest.fixture
+def slow(cog: FakeCog, monkeypatch: pytest.MonkeyPatch) -> FakeCog:
+    """A prediction that goes on until the test takes it out of `running`."""
+    monkeypatch.setattr(_client, "POLL_S", 0.01)
+
+    def outcome(id: str, values: Json) -> Answer:
+        cog.running[id] = " 10%|#         | condition [00:00<00:09]"
+        while id in cog.running and id not in cog.cancelled:
+            time.sleep(0.01)
+        return 200, {"status": "succeeded", "output": WAV}
+
+    cog.outcome = outcome
+    return cog
+
+
+def test_progress_is_told_while_the_prediction_runs(slow: FakeCog, client: Client) -> None:
+    seen = []
+
+    def on_progress(percent: int, stage: str) -> None:
+        seen.append((percent, stage))
+        for id in list(slow.running):
+            if percent == 10:
+                slow.running[id] += "\r 60%|######    | generate [00:06<00:04]"
+            elif percent == 60:
+                del slow.running[id]
+
+    predict(client, on_progress)
+    assert [step for step in dict.fromkeys(seen) if step[0]] == [(10, "condition"), (60, "generate")]
+    assert slow.started == [{"prompt": "a waltz"}]  # asking started nothing
+
+
+def test_an_interrupt_cancels_the_prediction(slow: FakeCog, client: Client) -> None:
+    def interrupt(percent: int, stage: str) -> None:
+        if percent:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(client, interrupt)
+    assert slow.cancelled == list(slow.running)
+
+
+def test_a_server_without_a_schema_is_never_asked_for_progress(slow: FakeCog, client: Client) -> None:
+    """It would check nothing, and take the question for a request."""
+    seen = []
+
+    def on_progress(percent: int, stage: str) -> None:
+        seen.append(percent)
+        if len(seen) == 5:
+            slow.running.clear()
+
+    client.predict({"prompt": "a waltz"}, None, on_progress, lambda: None)
+    assert set(seen) == {0}
+    assert slow.started == [{"prompt": "a waltz"}]
+
+
+# The output
+
+
+def test_the_suffix_is_that_of_what_came_back(cog: FakeCog) -> None:
+    assert _predict.fetch(WAV) == (b"RIFF....", ".wav")
+    assert _predict.fetch("data:audio/mpeg;base64,SUQz") == (b"ID3", ".mp3")
+    assert _predict.fetch("data:audio/flac,a%20b") == (b"a b", ".flac")
+    assert _predict.fetch(f"{cog.url}/uploaded/song.mp3") == (b"ID3 uploaded", ".mp3")
+
+
+@pytest.mark.parametrize("output", ["data:audio/wav;base64,A", "/uploaded/gone.mp3", "ftp://example.org/x"])
+def test_an_output_that_cannot_be_had_is_one_sentence(cog: FakeCog, output: str) -> None:
+    with pytest.raises(FailedError, match="output"):
+        _predict.fetch(cog.url + output if output.startswith("/") else output)
+
+
+def test_without_a_name_no_file_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("output.wav").write_bytes(b"mine")
+    assert [str(_predict.save(b"new", ".wav", None)) for _ in range(2)] == ["output-1.wav", "output-2.wav"]
+    assert str(_predict.save(b"new", ".mp3", None)) == "output.mp3"
+    assert Path("output.wav").read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "output-1.wav", "output-2.wav", "output.mp3", "output.wav",
+    ]  # fmt: skip
+
+
+def test_a_named_file_is_replaced_at_once_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "song.wav"
+    path.write_bytes(b"old")
+    with monkeypatch.context() as broken:
+
+        def full(self: Path, data: bytes) -> int:
+            self.touch()
+            raise OSError(28, "No space left on device", str(path))
+
+        broken.setattr(Path, "write_bytes", full)
+        with pytest.raises(FailedError, match="No space left on device"):
+            _predict.save(b"new", ".wav", path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    _predict.save(b"new", ".wav", path)
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("name", [".", "nowhere/song.wav"])
+def test_an_impossible_output_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"^-o "):
+        _predict.checked_output(tmp_path / name)
+
+
+# Weights that are not there
+
+
+@pytest.mark.parametrize(
+    ("present", "wanted", "stands_in"),
+    [
+        ([], {}, True),
+        ([], {"model_version": "finetuned"}, True),
+        ([], {"model_version": "small"}, True),  # or the server would not start, and say so
+        (["small"], {}, True),
+        (["small"], {"model_version": "small"}, False),
+        (["finetuned"], {}, False),
+        (["8songs"], {}, False),
+    ],
+)
+def test_a_random_model_stands_in_only_where_there_is_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    present: list[str], wanted: Json, stands_in: bool,
+) -> None:  # fmt: skip
+    import _tiny_weights
+
+    monkeypatch.setattr(_predict, "ROOT", tmp_path)
+    monkeypatch.setattr(_tiny_weights, "ensure", lambda root: root / "tiny")
+    monkeypatch.delenv("COG_WEIGHTS", raising=False)
+    monkeypatch.delenv("MUSICGEN_WEIGHTS_DIR", raising=False)
+    for name in present:
+        (tmp_path / "weights" / name).mkdir(parents=True)
+        (tmp_path / "weights" / name / "state_dict.bin").touch()
+    variables = _predict.stand_in_weights(wanted)
+    said = capsys.readouterr().err
+    assert variables == ({"COG_WEIGHTS": str(tmp_path / "tiny" / "melody")} if stands_in else {})
+    assert said.count("\n") == stands_in
+    assert ("No weights yet" in said) == stands_in
+
+
+# The whole command
+
+
+def command(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "_predict.py"), *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_prediction_prints_its_path_seed_and_times(cog: FakeCog, tmp_path: Path) -> None:
+    metrics = {
+        "seed": 7,
+        "audio_seconds": 8.0,
+        "steps": 403,
+        "load": 0.0,
+        "generate": 12.345,
+        "predict_time": 13.0,
+    }
+    cog.outcome = lambda id, values: (200, {"status": "succeeded", "output": WAV, "metrics": metrics})
+    ended = command(tmp_path, "--url", cog.url, "-i", "prompt=a waltz", "-i", "duration=8", "-o", "song.wav")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [
+        "song.wav",
+        "  8.00 s of audio, seed 7, 403 steps",
+        "  load 0.00 s, generate 12.35 s",
+    ]
+    assert "100%" in ended.stderr
+    assert (tmp_path / "song.wav").read_bytes() == b"RIFF...."
+    assert cog.started == [{"prompt": "a waltz", "duration": 8}]
+
+
+def test_a_failed_prediction_is_its_sentence_and_status_1(cog: FakeCog, tmp_path: Path) -> None:
+    cog.outcome = failure(
+        (200, {"status": "failed", "error": "Prediction failed: InputError: prompt is bad; no."})
+    )
+    ended = command(tmp_path, "--url", cog.url, "-i", "prompt=bad")
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "prompt is bad; no."
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_command_line_is_status_2_and_starts_nothing(tmp_path: Path) -> None:
+    ended = command(tmp_path, "-i", "promt=a waltz")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("There is no input 'promt'")
+    assert ended.stderr.count("\n") == 1
