@@ -1,0 +1,126 @@
+"""Audio files made on the spot: tones whose pitch and level can be found again, in every format.
+
+Samples are float32 [C, T] with full scale at 1.
+"""
+
+import io
+import struct
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import mutagen.id3
+import numpy as np
+import numpy.typing as npt
+import soundfile
+
+Samples = npt.NDArray[np.float32]
+
+# name: (container, encoder) as PyAV knows them
+ENCODERS = {
+    "mp3": ("mp3", "libmp3lame"),
+    "flac": ("flac", "flac"),
+    "opus": ("ogg", "libopus"),
+    "webm": ("webm", "libopus"),
+    "m4a": ("mp4", "aac"),
+    "aac": ("adts", "aac"),
+    "wav8": ("wav", "pcm_u8"),
+    "wav16": ("wav", "pcm_s16le"),
+    "wav24": ("wav", "pcm_s24le"),
+    "wav32": ("wav", "pcm_s32le"),
+    "wavf32": ("wav", "pcm_f32le"),
+    "wavf64": ("wav", "pcm_f64le"),
+}
+KINDS = (*ENCODERS, "ogg")
+
+
+def tone(hz: float, duration_s: float, rate: int, *, channels: int = 1, level: float = 0.5) -> Samples:
+    """A sine, alike in all channels."""
+    t = np.arange(round(duration_s * rate)) / rate
+    return np.tile((level * np.sin(2 * np.pi * hz * t)).astype(np.float32), (channels, 1))
+
+
+def noise(duration_s: float, rate: int, *, channels: int = 1, rms: float = 0.1, seed: int = 0) -> Samples:
+    """White noise, another in each channel."""
+    draw = np.random.default_rng(seed).standard_normal((channels, round(duration_s * rate)))
+    return (rms * draw).astype(np.float32)
+
+
+def level_at(samples: Samples, rate: int, hz: float) -> npt.NDArray[np.float64]:
+    """[C]: the amplitude of the sine at `hz` in each channel, whatever its phase."""
+    t = np.arange(samples.shape[1])
+    window = np.hanning(len(t))
+    return 2 * np.abs((samples * window) @ np.exp(-2j * np.pi * hz / rate * t)) / window.sum()
+
+
+def loudest_hz(samples: Samples, rate: int) -> float:
+    """The frequency of the highest peak in the spectrum of the first channel."""
+    spectrum = np.abs(np.fft.rfft(samples[0] * np.hanning(samples.shape[1])))
+    return float(spectrum.argmax() * rate / samples.shape[1])
+
+
+def encode(samples: Samples, rate: int, kind: str, *, layout: str | None = None) -> bytes:
+    """A file of one of `KINDS`. `layout` is FFmpeg's name for the order of channels, such as 5.1."""
+    if kind == "ogg":  # Vorbis: FFmpeg's own encoder is experimental, libsndfile has the reference one
+        return written(samples, rate, format="OGG", subtype="VORBIS")
+    container, codec = ENCODERS[kind]
+    layout = layout or {1: "mono", 2: "stereo"}[len(samples)]
+    packed = np.ascontiguousarray(samples.T).reshape(1, -1)
+    frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
+    frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=rate, layout=layout)
+        if codec not in ("flac",) and not codec.startswith("pcm"):
+            stream.bit_rate = 96_000 * len(samples)
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            out.mux(packet)
+    return file.getvalue()
+
+
+def written(samples: Samples, rate: int, *, format: str = "WAV", subtype: str = "PCM_16") -> bytes:
+    """A file by libsndfile, which knows no FFmpeg. Its wav states no order of channels."""
+    file = io.BytesIO()
+    soundfile.write(file, samples.T, rate, format=format, subtype=subtype)
+    return file.getvalue()
+
+
+def wav_without_samples() -> bytes:
+    """44 bytes: a header and nothing after it."""
+    return _wav_header(0)
+
+
+def wav_that_lies(samples: Samples, rate: int, claimed: int) -> bytes:
+    """16-bit mono whose header claims `claimed` bytes of samples."""
+    pcm = (samples[0] * 32767).astype("<i2").tobytes()
+    return _wav_header(claimed, rate) + pcm
+
+
+def _wav_header(data_bytes: int, rate: int = 44_100) -> bytes:
+    riff = struct.pack("<4sI4s", b"RIFF", (36 + data_bytes) & 0xFFFFFFFF, b"WAVE")
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16)
+    return riff + form + struct.pack("<4sI", b"data", data_bytes)
+
+
+def png(side: int = 1) -> bytes:
+    """A black picture; a large one is tiny as a file."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    pixels = zlib.compressobj(9)
+    row = bytes(1 + side)
+    body = b"".join([*(pixels.compress(row) for _ in range(side)), pixels.flush()])
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def read_tags(path: Path) -> dict[str, str]:
+    """Title and comment of a wav or mp3, read by others than those who write them."""
+    if path.suffix == ".mp3":
+        tags = mutagen.id3.ID3(path)
+        found = {"title": tags.getall("TIT2"), "comment": tags.getall("COMM")}
+        return {name: str(frames[0]) for name, frames in found.items() if frames}
+    with av.open(str(path)) as container:
+        return dict(container.metadata)

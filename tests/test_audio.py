@@ -1,0 +1,434 @@
+"""Any file -> samples: pitch, level, length and place of what comes out; what is refused, and how."""
+
+import io
+import os
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import av
+import mutagen.flac
+import numpy as np
+import pytest
+import soxr
+from sounds import (
+    KINDS,
+    Samples,
+    encode,
+    level_at,
+    loudest_hz,
+    noise,
+    png,
+    tone,
+    wav_that_lies,
+    wav_without_samples,
+    written,
+)
+
+from musicgen_svc.audio import Clip, _packets, read_clip
+from musicgen_svc.errors import AudioError
+
+RATE = 32_000
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., Clip]:
+    """Reads bytes from a file without a suffix, as Cog leaves it."""
+
+    def from_bytes(content: bytes, **options: object) -> Clip:
+        path = tmp_path / "clip"
+        path.write_bytes(content)
+        return read_clip(path, **({"sample_rate": RATE, "channels": 1} | options))
+
+    return from_bytes
+
+
+def rates(kind: str) -> list[int]:
+    """Those that the format can hold, from 8 to 192 kHz."""
+    if kind in ("opus", "webm"):
+        return [8_000, 16_000, 48_000]
+    if kind in ("mp3", "m4a", "aac"):
+        return [8_000, 22_050, 44_100, 48_000]
+    return [8_000, 11_025, 32_000, 44_100, 96_000, 192_000]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"), [(kind, rate) for kind in KINDS for rate in rates(kind)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_every_format_keeps_pitch_level_and_length(
+    read: Callable[..., Clip], kind: str, rate: int, channels: int
+) -> None:
+    clip = read(encode(tone(440, 1.21, rate, channels=channels, level=0.5), rate, kind), channels=channels)
+    samples = clip.samples.numpy()
+    assert clip.sample_rate == RATE
+    assert len(samples) == channels
+    assert loudest_hz(samples, RATE) == pytest.approx(440, abs=1)
+    assert level_at(samples, RATE, 440) == pytest.approx(0.5, rel=0.07)
+    # ADTS says nothing of the encoder's padding, and libsndfile's ogg little: a few blocks more or less.
+    slack_s = {"aac": 3 * 1024 / rate, "ogg": 1024 / rate}.get(kind, 1.5 / min(rate, RATE))
+    assert samples.shape[1] / RATE == pytest.approx(1.21, abs=slack_s)
+    assert clip.source_duration_s == pytest.approx(1.21, abs=slack_s)
+
+
+@pytest.mark.parametrize("kind", ["mp3", "m4a", "opus", "webm", "ogg", "flac", "wav16"])
+def test_sound_stays_where_it_was(read: Callable[..., Clip], kind: str) -> None:
+    """Encoder delay is gone: what begins after half a second still does."""
+    sound = tone(440, 1, 48_000)
+    sound[:, :24_000] = 0
+    heard = np.abs(read(encode(sound, 48_000, kind)).samples.numpy()[0]) > 0.25
+    assert heard.argmax() / RATE == pytest.approx(0.5, abs=0.005)
+
+
+def test_left_and_right_stay_apart_and_mono_is_their_mean(read: Callable[..., Clip]) -> None:
+    sides = np.concatenate([tone(440, 1, 44_100, level=0.6), tone(1000, 1, 44_100, level=0.2)])
+    content = encode(sides, 44_100, "flac")
+    stereo, mono = (read(content, channels=channels).samples.numpy() for channels in (2, 1))
+    assert level_at(stereo, RATE, 440) == pytest.approx([0.6, 0], abs=1e-3)
+    assert level_at(stereo, RATE, 1000) == pytest.approx([0, 0.2], abs=1e-3)
+    np.testing.assert_allclose(mono[0], stereo.mean(0), atol=1e-6)
+
+
+def test_stereo_from_mono_is_both_sides_alike(read: Callable[..., Clip]) -> None:
+    left, right = read(encode(tone(440, 0.5, 44_100), 44_100, "wav16"), channels=2).samples
+    assert left.equal(right)
+    assert level_at(left[None].numpy(), RATE, 440) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["wav16", "wavf32", "flac", "m4a", "opus"])
+@pytest.mark.parametrize(
+    ("speaker", "left", "right"),
+    [(0, 1, 0), (1, 0, 1), (2, 0.5**0.5, 0.5**0.5), (3, 0, 0), (4, 0.5**0.5, 0), (5, 0, 0.5**0.5)],
+    ids=["front-left", "front-right", "centre", "subwoofer", "side-left", "side-right"],
+)  # fmt: skip
+def test_surround_is_mixed_by_the_standard_matrix(
+    read: Callable[..., Clip], kind: str, speaker: int, left: float, right: float
+) -> None:
+    """ITU-R BS.775: centre and surrounds at -3 dB; scaled so that six full speakers do not clip."""
+    sound = np.zeros((6, 24_000), np.float32)
+    sound[speaker] = tone(100, 0.5, 48_000)
+    samples = read(encode(sound, 48_000, kind, layout="5.1"), channels=2).samples.numpy()
+    scale = 0.5 / (1 + 2 * 0.5**0.5)
+    assert level_at(samples, RATE, 100) == pytest.approx([left * scale, right * scale], abs=0.006)
+
+
+@pytest.mark.parametrize("channels", [3, 4, 5, 6, 7, 8])
+def test_channels_in_no_stated_order_are_mixed_too(read: Callable[..., Clip], channels: int) -> None:
+    samples = read(written(tone(440, 0.3, 44_100, channels=channels), 44_100)).samples.numpy()
+    assert level_at(samples, RATE, 440)[0] > 0.3
+    assert np.abs(samples).max() < 0.51
+
+
+@pytest.mark.parametrize("name", ["clip.mp3", "clip.txt", "clip.m3u8", "clip.flac", "concat:clip"])
+def test_the_name_says_nothing(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(encode(tone(440, 0.5, 44_100), 44_100, "flac"))
+    samples = read_clip(path, sample_rate=RATE, channels=1).samples.numpy()
+    assert loudest_hz(samples, RATE) == pytest.approx(440, abs=2)
+    path.write_bytes(np.random.default_rng(0).bytes(100_000))
+    with pytest.raises(AudioError, match="is not audio"):  # by its name, a flac with no samples
+        read_clip(path, sample_rate=RATE, channels=1)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 32_000, 44_100, 192_000])
+def test_resampling_in_pieces_is_resampling_at_once(read: Callable[..., Clip], rate: int) -> None:
+    sound = noise(3.3, rate, channels=2)
+    samples = read(encode(sound, rate, "wavf32"), channels=2).samples.numpy()
+    expected = sound.T if rate == RATE else soxr.resample(sound.T, rate, RATE, "HQ")
+    np.testing.assert_array_equal(samples, expected.T)
+    assert samples.shape[1] == round(sound.shape[1] * RATE / rate)
+
+
+@pytest.mark.parametrize("rate", [32_000, 44_100])
+@pytest.mark.parametrize(
+    ("start_s", "end_s", "kept"),
+    [
+        (0, None, slice(0, None)),
+        (0, 1, slice(0, 1)),
+        (1, 2, slice(1, 2)),
+        (2, None, slice(2, None)),
+        (2, 99, slice(2, None)),
+        (3, 4, slice(3, None)),
+        (1, 10**9, slice(1, None)),
+    ],
+)
+def test_selection_is_a_cut_at_whole_seconds(
+    read: Callable[..., Clip], rate: int, start_s: int, end_s: int | None, kept: slice
+) -> None:
+    sound = noise(3.3, rate)
+    clip = read(encode(sound, rate, "wavf32"), start_s=start_s, end_s=end_s)
+    part = sound[:, kept.start * rate : None if kept.stop is None else kept.stop * rate]
+    expected = part if rate == RATE else soxr.resample(part.T, rate, RATE, "HQ").T
+    np.testing.assert_array_equal(clip.samples.numpy(), expected)
+    assert clip.source_duration_s == pytest.approx(3.3)
+
+
+@pytest.mark.parametrize("start_s", [3, 4, 10**9])
+def test_a_start_behind_the_end_is_refused_with_the_length(read: Callable[..., Clip], start_s: int) -> None:
+    with pytest.raises(AudioError, match=rf"continuation_start is {start_s} s .*input_audio is 3\.00 s long"):
+        read(encode(noise(3, 32_000), 32_000, "wav16"), start_s=start_s)
+
+
+def test_a_file_that_changes_its_rate_on_the_way_is_read_whole(read: Callable[..., Clip]) -> None:
+    parts = [encode(tone(hz, 1.5, rate), rate, "mp3") for hz, rate in ((440, 44_100), (1000, 24_000))]
+    clip = read(b"".join(parts))
+    samples = clip.samples.numpy()
+    assert clip.source_duration_s == pytest.approx(3, abs=0.1)
+    assert samples.shape[1] / RATE == pytest.approx(clip.source_duration_s, abs=2 / RATE)
+    assert loudest_hz(samples[:, : RATE // 2], RATE) == pytest.approx(440, abs=3)
+    assert loudest_hz(samples[:, -RATE // 2 :], RATE) == pytest.approx(1000, abs=3)
+    part = read(b"".join(parts), start_s=1, end_s=2).samples.numpy()  # the change lies inside
+    assert part.shape[1] == pytest.approx(RATE, abs=1)
+    assert loudest_hz(part[:, : RATE // 3], RATE) == pytest.approx(440, abs=3)
+    assert loudest_hz(part[:, -RATE // 3 :], RATE) == pytest.approx(1000, abs=3)
+
+
+def with_sample(value: float, kind: str = "wavf32") -> bytes:
+    sound = tone(440, 1, 44_100)
+    sound[0, 20_000] = value
+    return encode(sound, 44_100, kind)
+
+
+def at_rate(rate: int) -> bytes:
+    content = bytearray(written(tone(440, 0.1, 44_100), 44_100))
+    content[24:28] = rate.to_bytes(4, "little")
+    return bytes(content)
+
+
+def video(codec: str | None) -> bytes:
+    """A second of grey picture, with or without a tone beside it."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as out:
+        picture = out.add_stream("mpeg4", rate=10)
+        picture.width = picture.height = 64
+        sound = out.add_stream(codec, rate=44_100, layout="mono") if codec else None
+        for _ in range(10):
+            out.mux(picture.encode(av.VideoFrame.from_ndarray(np.full((64, 64), 99, np.uint8), "gray")))
+        out.mux(picture.encode(None))
+        if sound:
+            samples = (tone(440, 1, 44_100) * 32767).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(samples, "s16", "mono")
+            frame.sample_rate = 44_100
+            out.mux([*sound.encode(frame), *sound.encode(None)])
+    return file.getvalue()
+
+
+def damaged(content: bytes, share: float) -> bytes:
+    """Noise over the middle of a file."""
+    result, length = bytearray(content), int(len(content) * share)
+    start = (len(content) - length) // 2
+    result[start : start + length] = np.random.default_rng(0).bytes(length)
+    return bytes(result)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        pytest.param(b"", ["empty", "0 bytes"], id="empty"),
+        pytest.param(b"These are words, not sound.\n" * 100, ["not audio"], id="text"),
+        pytest.param(png(), ["not audio"], id="png"),
+        pytest.param(bytes(100_000), ["not audio"], id="zeros"),
+        pytest.param(np.random.default_rng(0).bytes(100_000), ["not audio"], id="random bytes"),
+        pytest.param(wav_without_samples(), ["no samples"], id="wav without samples"),
+        pytest.param(encode(tone(440, 1, 44_100), 44_100, "mp3")[:200], ["not audio"], id="start of an mp3"),
+        pytest.param(with_sample(np.nan), ["NaN"], id="NaN"),
+        pytest.param(with_sample(np.inf), ["infinite"], id="Inf"),
+        pytest.param(with_sample(-np.inf, "wavf64"), ["infinite"], id="-Inf in doubles"),
+        pytest.param(with_sample(20_000), ["20000", "full scale at 1"], id="float wav on an integer scale"),
+        pytest.param(at_rate(3_999), ["3999 Hz", "between 4000 and 384000 Hz"], id="rate too low"),
+        pytest.param(at_rate(400_000), ["400000 Hz"], id="rate too high"),
+        pytest.param(written(noise(0.1, 44_100, channels=9), 44_100), ["9 channels", "5.1"], id="9 channels"),
+        pytest.param(video(None), ["no sound"], id="video without sound"),
+        pytest.param(video("tta"), ["tta"], id="exotic codec"),
+        pytest.param(damaged(encode(noise(9, 44_100), 44_100, "m4a"), 0.8), ["damaged"], id="mostly noise"),
+    ],
+)  # fmt: skip
+def test_what_is_not_sound_is_refused_in_one_sentence(
+    read: Callable[..., Clip], capfd: pytest.CaptureFixture[str], content: bytes, words: list[str]
+) -> None:
+    with pytest.raises(AudioError) as caught:
+        read(content)
+    sentence = str(caught.value)
+    for word in ("input_audio", "must be", *words):
+        assert word in sentence
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    assert capfd.readouterr() == ("", ""), "FFmpeg speaks to the log"
+
+
+def latin1_tags() -> bytes:
+    body = b"INFOIART\x06\0\0\0Bj\xf6rk\0"
+    return encode(tone(440, 1, 44_100), 44_100, "wav16") + b"LIST" + len(body).to_bytes(4, "little") + body
+
+
+def with_cover(tmp_path: Path) -> bytes:
+    path = tmp_path / "cover.flac"
+    path.write_bytes(encode(tone(440, 1, 44_100), 44_100, "flac"))
+    file, cover = mutagen.flac.FLAC(path), mutagen.flac.Picture()
+    cover.data, cover.mime, cover.type = png(3000), "image/png", 3
+    file.add_picture(cover)
+    file.save()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "seconds"),
+    [
+        pytest.param(video("aac"), (0.99, 1.06), id="video with sound"),
+        pytest.param(latin1_tags(), (1, 1), id="tags that are not UTF-8"),
+        pytest.param(encode(tone(440, 1, 44_100), 44_100, "mp3")[:-5000], (0.3, 0.7), id="truncated mp3"),
+        pytest.param(encode(tone(440, 1, 44_100), 44_100, "wav24")[:-66_151], (0.5, 0.5), id="truncated wav"),
+        pytest.param(wav_that_lies(tone(440, 1, 44_100), 44_100, 10**9), (1, 1), id="header claims more"),
+        pytest.param(wav_that_lies(tone(440, 1, 44_100), 44_100, 2**32 - 1), (1, 1), id="length unknown"),
+        pytest.param(wav_that_lies(tone(440, 1, 44_100), 44_100, 0), (1, 1), id="header claims nothing"),
+        pytest.param(wav_that_lies(tone(440, 1, 44_100), 44_100, 44_100), (0.5, 0.5), id="claims less"),
+        pytest.param(damaged(encode(tone(440, 4, 44_100), 44_100, "mp3"), 0.2), (2.9, 4), id="damaged mp3"),
+        pytest.param(damaged(encode(noise(4, 44_100), 44_100, "flac"), 0.2), (2.9, 4), id="damaged flac"),
+        pytest.param(with_sample(1.5), (1, 1), id="a little above full scale"),
+    ],
+)
+def test_what_a_player_plays_is_read(
+    read: Callable[..., Clip], content: bytes, seconds: tuple[float, float]
+) -> None:
+    clip = read(content)
+    low, high = seconds
+    assert low - 1e-3 <= clip.source_duration_s <= high + 1e-3
+    assert clip.samples.shape[1] == pytest.approx(clip.source_duration_s * RATE, abs=1)
+    assert clip.samples.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "w64"])
+def test_no_damage_gets_past_as_anything_but_sound_or_a_sentence(
+    read: Callable[..., Clip], capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Lengths, offsets and rates that lead outside the file or ask for all memory, and broken packets."""
+    sound, random = noise(0.3, 16_000), np.random.default_rng(0)
+    intact = written(sound, 16_000, format="W64") if kind == "w64" else encode(sound, 16_000, kind)
+    for _ in range(25):
+        content = bytearray(intact)
+        for place in random.integers(0, random.choice([400, len(content)]), 8):
+            content[place] = random.choice([0, 127, 128, 255])
+        try:
+            assert read(bytes(content)).samples.isfinite().all()
+        except AudioError as error:
+            assert str(error).startswith("input_audio ")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_cannot_be_read_on_ends_there() -> None:
+    class BreaksOff:
+        def demux(self, stream: object) -> Iterator[object]:
+            yield from (1, 2)
+            raise av.error.InvalidDataError(1, "Invalid data found")
+
+    assert [*_packets(BreaksOff(), None)] == [1, 2]  # type: ignore[arg-type]
+
+
+def test_a_cover_does_not_matter(read: Callable[..., Clip], tmp_path: Path) -> None:
+    assert read(with_cover(tmp_path)).source_duration_s == 1
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.wav\n#EXT-X-ENDLIST\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/x.wav\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile secret.wav\n",
+        "<?xml version='1.0'?><MPD><Period><AdaptationSet><Representation><BaseURL>secret.wav</BaseURL>"
+        "</Representation></AdaptationSet></Period></MPD>",
+    ],
+    ids=["hls", "hls to a server", "concat", "dash"],
+)
+def test_a_playlist_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, playlist: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.wav").write_bytes(encode(tone(440, 1, 44_100), 44_100, "wav16"))
+    for name in ("clip", "clip.m3u8", "clip.ffconcat", "clip.mpd"):
+        (tmp_path / name).write_text(playlist)
+        with pytest.raises(AudioError, match="not audio"):
+            read_clip(Path(name), sample_rate=RATE, channels=1)
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+    for name, word in (("pipe", "regular file"), (".", "regular file"), ("absent", "No such file")):
+        with pytest.raises(AudioError, match=word):
+            read_clip(tmp_path / name, sample_rate=RATE, channels=1)
+
+
+def test_size_is_limited_to_the_byte(read: Callable[..., Clip]) -> None:
+    content = encode(tone(440, 1, 44_100), 44_100, "wav16")
+    assert read(content, max_bytes=len(content)).samples.numel()
+    with pytest.raises(AudioError, match=f"input_audio is {len(content):,} bytes.* at most"):
+        read(content, max_bytes=len(content) - 1)
+
+
+def test_a_hundred_megabytes_are_the_default_limit(tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(100 * 2**20 + 1)
+    with pytest.raises(
+        AudioError, match=r"104,857,601 bytes; it must be at most 104,857,600 bytes \(100 MB\)"
+    ):
+        read_clip(tmp_path / "large", sample_rate=RATE, channels=1)
+
+
+@pytest.mark.parametrize("claimed", [16_000, 0, 2**32 - 1])
+def test_length_is_limited_by_what_is_decoded(read: Callable[..., Clip], claimed: int) -> None:
+    """The header's word counts for nothing, nor does a selection that would be short enough."""
+    sound = tone(440, 3, 8_000)
+    claimed = claimed or 2 * sound.shape[1]
+    content = wav_that_lies(sound, 8_000, claimed)
+    length_s = min(claimed / 16_000, 3)
+    assert read(content, max_duration_s=length_s).source_duration_s == length_s
+    with pytest.raises(AudioError, match="input_audio is longer than"):
+        read(content, max_duration_s=length_s - 0.001, end_s=1)
+
+
+def test_fifteen_minutes_are_the_default_limit(read: Callable[..., Clip]) -> None:
+    with pytest.raises(AudioError, match=r"longer than 900 s.*\(15 minutes\)"):
+        read(wav_that_lies(np.zeros((1, 901 * 8_000), np.float32), 8_000, 0))
+
+
+def test_progress_never_goes_back_and_ends_at_the_end(
+    read: Callable[..., Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("musicgen_svc.audio.TICK_S", 0)
+    calls: list[tuple[int, int]] = []
+    content = encode(tone(440, 3, 44_100), 44_100, "mp3")
+    read(content, tick=lambda done, total: calls.append((done, total)))
+    done = [at for at, _ in calls]
+    assert len(done) > 50
+    assert done == sorted(done)
+    assert {total for _, total in calls} == {len(content)}
+    assert done[-1] == len(content)
+
+
+@pytest.mark.parametrize("kind", ["mp3", "wav16", "webm"])
+def test_a_raising_tick_ends_the_reading_and_leaks_nothing(
+    read: Callable[..., Clip], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("musicgen_svc.audio.TICK_S", 0)
+
+    def stop(done: int, total: int) -> None:
+        if done > total / 3:
+            raise KeyboardInterrupt
+
+    content = encode(tone(440, 3, 48_000), 48_000, kind)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(KeyboardInterrupt):
+        read(content, tick=stop)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_memory_follows_the_result_not_the_source(read: Callable[..., Clip]) -> None:
+    """A second of source at a time, whatever is thrown away or mixed down."""
+    sound: Samples = np.zeros((8, 192_000 * 10), np.float32)
+    content = encode(sound, 192_000, "wav16", layout="7.1")
+    decoded = sound.nbytes
+    del sound
+    tracemalloc.start()
+    try:
+        read(content, channels=1, start_s=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < decoded / 8

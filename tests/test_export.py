@@ -1,0 +1,268 @@
+"""What is written: bytes, tags and lengths; and that a failed write leaves nothing and says why."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import av
+import mutagen.mp3
+import numpy as np
+import pytest
+import soundfile
+import torch
+from sounds import level_at, loudest_hz, noise, read_tags, tone
+
+from musicgen_svc.errors import GenerationError
+from musicgen_svc.export import write_audio
+
+RATE = 32_000
+TAGS = {"title": "MusicGen small 7", "comment": '{"seed": 7, "prompt": "café – 音楽 🎵"}'}
+KINDS = ["wav", "mp3"]
+
+
+def sound(channels: int = 1, duration_s: float = 1.3) -> torch.Tensor:
+    return torch.from_numpy(tone(440, duration_s, RATE, channels=channels))
+
+
+def decoded(path: Path) -> tuple[np.ndarray, int]:
+    """[C, T] and rate, by FFmpeg, which honours mp3's gapless header."""
+    with av.open(str(path)) as container:
+        planar = [
+            part.to_ndarray()
+            for frame in container.decode(audio=0)
+            for part in av.AudioResampler("fltp").resample(frame)
+        ]
+        return np.concatenate(planar, axis=1), container.streams.audio[0].rate
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [32_000, 44_100, 48_000])
+@pytest.mark.parametrize("length", [1, 500, 40_001])
+def test_what_was_given_comes_back(tmp_path: Path, kind: str, channels: int, rate: int, length: int) -> None:
+    path = tmp_path / f"song.{kind}"
+    samples = tone(440, 1.3, rate, channels=channels)[:, :length]
+    samples[-1] *= 0.5  # so that the channels differ
+    write_audio(torch.from_numpy(samples), rate, path, TAGS)
+    found, found_rate = decoded(path)
+    assert found_rate == rate
+    assert found.shape[0] == channels
+    # So short an mp3 is nearly all encoder delay; decoders keep a few samples of it.
+    assert found.shape[1] == pytest.approx(length, abs=50 if kind == "mp3" and length < 1152 else 0)
+    if kind == "wav":
+        np.testing.assert_allclose(found, samples, atol=0.5 / 2**15)
+    elif length > 10_000:
+        assert loudest_hz(found, rate) == pytest.approx(440, abs=1)
+        assert level_at(found, rate, 440) == pytest.approx(level_at(samples, rate, 440), rel=0.01)
+
+
+def test_wav_is_16_bits_rounded_half_to_even(tmp_path: Path) -> None:
+    steps = torch.tensor([[0, 0.5, 1.5, 2.5, -0.5, -1.5, 2**15, -(2**15), 2**15 - 1, 100.4]]) / 2**15
+    write_audio(steps, RATE, tmp_path / "steps.wav", {})
+    pcm, _ = soundfile.read(tmp_path / "steps.wav", dtype="int16")
+    assert pcm.tolist() == [0, 0, 2, 2, 0, -2, 32767, -32768, 32767, 100]
+    assert soundfile.info(tmp_path / "steps.wav").subtype == "PCM_16"
+
+
+def test_mp3_is_320_kbit_per_second_constant(tmp_path: Path) -> None:
+    path = tmp_path / "song.mp3"
+    write_audio(torch.from_numpy(noise(3, RATE)).clamp(-1, 1), RATE, path, {})
+    info = mutagen.mp3.MP3(path).info
+    assert (info.bitrate, info.bitrate_mode) == (320_000, mutagen.mp3.BitrateMode.CBR)
+    with av.open(str(path)) as container:
+        sizes = {packet.size for packet in container.demux(audio=0) if packet.size}
+    assert sizes == {320_000 // 8 * 1152 // RATE}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (TAGS, TAGS),
+        ({"title": "", "comment": "x"}, {"comment": "x"}),
+        ({"title": "a=b; c\\d\n'\"", "comment": "-i /etc/hostname"}, None),
+        ({"title": "half \ud83c, end\0ed", "comment": "x"}, {"title": "half ?, ended", "comment": "x"}),
+        ({"title": "long", "comment": "🎵" * 2000}, None),
+        ({}, {}),
+    ],
+    ids=["json", "empty", "special", "broken", "long", "none"],
+)
+def test_tags_are_found_by_other_readers(
+    tmp_path: Path, kind: str, given: dict[str, str], kept: dict[str, str] | None
+) -> None:
+    path = tmp_path / f"song.{kind}"
+    write_audio(sound(), RATE, path, given)
+    kept = given if kept is None else kept
+    found = {name: text for name, text in read_tags(path).items() if text}
+    assert found == kept
+    with av.open(str(path)) as container:  # what ffprobe shows
+        assert {name: text for name, text in container.metadata.items() if text} == kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_samples_and_tags_give_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    first, second = tmp_path / f"first.{kind}", tmp_path / f"other.{kind}"
+    write_audio(sound(2), RATE, first, TAGS)
+    time.sleep(1.1)  # a time stamp would have moved on
+    write_audio(sound(2), RATE, second, TAGS)
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_replaces_its_predecessor_and_nothing_else_stays(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"song.{kind}"
+    path.write_bytes(b"old")
+    write_audio(sound(), RATE, path, TAGS)
+    assert decoded(path)[0].shape == (1, sound().shape[1])
+    assert [*tmp_path.iterdir()] == [path]
+    path.with_name("new").touch()
+    assert path.stat().st_mode == path.with_name("new").stat().st_mode
+
+
+def test_pydub_leaves_nothing_in_the_machines_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").chmod(0o500)
+    write_audio(sound(), RATE, tmp_path / "out" / "song.mp3", TAGS)
+    assert [*(tmp_path / "tmp").iterdir()] == []
+
+
+def fake_ffmpeg(folder: Path, script: str) -> None:
+    (folder / "bin").mkdir()
+    program = folder / "bin" / "ffmpeg"
+    program.write_text(f"#!{shutil.which('bash')}\n{script}\n")
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("exit 3", ["ffmpeg failed"]),
+        ('echo "Error writing trailer: No space left on device" >&2; exit 1', ["No space left on device"]),
+        ("exit 0", ["shorter"]),
+        ('printf half >"${@: -1}"; exit 0', ["shorter"]),
+        ('printf half >"${@: -1}"; exit 1', ["ffmpeg failed"]),
+        ("kill -9 $$", ["ffmpeg failed"]),
+    ],
+    ids=["fails", "disk full", "writes nothing", "writes half", "half and fails", "is killed"],
+)
+@pytest.mark.filterwarnings("error")
+def test_what_ffmpeg_spoils_is_never_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, words: list[str]
+) -> None:
+    fake_ffmpeg(tmp_path, script)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "song.mp3"
+    with pytest.raises(GenerationError) as caught:
+        write_audio(sound(), RATE, path, TAGS)
+    for word in ("output_format is mp3", *words):
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is not None
+    assert [*path.parent.iterdir()] == []
+
+
+def test_the_systems_ffmpeg_comes_first_and_the_bundled_one_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_ffmpeg(tmp_path, "exit 3")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    write_audio(sound(), RATE, tmp_path / "song.mp3", TAGS)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(GenerationError, match="ffmpeg failed"):
+        write_audio(sound(), RATE, tmp_path / "song.mp3", TAGS)
+
+
+@pytest.mark.parametrize("absent", ["bundle", "program"])
+def test_a_missing_ffmpeg_is_said_and_wav_still_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if absent == "program":
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
+    else:
+        monkeypatch.setattr("imageio_ffmpeg._utils._get_ffmpeg_exe", lambda: None)
+    with pytest.raises(GenerationError, match="output_format is mp3 but ffmpeg was not found"):
+        write_audio(sound(), RATE, tmp_path / "song.mp3", TAGS)
+    write_audio(sound(), RATE, tmp_path / "song.wav", TAGS)
+    assert [*tmp_path.iterdir()] == [tmp_path / "song.wav"]
+
+
+FULL_DISK = """
+import resource, sys, torch
+from pathlib import Path
+from musicgen_svc.errors import GenerationError
+from musicgen_svc.export import write_audio
+
+folder, endless = Path(sys.argv[1]), resource.RLIM_INFINITY
+for case in sys.argv[2:]:
+    kind, limit = case.split()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), endless))
+    try:
+        write_audio(torch.zeros(1, 160_000), 32_000, folder / f"song.{kind}", {"title": "x" * 5000})
+    except GenerationError as error:
+        print(error)
+    assert not [*folder.iterdir()], [*folder.iterdir()]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (endless, endless))
+    write_audio(torch.zeros(1, 160_000), 32_000, folder / f"song.{kind}", {})
+    (folder / f"song.{kind}").unlink()
+"""
+
+
+def test_a_full_disk_is_said_leaves_nothing_and_passes(tmp_path: Path) -> None:
+    """A file size limit stands for the full disk. It strikes in the header, the samples, and pydub's wav."""
+    cases = ["wav 0", "wav 20", "wav 99999", "wav 320100", "mp3 0", "mp3 99999", "mp3 319000"]
+    command = [sys.executable, "-W", "error", "-c", FULL_DISK, str(tmp_path), *cases]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for case, sentence in zip(cases, result.stdout.splitlines(), strict=True):
+        assert f"output_format is {case[:3]} but the file could not be written" in sentence
+        assert "disk may be full" in sentence
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_raising_tick_ends_the_writing_at_once_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    samples = torch.from_numpy(noise(10, RATE, rms=0.1)).tile(60)
+    raised_s: list[float] = []
+
+    def stop(done: int, total: int) -> None:
+        raised_s.append(time.monotonic())
+        raise KeyboardInterrupt
+
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        write_audio(samples, RATE, tmp_path / f"song.{kind}", TAGS, tick=stop)
+    assert time.monotonic() - raised_s[0] < 2, "the whole encoding takes twice that on a fast machine"
+    assert [*tmp_path.iterdir()] == []
+    assert threading.active_count() == threads
+
+
+def test_two_mp3s_at_once_do_not_meet(tmp_path: Path) -> None:
+    def write(hz: int) -> None:
+        write_audio(torch.from_numpy(tone(hz, 2, RATE)), RATE, tmp_path / f"{hz}.mp3", {"title": str(hz)})
+
+    threads = [threading.Thread(target=write, args=(hz,)) for hz in (300, 500, 700)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for hz in (300, 500, 700):
+        path = tmp_path / f"{hz}.mp3"
+        assert loudest_hz(decoded(path)[0], RATE) == pytest.approx(hz, abs=1)
+        assert read_tags(path) == {"title": str(hz)}
+
+
+@pytest.mark.parametrize("bad", [[[1.5]], [[float("nan")]], [[-1.01]]])
+def test_samples_out_of_range_are_our_mistake(tmp_path: Path, bad: list[list[float]]) -> None:
+    with pytest.raises(AssertionError):
+        write_audio(torch.tensor(bad), RATE, tmp_path / "song.wav", {})
+    assert [*tmp_path.iterdir()] == []
