@@ -1,0 +1,255 @@
+"""A forward of our own over the weights of audiocraft's `LMModel`.
+
+The weights are shared with the model, not copied. The arithmetic is audiocraft's: embeddings and
+positions in the embeddings' dtype, a residual stream and LayerNorms in fp32, products and attention
+in the layers' dtype. On a CPU all of these are fp32; on a GPU audiocraft makes the layers alone fp16,
+and autocast does the rest. What differs is what is read: keys and values stay where they are, the
+text's are computed once per request, and rows that cannot change the result are left out.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musicgen_svc.compat import DelayedPatternProvider, LMModel
+from musicgen_svc.engine.kv_cache import Attention
+from musicgen_svc.engine.projections import Precision, Projection, projection
+from musicgen_svc.errors import WeightsError
+
+Conditions: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
+"""audiocraft's `condition_tensors`: name -> ([2, S, D] embedding, [2, S] mask); conditional row, null row."""
+
+Pulse: TypeAlias = Callable[[], None]
+"""Called a few times per layer; may raise to abandon a long prefill."""
+
+Norm: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer: every weight bound to the operation that reads it."""
+
+    norm: Norm
+    qkv: Projection
+    out: Projection
+    cross_norm: Norm | None
+    cross_query: Projection | None
+    cross_key_value: Tensor | None  # [2 * D, D], read once per request
+    cross_out: Projection | None
+    ff_norm: Norm
+    ff_in: Projection
+    ff_out: Projection
+
+
+class Decoder:
+    """Tokens and what came before -> logits.
+
+    Raises:
+        WeightsError: the model is built in a way that no released MusicGen is.
+    """
+
+    def __init__(self, lm: LMModel, precision: Precision = "reference") -> None:
+        check_architecture(lm)
+        self._lm = lm
+        self.delays: tuple[int, ...] = tuple(lm.pattern_provider.delays)
+        self.codebooks: int = lm.n_q
+        self.card: int = lm.card
+        self.dim: int = lm.dim
+        self.heads: int = lm.transformer.layers[0].self_attn.num_heads
+        self.weights: Tensor = lm.emb[0].weight
+        self._activation: Callable[[Tensor], Tensor] = lm.transformer.layers[0].activation
+        self.layers = [_layer(layer, precision) for layer in lm.transformer.layers]
+        self._out_norm = _norm(lm.out_norm)
+        self._logits = projection(_merged_heads(lm).to(self.dtype), precision)
+        self._table = torch.empty(0)
+        self.reserve(2048)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layers, and of all that is multiplied."""
+        dtype: torch.dtype = self._lm.transformer.layers[0].linear1.weight.dtype
+        return dtype
+
+    @property
+    def has_text(self) -> bool:
+        """Whether its layers attend to a text."""
+        return self.layers[0].cross_query is not None
+
+    def reserve(self, positions: int) -> None:
+        """Makes the table of position embeddings at least this long."""
+        if positions > len(self._table):
+            transformer = self._lm.transformer
+            table = position_table(
+                positions, self.dim, transformer.max_period, self.weights.dtype, self.device
+            )
+            self._table = transformer.positional_scale * table
+
+    def fuse(self, conditions: Conditions) -> tuple[Tensor, Tensor | None]:
+        """Conditions -> prefix [rows, P, D] and the text to attend to [rows, S, D], by audiocraft's fuser."""
+        rows = next((len(embedding) for embedding, _ in conditions.values()), 1)
+        return self._lm.fuser(self.weights.new_zeros(rows, 0, self.dim), dict(conditions))  # type: ignore[no-any-return]
+
+    def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows, S, D] -> keys and values of every layer, each [layers, rows, heads, S, head]."""
+        pairs = []
+        for layer in self.layers:
+            assert layer.cross_key_value is not None
+            pairs.append(self._split(F.linear(text.to(self.dtype), layer.cross_key_value), 2))
+        return torch.stack([key for key, _ in pairs]), torch.stack([value for _, value in pairs])
+
+    def logits(
+        self,
+        tokens: Tensor,
+        request_of_row: Tensor,
+        attention: Attention,
+        prefix: Tensor | None = None,
+        pulse: Pulse = lambda: None,
+    ) -> Tensor:
+        """The logits that follow the last of the new tokens.
+
+        tokens: [requests, K, T] new columns; request_of_row: [rows], as a request's rows read the same tokens
+        prefix: [rows, P, D], stands before the tokens; only in a prefill
+        Returns [rows, K, card] in the layers' dtype.
+        """
+        x = sum(F.embedding(tokens[:, k], self._lm.emb[k].weight) for k in range(self.codebooks))
+        assert isinstance(x, Tensor)
+        x = x[request_of_row].float()  # [rows, T, D]
+        if prefix is not None:
+            x = torch.cat([prefix.float(), x], dim=1)
+        x = x + self._table[attention.positions]
+        for index, layer in enumerate(self.layers):
+            x = self._forward(x, index, layer, attention, pulse)
+        hidden = self._out_norm(x[:, -1]).to(self.dtype)
+        return self._logits(hidden).view(len(hidden), self.codebooks, self.card)
+
+    def _forward(self, x: Tensor, index: int, layer: Layer, attention: Attention, pulse: Pulse) -> Tensor:
+        """[rows, T, D] -> the same."""
+        query, key, value = self._split(layer.qkv(layer.norm(x).to(self.dtype)), 3)
+        pulse()
+        x = x + layer.out(_joined(attention.attend(index, query, key, value)))
+        pulse()
+        if layer.cross_query is not None:
+            x = self._cross(x, index, layer, attention)
+            pulse()
+        inner = self._activation(layer.ff_in(layer.ff_norm(x).to(self.dtype)))
+        pulse()
+        return x + layer.ff_out(inner)
+
+    def _cross(self, x: Tensor, index: int, layer: Layer, attention: Attention) -> Tensor:
+        """Adds what the text says to the rows that have one; the rest would add exactly zero."""
+        assert layer.cross_norm and layer.cross_query and layer.cross_out
+        rows = attention.cross_rows
+        if rows is not None and len(rows) == 0:
+            return x
+        own = x if rows is None else x[rows]
+        (query,) = self._split(layer.cross_query(layer.cross_norm(own).to(self.dtype)), 1)
+        heard = layer.cross_out(_joined(attention.cross(index, query)))
+        return x + heard if rows is None else x.index_add(0, rows, heard.to(x.dtype))
+
+    def _split(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """[rows, T, parts * D] -> parts times [rows, heads, T, head]."""
+        rows, new, _ = packed.shape
+        return packed.view(rows, new, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def position_table(
+    positions: int, dim: int, max_period: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[positions, dim] cosines and sines in fp32, as `create_sin_embedding` has them.
+
+    The exponents are rounded to the embeddings' dtype, as there; the positions are not, since fp16 and
+    bf16 do not hold all of them.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=dtype, device=device) / (half - 1)
+    periods = torch.tensor(max_period, device=device) ** exponents.float()
+    phase = torch.arange(positions, dtype=torch.float32, device=device)[:, None] / periods
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+def check_architecture(lm: LMModel) -> None:
+    """Refuses what this forward would compute wrongly."""
+    layers = lm.transformer.layers
+    attentions = [layer.self_attn for layer in layers] + [
+        layer.cross_attention for layer in layers if layer.cross_attention is not None
+    ]
+    pattern = lm.pattern_provider
+    demands = {
+        "a delay pattern": isinstance(pattern, DelayedPatternProvider)
+        and not (pattern.flatten_first or pattern.empty_initial or min(pattern.delays)),
+        "sinusoidal positions": lm.transformer.positional_embedding == "sin",
+        "norms before the blocks": all(layer.norm_first for layer in layers) and lm.out_norm is not None,
+        "causal attention over the whole past": all(
+            layer.self_attn.causal and layer.self_attn.past_context is None for layer in layers
+        ),
+        "attention without norms or shared keys": all(
+            a.custom and not a.qk_layer_norm and a.kv_repeat == 1 for a in attentions
+        ),
+        "projections without biases": not any(
+            isinstance(m, nn.Linear) and m.bias is not None for m in (*lm.transformer.modules(), *lm.linears)
+        )
+        and all(a.in_proj_bias is None for a in attentions),
+        "layers without scales": all(isinstance(layer.layer_scale_1, nn.Identity) for layer in layers),
+        "prepended or cross-attended conditions": not any(
+            names for how, names in lm.fuser.fuse2cond.items() if how not in ("prepend", "cross")
+        ),
+    }
+    for demand, held in demands.items():
+        if not held:
+            raise WeightsError(
+                f"The language model cannot be decoded: {demand} was expected, as in every released MusicGen."
+            )
+
+
+def _layer(layer: Any, precision: Precision) -> Layer:
+    cross = layer.cross_attention
+    dim = layer.linear1.in_features
+
+    def bound(weight: Tensor) -> Projection:
+        return projection(weight, precision)
+
+    return Layer(
+        norm=_norm(layer.norm1),
+        qkv=bound(layer.self_attn.in_proj_weight),
+        out=bound(layer.self_attn.out_proj.weight),
+        cross_norm=None if cross is None else _norm(layer.norm_cross),
+        cross_query=None if cross is None else bound(cross.in_proj_weight[:dim]),
+        cross_key_value=None if cross is None else cross.in_proj_weight[dim:],
+        cross_out=None if cross is None else bound(cross.out_proj.weight),
+        ff_norm=_norm(layer.norm2),
+        ff_in=bound(layer.linear1.weight),
+        ff_out=bound(layer.linear2.weight),
+    )
+
+
+def _norm(module: nn.LayerNorm) -> Norm:
+    """LayerNorm in fp32; of its weights only fp16 ones are copied."""
+    weight, bias = module.weight.float(), module.bias.float()
+    return lambda x: F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+
+
+def _merged_heads(lm: LMModel) -> Tensor:
+    """[K * card, D]: one product for all codebooks. The model's own heads become, or are, views of it."""
+    weights: list[Tensor] = [linear.weight.data for linear in lm.linears]
+    first = weights[0]
+    in_a_row = [first.data_ptr() + k * first.nbytes for k in range(len(weights))]
+    one_storage = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    if one_storage and [weight.data_ptr() for weight in weights] == in_a_row:
+        return first.as_strided((len(weights) * lm.card, lm.dim), (lm.dim, 1))
+    merged = torch.cat(weights)
+    for linear, part in zip(lm.linears, torch.split(merged, lm.card), strict=True):
+        linear.weight.data = part
+    return merged
+
+
+def _joined(x: Tensor) -> Tensor:
+    """[rows, heads, T, head] -> [rows, T, D]."""
+    return x.transpose(1, 2).flatten(2)

@@ -1,0 +1,52 @@
+"""The only CUDA-graph code: a function without arguments, recorded once per key and then replayed.
+
+Recording and replaying is all this knows. What the function reads and writes must stay where it is
+in memory, and nothing in it may wait for the host.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+
+WARM_UP_CALLS = 2
+"""Before recording, so that libraries choose their kernels and allocate their workspaces outside of it."""
+
+
+class Graphed(Generic[Key]):
+    """`function(key)`, replayed as one launch where there is a GPU; called as it is elsewhere."""
+
+    def __init__(
+        self, function: Callable[[Key], None], device: torch.device, *, enabled: bool = True
+    ) -> None:
+        """`enabled=False` is the off switch: the same function, launched operation by operation."""
+        self._function = function
+        self._device = device
+        self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
+        self.enabled = enabled and device.type == "cuda"
+
+    def __call__(self, key: Key, rehearsal: Callable[[Callable[[], None]], None]) -> None:
+        """Runs the function.
+
+        `rehearsal(call)` calls `call` such that it leaves no trace; only used when `key` is new.
+        """
+        if not self.enabled:
+            self._function(key)
+            return
+        if key not in self._graphs:
+            rehearsal(lambda: self._record(key))
+        self._graphs[key].replay()
+
+    def _record(self, key: Key) -> None:
+        beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UP_CALLS):
+                self._function(key)
+        torch.cuda.current_stream(self._device).wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._function(key)
+        self._graphs[key] = graph

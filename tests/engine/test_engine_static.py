@@ -1,0 +1,199 @@
+"""The step that lives on the device, run here without a graph: the same code, the same promises.
+
+What only a GPU can show is marked `cuda`.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from _random_models import STEREO, Conditions, conditions, language_model
+from torch import Tensor
+
+from musicgen_svc.compat import LMModel
+from musicgen_svc.engine.engine import Engine, Slot
+from musicgen_svc.engine.static import Reach
+from musicgen_svc.request import SamplingParams
+
+CARD = 300
+GREEDY = SamplingParams(temperature=0)
+DRAWN = SamplingParams(top_k=40, temperature=1.2)
+
+
+@cache
+def model(kind: str, device: str = "cpu") -> LMModel:
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    delays = STEREO if kind == "text" else (0, 1, 2, 3)
+    return language_model(kind, delays=delays, card=CARD, device=device, dtype=dtype)
+
+
+def given_for(kind: str, seed: int = 0, device: str = "cpu") -> Conditions:
+    given = conditions(kind, seed=seed, tokens=4 + seed, chroma=9)
+    return {name: (tensor.to(device), mask.to(device)) for name, (tensor, mask) in given.items()}
+
+
+def opened(
+    engine: Engine,
+    given: Conditions,
+    sampling: SamplingParams,
+    *,
+    seed: int = 0,
+    length: int = 40,
+    frames: int = 0,
+) -> Slot:
+    prompt = torch.arange(engine.decoder.codebooks * frames).view(-1, frames) % CARD if frames else None
+    generator = torch.Generator().manual_seed(seed)
+    return engine.open(given, prompt=prompt, length=length, sampling=sampling, generator=generator)
+
+
+def finished(engine: Engine, slot: Slot) -> Tensor:
+    while not slot.done:
+        engine.step()
+    return slot.codes.cpu()
+
+
+@pytest.mark.parametrize("kind", ["text", "melody"])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("frames", [0, 15])
+def test_greedy_tokens_are_the_eager_engines(kind: str, guidance: float, frames: int) -> None:
+    sampling = SamplingParams(temperature=0, guidance=guidance)
+    static, eager = (Engine(model(kind), static=static) for static in (True, False))
+    expected = finished(eager, opened(eager, given_for(kind), sampling, frames=frames))
+    assert torch.equal(finished(static, opened(static, given_for(kind), sampling, frames=frames)), expected)
+    assert expected.unique().numel() > 10, "a model that repeats itself proves nothing"
+
+
+def test_requests_are_the_same_in_any_slot_and_company() -> None:
+    lm = model("text")
+    asks = [
+        (given_for("text", s), sampling, s) for s, sampling in enumerate((DRAWN, GREEDY, SamplingParams()))
+    ]
+
+    def alone(given: Conditions, sampling: SamplingParams, seed: int) -> Tensor:
+        engine = Engine(lm, static=True)
+        return finished(engine, opened(engine, given, sampling, seed=seed))
+
+    engine = Engine(lm, slots=3, static=True)
+    first = opened(engine, *asks[0][:2], seed=9, length=60)
+    slots = [opened(engine, given, sampling, seed=seed) for given, sampling, seed in asks[1:]]
+    for _ in range(10):
+        engine.step()
+    engine.close(first)  # its place is taken by one that joins later
+    late = opened(engine, *asks[0][:2], seed=asks[0][2])
+    assert late.place == first.place
+    for slot, ask in zip([late, *slots], asks, strict=True):
+        assert torch.equal(finished(engine, slot), alone(*ask))
+
+
+def test_seeds_differ_and_repeat() -> None:
+    engine = Engine(model("melody"), static=True)
+
+    def run(seed: int) -> Tensor:
+        slot = opened(engine, given_for("melody"), DRAWN, seed=seed)
+        codes = finished(engine, slot)
+        engine.close(slot)
+        return codes
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_a_rehearsed_step_leaves_no_trace() -> None:
+    engine = Engine(model("text"), static=True)
+    expected = finished(engine, slot := opened(engine, given_for("text"), DRAWN))
+    engine.close(slot)
+    slot = opened(engine, given_for("text"), DRAWN)
+    static = engine._static
+    assert static is not None
+    while not slot.done:
+        with torch.inference_mode():
+            static._without_a_trace(lambda: static._step(Reach(256, 64)))
+            assert int(static.filled[slot.place]) == slot.filled
+        engine.step()
+    assert torch.equal(slot.codes, expected)
+
+
+def test_a_place_forgets_the_text_of_who_had_it_before() -> None:
+    null = {name: (torch.zeros_like(tensor), mask) for name, (tensor, mask) in given_for("text").items()}
+    engine = Engine(model("text"), static=True)
+    engine.close(opened(engine, given_for("text"), GREEDY))
+    codes = finished(engine, opened(engine, null, GREEDY))
+    fresh = Engine(model("text"), static=True)
+    assert torch.equal(codes, finished(fresh, opened(fresh, null, GREEDY)))
+
+
+def test_generate_drives_the_static_batch() -> None:
+    engine = Engine(model("text"), static=True)
+    ticks: list[tuple[int, int]] = []
+    codes = engine.generate(
+        given_for("text"), prompt=None, length=40, sampling=DRAWN,
+        generator=torch.Generator().manual_seed(0), tick=lambda *at: ticks.append(at),
+    )  # fmt: skip
+    assert torch.equal(codes, finished(engine, opened(engine, given_for("text"), DRAWN)))
+    assert ticks[0] == (0, 43) and ticks[-1] == (43, 43)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("kind", ["text", "melody"])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_a_graph_generates_what_the_step_does(kind: str, sampling: SamplingParams) -> None:
+    codes = []
+    for graphs in (True, False):
+        engine = Engine(model(kind, "cuda"), slots=2, graphs=graphs)
+        slots = [opened(engine, given_for(kind, s, "cuda"), sampling, seed=s, length=300) for s in range(2)]
+        codes.append([finished(engine, slot) for slot in slots])
+    for recorded, launched in zip(*codes, strict=True):
+        assert torch.equal(recorded, launched)
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_a_step_never_waits_for_the_device() -> None:
+    engine = Engine(model("text", "cuda"))
+    slot = opened(engine, given_for("text", device="cuda"), DRAWN)
+    engine.step()  # records
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert slot.filled > 20
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("kind", ["text", "melody"])
+def test_logits_are_audiocrafts_under_autocast(kind: str) -> None:
+    lm, given = model(kind, "cuda"), given_for(kind, device="cuda")
+    engine = Engine(lm, static=False)
+    slot = opened(engine, given, GREEDY)
+    seen = [slot.logits]
+    while not slot.done:
+        engine.step()
+        seen.append(slot.logits)
+    with torch.inference_mode(), torch.autocast("cuda", torch.float16):
+        full = lm(slot.columns[None, :, :-1].repeat(2, 1, 1), [], given)
+    guided = full[1] + (full[0] - full[1]) * GREEDY.guidance
+    ours = torch.stack([logits for logits in seen if logits is not None], dim=1)
+    torch.testing.assert_close(ours.float(), guided.float(), atol=0.1, rtol=0.02)
+
+
+def test_buffers_grow_for_a_request_beyond_them() -> None:
+    """A prompt of 2,000 characters can have more T5 tokens than the buffers were made for."""
+    lm = model("text")
+    given = conditions("text", tokens=700)
+    sampling = SamplingParams(temperature=0)
+    expected = Engine(lm).generate(
+        given, prompt=None, length=20, sampling=sampling, generator=torch.Generator()
+    )
+    engine = Engine(lm, static=True)
+    for _ in range(2):
+        tokens = engine.generate(
+            given, prompt=None, length=20, sampling=sampling, generator=torch.Generator()
+        )
+        assert torch.equal(tokens, expected)
