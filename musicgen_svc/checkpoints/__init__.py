@@ -1,0 +1,18 @@
+"""One file per on-disk format: a path in, a configuration and a state dict out.
+
+opening.py               a path -> the format, by what is inside; the only entry
+torch_file.py            which of these wrote a torch.save file:
+  audiocraft_export.py     state_dict.bin and compression_state_dict.bin
+  dora.py                  checkpoint.th of a training
+  cog_trainer.py           trained_model.tar, which is no tar
+  lightning.py             last.ckpt
+  bare.py                  a language model's state dict and nothing else
+transformers_folder.py   config.json and safetensors
+lora.py                  adapter_config.json: PEFT's adapter on a base model
+archives.py              a tar or zip around any of them
+"""
+
+from musicgen_svc.checkpoints.opened import Checkpoint, CodecPointer, OpenedCheckpoint, TransformersPart
+from musicgen_svc.checkpoints.opening import open_checkpoint
+
+__all__ = ["Checkpoint", "CodecPointer", "OpenedCheckpoint", "TransformersPart", "open_checkpoint"]

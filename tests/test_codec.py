@@ -1,0 +1,330 @@
+"""The codec: one pass is audiocraft's to the bit, chunks give what one pass gives, memory is bounded."""
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from musicgen_svc import chunked_encodec
+from musicgen_svc.chunked_encodec import ChunkedStack
+from musicgen_svc.codec import Codec
+from musicgen_svc.compat import (
+    CompressionModel,
+    EncodecModel,
+    HFEncodecCompressionModel,
+    InterleaveStereoCompressionModel,
+)
+from musicgen_svc.errors import Stopped, WeightsError
+
+RATE_HZ, HOP = 32_000, 640
+SEANET = {
+    "channels": 1, "dimension": 8, "n_filters": 4, "n_residual_layers": 1, "ratios": [8, 5, 4, 4],
+    "norm": "weight_norm", "pad_mode": "constant", "true_skip": True, "compress": 2, "lstm": 2,
+}  # fmt: skip
+
+
+def encodec(renormalize: bool = False, **seanet: Any) -> EncodecModel:
+    """A small random EnCodec whose tokens differ from frame to frame and whose LSTM remembers seconds."""
+    from audiocraft.modules import SEANetDecoder, SEANetEncoder
+    from audiocraft.quantization import ResidualVectorQuantizer
+
+    options = SEANET | seanet
+    with torch.random.fork_rng([]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated", FutureWarning)
+        torch.manual_seed(0)
+        model = EncodecModel(
+            SEANetEncoder(**options),
+            SEANetDecoder(**options),
+            ResidualVectorQuantizer(dimension=options["dimension"], n_q=4, bins=64, kmeans_init=False),
+            frame_rate=50,
+            sample_rate=RATE_HZ,
+            channels=options["channels"],
+            causal=options.get("causal", False),
+            renormalize=renormalize,
+        ).eval()
+        for lstm in (m for m in model.modules() if isinstance(m, nn.LSTM)):
+            remember_for_seconds(lstm)
+        spread_codebooks(model)
+    return model
+
+
+def remember_for_seconds(lstm: nn.LSTM) -> None:
+    """Raises the forget gates' bias, so that a cell keeps 99.3 % of itself per frame."""
+    size = lstm.hidden_size
+    with torch.no_grad():
+        for layer in range(lstm.num_layers):
+            getattr(lstm, f"bias_ih_l{layer}")[size : 2 * size] = 5.0
+            getattr(lstm, f"weight_ih_l{layer}").mul_(2.0)
+
+
+@torch.no_grad()
+def spread_codebooks(model: EncodecModel) -> None:
+    """Entries taken from what the encoder makes of noise: every token gets used."""
+    residual = model.encoder(noise(10.0, model.channels)[None])
+    for layer in model.quantizer.vq.layers:
+        layer.codebook.copy_(residual[0, :, torch.randperm(residual.shape[-1])[:64]].T)
+        residual = residual - layer.decode(layer.encode(residual))
+
+
+def in_transformers(model: EncodecModel, **config: Any) -> HFEncodecCompressionModel:
+    """The same codec, the same weights, as transformers spells it."""
+    from transformers import EncodecConfig
+    from transformers import EncodecModel as TransformersEncodec
+
+    other = TransformersEncodec(
+        EncodecConfig(
+            **{
+                "sampling_rate": RATE_HZ, "audio_channels": 1, "target_bandwidths": [1.2], "hidden_size": 8,
+                "num_filters": 4, "upsampling_ratios": [8, 5, 4, 4], "codebook_size": 64,
+                "use_causal_conv": False, "use_conv_shortcut": False, "pad_mode": "constant",
+            } | config
+        )
+    ).eval()  # fmt: skip
+    for ours, theirs in [(model.encoder, other.encoder), (model.decoder, other.decoder)]:
+        values = list(ours.state_dict().values())
+        theirs.load_state_dict(dict(zip(theirs.state_dict(), values, strict=True)))
+    for vq, layer in zip(model.quantizer.vq.layers, other.quantizer.layers, strict=True):
+        layer.codebook.embed.copy_(vq.codebook)
+    return HFEncodecCompressionModel(other)
+
+
+def noise(seconds: float, channels: int = 1, seed: int = 1) -> Tensor:
+    """Noise that swells and fades: [C, T]."""
+    generator = torch.Generator().manual_seed(seed)
+    wav = torch.randn(channels, round(seconds * RATE_HZ), generator=generator)
+    swell = torch.sin(torch.arange(wav.shape[1]) * (2 * math.pi / RATE_HZ / 7.0))
+    return 0.3 * wav * (1.1 + swell)
+
+
+KINDS: dict[str, Callable[[EncodecModel], CompressionModel]] = {
+    "audiocraft": lambda m: m,
+    "transformers": in_transformers,
+    "audiocraft stereo": InterleaveStereoCompressionModel,
+    "transformers stereo": lambda m: InterleaveStereoCompressionModel(in_transformers(m)),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest) -> CompressionModel:
+    return KINDS[request.param](encodec())
+
+
+@torch.no_grad()
+def one_pass(model: CompressionModel, wav: Tensor) -> tuple[Tensor, Tensor]:
+    """audiocraft's own tokens [K, F] and samples [C, T]."""
+    tokens, scale = model.encode(wav[None])
+    assert scale is None
+    return tokens[0], model.decode(tokens)[0]
+
+
+def rms_db(difference: Tensor, reference: Tensor) -> float:
+    return 10 * math.log10(difference.pow(2).mean().item() / reference.pow(2).mean().item() + 1e-30)
+
+
+@pytest.mark.parametrize("samples", [1, 639, 640, 641, 100_000])
+def test_up_to_a_chunk_both_ways_are_audiocrafts_to_the_bit(model: CompressionModel, samples: int) -> None:
+    codec = Codec(model)
+    wav = noise(5.0, codec.channels)[:, :samples]
+    tokens, samples_back = one_pass(model, wav)
+    assert torch.equal(codec.encode(wav), tokens)
+    assert tokens.shape == (codec.codebooks, -(-samples // HOP))
+    assert torch.equal(codec.decode(tokens), samples_back)
+    assert samples_back.shape == (codec.channels, tokens.shape[1] * HOP)
+
+
+def test_chunks_together_are_one_pass(model: CompressionModel) -> None:
+    """On a minute; each channel of stereo is the same work again, so there on a third of it."""
+    channels = Codec(model).channels
+    wav = noise(60.0 / (1 if channels == 1 else 3) + 0.0071, channels)
+    tokens, samples = one_pass(model, wav)
+    assert tokens.unique().numel() > 50
+    for chunk_frames in (1500, 333) if channels == 1 else (333,):
+        codec = Codec(model, chunk_frames)
+        ours = codec.encode(wav)
+        assert ours.shape == tokens.shape
+        assert (ours == tokens).float().mean() >= 0.999
+        assert rms_db(codec.decode(tokens) - samples, samples) < -60
+
+
+def test_one_pass_needs_what_the_lstm_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the test above: an LSTM that began anew in every chunk would not pass it."""
+    remember = chunked_encodec._remember
+    monkeypatch.setattr(chunked_encodec, "_remember", lambda layer, x, state: remember(layer, x, None))
+    model = encodec()
+    wav = noise(20.0)
+    tokens, samples = one_pass(model, wav)
+    codec = Codec(model, chunk_frames=500)
+    assert (codec.encode(wav) == tokens).float().mean() < 0.6
+    assert rms_db(codec.decode(tokens) - samples, samples) > -45
+
+
+@pytest.mark.parametrize(
+    "seanet",
+    [
+        {"pad_mode": "reflect"},
+        {"causal": True},
+        {"n_residual_layers": 3, "dilation_base": 3, "residual_kernel_size": 5},
+        {"true_skip": False, "ratios": [7, 3, 2]},
+        {"lstm": 1, "norm": "none", "last_kernel_size": 11},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_every_chunk_sees_its_full_receptive_field(seanet: dict[str, Any]) -> None:
+    """For any SEANet and lengths that are no multiple of a frame or a chunk, to rounding."""
+    model = encodec(**seanet)
+    wav = noise(3.0, seed=2)[None, :, : 150 * HOP - 77]
+    for net, x in [(model.encoder, wav), (model.decoder, torch.randn(1, 8, 150))]:
+        stack, whole = ChunkedStack(net.model), net(x)
+        assert stack.cuttable
+        for chunk in (61, 34):
+            pieces = list(stack.run(x, chunk))
+            assert len(pieces) >= 3
+            assert all(piece.shape[-1] <= chunk * stack.rate_out for piece in pieces)
+            together = torch.cat(pieces, -1)
+            assert together.shape == whole.shape
+            assert (together - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize("seanet", [{"norm": "time_group_norm"}, {"lstm": 0}], ids=str)
+def test_what_is_not_understood_takes_one_pass(seanet: dict[str, Any]) -> None:
+    model = encodec(**seanet)
+    wav = noise(3.0)
+    tokens, samples = one_pass(model, wav)
+    codec = Codec(model, chunk_frames=40)
+    assert torch.equal(codec.encode(wav), tokens)
+    assert torch.equal(codec.decode(tokens), samples)
+
+
+def test_two_lstms_or_one_that_looks_back_in_time_are_not_cut() -> None:
+    layers = list(encodec().encoder.model)
+    assert ChunkedStack(layers).cuttable
+    assert not ChunkedStack([*layers, layers[-3]]).cuttable
+    layers[-3].lstm = nn.LSTM(64, 32, bidirectional=True)
+    assert not ChunkedStack(layers).cuttable
+
+
+def test_latents_are_the_quantizers_and_belong_to_their_channel(model: CompressionModel) -> None:
+    codec = Codec(model)
+    tokens = codec.encode(noise(1.0, codec.channels))
+    latents = codec.latents(tokens)
+    stereo = isinstance(model, InterleaveStereoCompressionModel)
+    mono = model.model if stereo else model
+    channels = model.get_left_right_codes(tokens[None]) if stereo else [tokens[None]]
+    assert torch.equal(latents, torch.cat([mono.decode_latent(codes) for codes in channels]))
+    assert latents.shape == (codec.channels, 8, tokens.shape[1])
+
+
+def test_both_channels_in_one_batch_sound_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = Codec(InterleaveStereoCompressionModel(encodec()), chunk_frames=100)
+    tokens = codec.encode(noise(3.0, channels=2))
+    one_by_one = codec.decode(tokens)
+    monkeypatch.setattr(Codec, "_rows_at_once", lambda self, device: 2)
+    assert rms_db(codec.decode(tokens) - one_by_one, one_by_one) < -100
+
+
+def test_a_codec_of_two_channels_needs_no_interleaving() -> None:
+    model = encodec(channels=2)
+    codec = Codec(model)
+    wav = noise(1.0, channels=2)
+    tokens, samples = one_pass(model, wav)
+    assert (codec.channels, codec.codebooks) == (2, 4)
+    assert torch.equal(codec.encode(wav), tokens)
+    assert torch.equal(codec.decode(tokens), samples)
+
+
+def test_what_the_codec_says_of_itself(model: CompressionModel) -> None:
+    codec = Codec(model)
+    stereo = isinstance(model, InterleaveStereoCompressionModel)
+    assert (codec.sample_rate, codec.hop, codec.frame_rate, codec.cardinality) == (RATE_HZ, HOP, 50.0, 64)
+    assert (codec.channels, codec.codebooks) == ((2, 8) if stereo else (1, 4))
+
+
+def test_the_same_codebooks_have_the_same_fingerprint_in_either_spelling() -> None:
+    one = encodec()
+    prints = {Codec(make(one)).fingerprint() for make in KINDS.values()}
+    assert len(prints) == 1
+    one.quantizer.vq.layers[3].codebook[5, 2] += 1e-6
+    assert Codec(one).fingerprint() not in prints
+
+
+def test_ticks_come_in_every_chunk_and_end_at_all(model: CompressionModel) -> None:
+    codec = Codec(model, chunk_frames=40)
+    seen: list[tuple[int, int]] = []
+    tokens = codec.encode(noise(3.0, codec.channels), lambda *args: seen.append(args))
+    ticks_of_encode, seen = seen, []
+    codec.decode(tokens, lambda *args: seen.append(args))
+    for ticks in (ticks_of_encode, seen):
+        total = ticks[-1][1]
+        assert [done for done, _ in ticks] == list(range(1, total + 1))
+        assert {t for _, t in ticks} == {total}
+        assert total >= 4 * codec.channels * 3  # chunks, channels, stages
+
+
+@pytest.mark.parametrize("at", [1, 20])
+def test_a_tick_that_raises_ends_the_work_and_harms_nothing(at: int) -> None:
+    codec = Codec(encodec(), chunk_frames=40)
+    wav = noise(3.0)
+    tokens = codec.encode(wav)
+    samples = codec.decode(tokens)
+
+    def stop(done: int, total: int) -> None:
+        if done == at:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        codec.encode(wav, stop)
+    with pytest.raises(Stopped):
+        codec.decode(tokens, stop)
+    assert torch.equal(codec.encode(wav), tokens)
+    assert torch.equal(codec.decode(tokens), samples)
+
+
+def test_tokens_that_are_no_codes_are_our_own_mistake() -> None:
+    codec = Codec(encodec())
+    for tokens in (torch.full((4, 3), 64), torch.full((4, 3), -1), torch.zeros(8, 3, dtype=torch.int64)):
+        with pytest.raises(AssertionError):
+            codec.decode(tokens)
+    with pytest.raises(AssertionError):
+        codec.encode(noise(1.0, channels=2))
+
+
+@pytest.mark.parametrize("config", [{"normalize": True}, {"chunk_length_s": 1.0, "overlap": 0.01}])
+def test_a_codec_with_more_than_tokens_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(WeightsError, match=f"{next(iter(config))} {next(iter(config.values()))}"):
+        Codec(in_transformers(encodec(), **config))
+    with pytest.raises(WeightsError, match="renormalize true"):
+        Codec(encodec(renormalize=True))
+
+
+def status_mb(field: str) -> float:
+    """A line of Linux' account of this process: VmRSS, its memory now; VmHWM, the peak of that."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
+
+
+def grown_mb(codec: Codec, seconds: float) -> float:
+    """By how much memory grows at the most while audio goes there and back."""
+    wav = torch.zeros(1, int(seconds * RATE_HZ)).normal_(generator=torch.Generator().manual_seed(0))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = status_mb("VmRSS")
+    codec.decode(codec.encode(wav))
+    return status_mb("VmHWM") - before
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' memory peak")
+def test_memory_is_that_of_a_chunk_however_long_the_audio() -> None:
+    """15 minutes need what 1 minute does and the samples that come out; at full size, below 2 GB."""
+    small, wide = Codec(encodec(n_filters=2)), Codec(encodec(n_filters=16))
+    grown_mb(small, 60), grown_mb(wide, 30)  # what torch and the allocator keep from a first time
+    minute, quarter, chunk = grown_mb(small, 60), grown_mb(small, 900), grown_mb(wide, 30)
+    samples = 900 * RATE_HZ * 4 / 1e6
+    assert quarter < minute + samples + 20, (minute, quarter)
+    # Activations are proportional to the filters, of which MusicGen's codec has 64.
+    assert chunk * 64 / 16 + samples < 2_000, chunk
