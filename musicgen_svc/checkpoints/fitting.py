@@ -1,0 +1,35 @@
+"""Whether a state dict is the one that a module needs."""
+
+from collections.abc import Mapping
+
+import torch
+
+from musicgen_svc.checkpoints.opened import some
+from musicgen_svc.errors import WeightsError
+
+
+def check_fit(
+    own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], what: str, origin: str
+) -> None:
+    """Compares names and shapes of a module's `own` state with those of a checkpoint.
+
+    Args:
+        what: the module, as the message calls it: `language model`.
+        origin: the checkpoint's format and path.
+
+    Raises:
+        WeightsError: names are missing or unexpected, or shapes differ; the message names the first few.
+    """
+    faults = []
+    for kind, names in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys())):
+        if names:
+            faults.append(f"{kind} are {some(sorted(names))}")
+    shapes = [
+        f"{name} is {list(state[name].shape)} where {list(own[name].shape)} belongs"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    if shapes:
+        faults.append(f"of another shape are {some(shapes)}")
+    if faults:
+        raise WeightsError(f"{origin} does not fit its configuration as a {what}: {'; '.join(faults)}.")

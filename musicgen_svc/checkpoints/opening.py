@@ -1,0 +1,87 @@
+"""A path -> the checkpoint there, whatever tool wrote it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from musicgen_svc.checkpoints.archives import MAX_UNPACKED_BYTES, is_archive, unpacked
+from musicgen_svc.checkpoints.lora import LoraFolder
+from musicgen_svc.checkpoints.opened import OpenedCheckpoint
+from musicgen_svc.checkpoints.tensors import read_json
+from musicgen_svc.checkpoints.torch_file import lm_files, open_file
+from musicgen_svc.checkpoints.transformers_folder import MODEL_TYPES, TransformersFolder
+from musicgen_svc.errors import WeightsError
+
+_MAX_DEPTH = 8  # of folders around the one that matters, in an archive
+
+
+def open_checkpoint(
+    path: Path, *, base: Callable[[str], Path] | None = None, strength: float = 1.0,
+    cache: Path | None = None, limit_bytes: int = MAX_UNPACKED_BYTES,
+) -> OpenedCheckpoint:  # fmt: skip
+    """Opens a file or folder by what is inside.
+
+    Args:
+        base: the model's name that an adapter was trained on -> where it lies.
+        strength: of an adapter; 0 is the base, 1 what was trained.
+        cache: the folder in which an archive is unpacked, once for each content.
+        limit_bytes: the most that an archive may unpack to.
+
+    Raises:
+        WeightsError: nothing there is a MusicGen, or it is unsafe or cannot be read.
+    """
+    if not path.exists():
+        raise WeightsError(f"{path} is missing.")
+    if path.is_file() and is_archive(path):
+        if cache is None:
+            raise WeightsError(
+                f"{path} is an archive, and no folder to unpack it in is set: unpack it first."
+            )
+        path = _heart(unpacked(path, cache, limit_bytes))
+    if path.is_file():
+        return open_file(path)
+    return _open_folder(path, base, strength)
+
+
+def _open_folder(folder: Path, base: Callable[[str], Path] | None, strength: float) -> OpenedCheckpoint:
+    if (folder / "adapter_config.json").is_file():
+        return LoraFolder(folder, lambda name: _open_base(name, folder, base), strength)
+    files = lm_files(folder)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:4])
+        raise WeightsError(f"{folder} holds {len(files)} language models ({names}): name one of the files.")
+    if files:
+        return open_file(files[0], folder)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise WeightsError(
+            f"{folder} holds no MusicGen: an audiocraft export, a dora checkpoint, a Cog trainer's file, "
+            "a Lightning checkpoint, a bare state dict, a transformers folder or a LoRA adapter is one."
+        )
+    kind = read_json(config).get("model_type")
+    if kind not in MODEL_TYPES:
+        wanted = " or ".join(MODEL_TYPES)
+        raise WeightsError(f"{folder} is a transformers folder of type {kind!r:.40}; it must be {wanted}.")
+    return TransformersFolder(folder)
+
+
+def _open_base(name: str, adapter: Path, base: Callable[[str], Path] | None) -> OpenedCheckpoint:
+    if base is None:
+        raise WeightsError(f"The LoRA adapter {adapter} needs {name!r:.80}, and no base models are known.")
+    path = base(name)
+    if not path.is_dir():
+        return open_file(path)
+    if (path / "adapter_config.json").is_file():
+        raise WeightsError(f"The LoRA adapter {adapter} needs {name!r:.80}, which is an adapter itself.")
+    return _open_folder(path, None, 1.0)
+
+
+def _heart(folder: Path) -> Path:
+    """Goes down while there is nothing but one entry: archives often hold a folder, or one file."""
+    for _ in range(_MAX_DEPTH):
+        entries = list(folder.iterdir())
+        if len(entries) != 1:
+            break
+        folder = entries[0]
+        if folder.is_file():
+            break
+    return folder

@@ -1,0 +1,70 @@
+"""What the torch.save files of different tools have in common, once each tool's wrapping is off."""
+
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+
+from musicgen_svc.checkpoints.configs import codec_config, lm_config
+from musicgen_svc.checkpoints.opened import Checkpoint
+from musicgen_svc.checkpoints.released import infer_config, with_window
+from musicgen_svc.checkpoints.spelling import State, plain_attention, plain_weight_norm
+
+_FIRST = "emb.0.weight"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model in the file of a known tool, as the tool wrote it."""
+
+    format: str
+    state: State
+    config: Any = None
+    """`xp.cfg`, where the tool keeps one."""
+
+    @property
+    def is_lm(self) -> bool:
+        return _FIRST in self.state
+
+    @property
+    def is_codec(self) -> bool:
+        return any(key.startswith("quantizer.") for key in self.state)
+
+
+def is_state(value: object) -> TypeGuard[State]:
+    """Whether it is a state dict: tensors by name, and at least one."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
+    )
+
+
+def without_prefix(state: State) -> State | None:
+    """The language model that lies at some depth in a state dict; of several, the one called `model`."""
+    prefixes = [key.removesuffix(_FIRST) for key in state if key == _FIRST or key.endswith(f".{_FIRST}")]
+    if len(prefixes) > 1 and "model." in prefixes:
+        prefixes = ["model."]
+    if len(prefixes) != 1:
+        return None
+    prefix = prefixes[0]
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def as_lm(found: Found, origin: str) -> Checkpoint:
+    """
+    Raises:
+        WeightsError: its configuration is no MusicGen's, or its tensors do not tell it.
+    """
+    state = with_window(plain_attention(found.state))
+    if found.config is None:
+        return Checkpoint(infer_config(state, origin), state, origin)
+    return Checkpoint(lm_config(found.config, origin), state, origin)
+
+
+def as_codec(found: Found, origin: str) -> Checkpoint:
+    """
+    Raises:
+        WeightsError: it has no configuration.
+    """
+    return Checkpoint(codec_config(found.config, origin), plain_weight_norm(found.state), origin)

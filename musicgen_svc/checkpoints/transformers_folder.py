@@ -1,0 +1,157 @@
+"""A folder of transformers' `save_pretrained`: MusicGen or MusicGen Melody, with its codec and T5 inside."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from musicgen_svc.checkpoints.opened import (
+    Checkpoint,
+    CodecPointer,
+    OpenedCheckpoint,
+    TransformersPart,
+    component_name,
+    some,
+)
+from musicgen_svc.checkpoints.released import (
+    ENCODEC,
+    PROVIDER,
+    T5_BY_WIDTH,
+    infer_config,
+    with_window,
+)
+from musicgen_svc.checkpoints.spelling import State, parametrized_weight_norm
+from musicgen_svc.checkpoints.tensors import read_json, read_tensors, tensor_files
+from musicgen_svc.checkpoints.transformers_names import (
+    AUDIO_ENCODER,
+    TEXT_ENCODER,
+    THIRDS,
+    name_of_third,
+    place,
+)
+from musicgen_svc.errors import WeightsError
+
+MODEL_TYPES = ("musicgen", "musicgen_melody")
+TEXT_ENCODER_NAME = "text_encoder"
+"""What the configuration calls a T5 of no released width: it is in no folder but this one."""
+
+_STEMS = ("model.safetensors", "pytorch_model.bin")
+_POSITIONS = "decoder.model.decoder.embed_positions.weights"  # a constant that older versions saved
+_TIED = ("shared.weight", "encoder.embed_tokens.weight")
+_CHROMA_HOP_S = 4096 / 32_000
+
+
+class TransformersFolder(OpenedCheckpoint):
+    """A MusicGen in transformers' spelling."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            WeightsError: its files are missing or cannot be read.
+        """
+        self._json = read_json(folder / "config.json")
+        self._melody = self._json.get("model_type") == "musicgen_melody"
+        self.format = f"transformers folder ({self._json.get('model_type')})"
+        self.path = folder
+        self.files = tensor_files(folder, _STEMS)
+        self._origin = f"The {self.format} {folder}"
+        self._tensors = read_tensors(self.files)
+
+    def config(self) -> DictConfig:
+        decoder, text = self._section("decoder"), self._section("text_encoder")
+        activation = decoder.get("activation_function", "gelu")
+        if activation != "gelu":
+            raise WeightsError(f"{self._origin} has the activation {activation!r:.40}; MusicGen's is 'gelu'.")
+        config = infer_config(
+            # Shapes alone: nothing is read or joined.
+            self._state({name: tensor.to("meta") for name, tensor in self._tensors.items()}),
+            self._origin,
+            heads=self._number(decoder, "num_attention_heads", 16),
+            stereo=self._number(decoder, "audio_channels", 1) == 2,
+            t5=T5_BY_WIDTH.get(self._number(text, "d_model", 512), TEXT_ENCODER_NAME),
+        )
+        if self._melody:
+            frames = self._number(self._json, "chroma_length", 235)
+            config.dataset.segment_duration = _duration_s(frames)
+        return config
+
+    def lm(self) -> Checkpoint:
+        return Checkpoint(self.config(), self._state(self._tensors), self._origin)
+
+    def codec(self) -> TransformersPart | CodecPointer:
+        state = _under(AUDIO_ENCODER, self._tensors)
+        if not state:
+            return CodecPointer(component_name(ENCODEC))
+        return TransformersPart(self._section("audio_encoder"), parametrized_weight_norm(state), self._origin)
+
+    def text_encoder(self) -> TransformersPart | None:
+        state = _under(TEXT_ENCODER, self._tensors)
+        if not state:
+            return None
+        # One tensor under two names, of which safetensors keeps one.
+        for kept, left_out in (_TIED, _TIED[::-1]):
+            if kept in state:
+                state.setdefault(left_out, state[kept])
+        return TransformersPart(self._section("text_encoder"), state, self._origin)
+
+    def _section(self, name: str) -> dict[str, Any]:
+        section = self._json.get(name)
+        return section if isinstance(section, dict) else {}
+
+    def _number(self, section: dict[str, Any], key: str, default: int) -> int:
+        """transformers leaves out of its file what has its default."""
+        value = section.get(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise WeightsError(f"{self._origin} has {key} {value!r:.40}; it must be an integer above 0.")
+        return value
+
+    def _state(self, tensors: State) -> State:
+        """The language model in audiocraft's spelling."""
+        state: State = {}
+        thirds: dict[str, dict[int, torch.Tensor]] = {}
+        unexpected = []
+        for name, tensor in tensors.items():
+            if name.startswith((TEXT_ENCODER, AUDIO_ENCODER)) or name == _POSITIONS:
+                continue
+            target = place(name)
+            if target is None:
+                unexpected.append(name)
+            elif target.third is None:
+                state[target.key] = tensor
+            else:
+                thirds.setdefault(target.key, {})[target.third] = tensor
+        if unexpected:
+            raise WeightsError(f"{self._origin} holds tensors that no MusicGen has: {some(unexpected)}.")
+        missing = [name_of_third(key, i) for key, parts in thirds.items() for i in THIRDS if i not in parts]
+        if missing:
+            raise WeightsError(f"{self._origin} lacks tensors: {some(missing)}.")
+        for key, parts in thirds.items():
+            if len({part.shape for part in parts.values()}) > 1:
+                shapes = ", ".join(str(list(parts[i].shape)) for i in THIRDS)
+                raise WeightsError(f"{self._origin} has q, k and v of several shapes at {key}: {shapes}.")
+            state[key] = torch.cat([parts[i] for i in THIRDS])
+        self._project(state, "description", self._number(self._section("text_encoder"), "d_model", 512))
+        if self._melody:
+            self._project(state, "self_wav", self._number(self._json, "num_chroma", 12))
+        return with_window(state)
+
+    def _project(self, state: State, conditioner: str, width: int) -> None:
+        """transformers has no projection where both sides are equally wide; audiocraft always has one."""
+        key = f"{PROVIDER}{conditioner}.output_proj"
+        first = state.get("emb.0.weight")
+        if first is not None and f"{key}.weight" not in state and first.shape[-1] == width:
+            state[f"{key}.weight"] = torch.eye(width, dtype=first.dtype, device=first.device)
+            state[f"{key}.bias"] = torch.zeros(width, dtype=first.dtype, device=first.device)
+
+
+def _under(prefix: str, tensors: State) -> State:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _duration_s(chroma_frames: int) -> float:
+    """The shortest audio of so many frames of chroma; whole seconds, if such audio has no frame more."""
+    shortest_s = (chroma_frames - 1) * _CHROMA_HOP_S
+    whole_s = math.ceil(shortest_s)
+    return whole_s if whole_s - shortest_s < _CHROMA_HOP_S else round(shortest_s + 0.02, 3)

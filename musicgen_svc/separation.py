@@ -1,0 +1,73 @@
+"""Demucs: audio -> the stems that carry its melody."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from musicgen_svc.errors import WeightsError
+from musicgen_svc.ticks import Tick, no_tick
+
+MELODIC_STEMS = ("vocals", "other")
+_ARCHITECTURES = ("demucs.htdemucs.HTDemucs", "demucs.hdemucs.HDemucs", "demucs.demucs.Demucs")
+_BAG = "htdemucs"
+
+
+class Separator:
+    """Keeps vocals and accompaniment, leaves out drums and bass: what audiocraft calls the melody."""
+
+    def __init__(self, bag: Any, sample_rate: int) -> None:
+        self._bag = bag
+        self._sample_rate = sample_rate
+        self._stems = [bag.sources.index(stem) for stem in MELODIC_STEMS]
+
+    @torch.inference_mode()
+    def __call__(self, audio: torch.Tensor, tick: Tick = no_tick) -> torch.Tensor:
+        """[B, 1, T] -> [B, 1, T], at the separator's rate. Draws one time shift from `random`."""
+        from demucs.apply import apply_model
+        from demucs.audio import convert_audio
+
+        mix = convert_audio(audio, self._sample_rate, self._bag.samplerate, self._bag.audio_channels)
+        length = mix.shape[-1]
+        stems = apply_model(
+            self._bag, mix, device=mix.device, callback=lambda event: tick(event["segment_offset"], length)
+        )
+        melody = stems[:, self._stems].sum(1)
+        mono: torch.Tensor = convert_audio(melody, self._bag.samplerate, self._sample_rate, 1)
+        return mono
+
+
+def load_separator(folder: Path, sample_rate: int, device: torch.device) -> Separator:
+    """Demucs from the files of its Hugging Face repository.
+
+    Raises:
+        WeightsError: files are missing, unreadable, or name something that is no Demucs.
+    """
+    from demucs.apply import BagOfModels
+
+    try:
+        bag = yaml.safe_load((folder / f"{_BAG}.yaml").read_text())
+        models = [_load_model(folder / f"{signature}.safetensors") for signature in bag["models"]]
+    except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError, RuntimeError) as exc:
+        raise WeightsError(f"{folder} does not hold a Demucs model: {exc}") from exc
+    bag_of_models = BagOfModels(models, bag.get("weights"), bag.get("segment"))
+    missing = set(MELODIC_STEMS) - set(bag_of_models.sources)
+    if missing:
+        raise WeightsError(f"The Demucs model in {folder} has no stem called {' or '.join(sorted(missing))}.")
+    return Separator(bag_of_models.to(device).eval(), sample_rate)
+
+
+def _load_model(path: Path) -> Any:
+    """One model. Its metadata names a class to build: only Demucs' own are built."""
+    from demucs.hf import load_safetensors_model
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("klass") not in _ARCHITECTURES:
+        raise ValueError(f"{path.name} names the class {metadata.get('klass')!r}")
+    if "_class" in json.dumps(json.loads(metadata.get("structure", "null"))):
+        raise ValueError(f"{path.name} names classes in its structure")
+    return load_safetensors_model(path)

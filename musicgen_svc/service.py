@@ -1,0 +1,152 @@
+"""The service behind Cog: one device thread, one request after the other, one sentence per failure."""
+
+import asyncio
+import contextvars
+import gc
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from musicgen_svc.catalog import read_catalog
+from musicgen_svc.errors import GenerationError, ServiceError, Stopped
+from musicgen_svc.loader import Loader
+from musicgen_svc.pipeline import Pipeline, Result
+from musicgen_svc.progress import StopFlag
+from musicgen_svc.request import Request
+from musicgen_svc.settings import Settings
+from musicgen_svc.storage import WorkFolder
+from musicgen_svc.verification import check_sizes
+from musicgen_svc.weights import Weights
+
+RecordMetric = Callable[[str, object], None]
+
+
+class Service:
+    """All that `predict.py` talks to."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        # CUDA graphs, streams and grad mode belong to a thread, and Cog calls from any thread:
+        # everything that touches the device runs on this one.
+        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._work = WorkFolder(settings.work_dir)
+        self._pipeline: Pipeline | None = None
+        self._device_failed = threading.Event()
+
+    def start(self, weights: str | None) -> None:
+        """Loads `finetuned`: the checkpoint in `weights`, or the one in the weights folder.
+
+        Raises:
+            ServiceError: what is missing or wrong.
+        """
+        try:
+            self._device_thread.submit(self._start, weights).result()
+        except ServiceError:
+            traceback.print_exc()
+            raise
+
+    def _start(self, given: str | None) -> None:
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        device = _device(self._settings.device)
+        check_sizes(self._settings.weights_dir)
+        weights = Weights.at(self._settings.weights_dir, read_catalog(), given)
+        loader = Loader(weights, device, self._settings)
+        model = loader.start()
+        self._pipeline = Pipeline(loader, tag_prompt=self._settings.tag_prompt)
+        print(f"{model.name} from {model.folder} is ready on {device}.")
+
+    def healthy(self) -> bool:
+        """False once the device has failed for good. Never waits for the device."""
+        return not self._device_failed.is_set()
+
+    async def predict(self, fields: dict[str, object], record_metric: RecordMetric) -> Path:
+        """One prediction; its file stays for the grace period of the settings.
+
+        Raises:
+            ServiceError: with the one sentence that the user reads.
+            asyncio.CancelledError: the client cancelled; the device is free again by then.
+        """
+        request = Request.from_fields(fields, self._settings.max_duration_s)
+        print(f"seed: {request.seed}")
+        record_metric("seed", request.seed)
+        stop = StopFlag(self._settings.max_request_s)
+        folder = self._work.new_request()
+        grace_s = 0.0
+        try:
+            result = await self._on_device(request, stop, folder)
+            grace_s = self._settings.output_grace_s
+        finally:
+            self._work.release(folder, grace_s)
+        for name, value in result.metrics.items():
+            record_metric(name, value)
+        return result.path
+
+    async def _on_device(self, request: Request, stop: StopFlag, folder: Path) -> Result:
+        assert self._pipeline is not None, "start() comes first"
+        # Cog tells predictions' log lines apart by context, which a thread does not inherit.
+        context = contextvars.copy_context()
+        job = self._device_thread.submit(context.run, self._run, self._pipeline, request, stop, folder)
+        future = asyncio.wrap_future(job)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            stop.cancel()
+            await asyncio.wait([future])
+            future.cancelled() or future.exception()  # read, so that asyncio does not report it as lost
+            raise
+
+    def _run(self, pipeline: Pipeline, request: Request, stop: StopFlag, folder: Path) -> Result:
+        """On the device thread. Whatever goes wrong becomes one sentence, its cause goes to the log."""
+        try:
+            return pipeline.run(request, stop, folder)
+        except Stopped:
+            raise
+        except ServiceError:
+            traceback.print_exc()
+            raise
+        except Exception as exc:
+            traceback.print_exc()
+            raise self._failure(exc) from None
+
+    def _failure(self, exc: Exception) -> GenerationError:
+        if _is_out_of_memory(exc):
+            exc.__traceback__ = None  # its frames hold the tensors that filled the memory
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return GenerationError(
+                "The device ran out of memory: ask for a shorter duration, a shorter clip or a smaller model."
+            )
+        if isinstance(exc, torch.AcceleratorError):
+            self._device_failed.set()
+            return GenerationError(
+                "The device failed and the service must be restarted; its log has the cause."
+            )
+        return GenerationError(f"The service failed ({type(exc).__name__}); its log has the cause.")
+
+
+def _is_out_of_memory(exc: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError out of its allocator.
+    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(exc, RuntimeError) and "can't allocate memory" in str(exc)
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ServiceError(
+            f"MUSICGEN_DEVICE is {name!r}; it must be auto, cpu, cuda or cuda:<number>."
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ServiceError(f"MUSICGEN_DEVICE is {name!r}, but no GPU can be used here.")
+    return device

@@ -1,0 +1,96 @@
+"""Tiny models for the formats' tests, and logits by audiocraft's own model and by ours as loaded."""
+
+from typing import Any
+
+import _tiny_weights
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from musicgen_svc.building import build_lm, build_melody_conditioner
+from musicgen_svc.checkpoints import Checkpoint
+from musicgen_svc.compat import LMModel, builders
+from musicgen_svc.conditioning import Conditioner, TextConditioner
+
+CPU = torch.device("cpu")
+PROVIDER = "condition_provider.conditioners."
+Package = dict[str, Any]
+
+
+def config_of(name: str) -> Package:
+    """A released model's configuration of tiny sizes, its heads 64 wide as theirs."""
+    config = _tiny_weights._lm_config(name)
+    config["transformer_lm"]["num_heads"] = 1
+    return config
+
+
+def lm_of(config: Package, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A language model's weights, fp32."""
+    with _tiny_weights._seeded(seed):
+        state = _tiny_weights._lm_checkpoint(config)["best_state"]
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def codec_package() -> Package:
+    """What audiocraft's export writes for a codec."""
+    with _tiny_weights._seeded(1):
+        return _tiny_weights._codec_checkpoint()
+
+
+def inputs(codebooks: int, card: int, text_width: int, chroma: bool) -> tuple[torch.Tensor, ...]:
+    """Tokens [2, K, 7], text [2, 5, W] and, for a melody, chroma [2, 235, 12]."""
+    random = torch.Generator().manual_seed(4)
+    tokens = torch.randint(0, card + 1, (2, codebooks, 7), generator=random)
+    text = torch.randn(2, 5, text_width, generator=random)
+    return tokens, text, *([torch.rand(2, 235, 12, generator=random)] if chroma else [])
+
+
+def build(checkpoint: Checkpoint) -> LMModel:
+    """The language model that the service would run, without T5 and Demucs."""
+    width = checkpoint.state[PROVIDER + "description.output_proj.weight"].shape[1]
+    text = TextConditioner(nn.Identity(), None, width, checkpoint.config.transformer_lm.dim)
+    melody = None
+    if "self_wav" in checkpoint.config.conditioners:
+        melody = build_melody_conditioner(checkpoint.config, lambda wav, _: wav, 32_000, CPU)
+    return build_lm(checkpoint, Conditioner(text, melody), CPU)
+
+
+@torch.inference_mode()
+def logits(checkpoint: Checkpoint) -> torch.Tensor:
+    """[2, K, 7, card] of the loaded model."""
+    lm = build(checkpoint)
+    own = lm.condition_provider.conditioners
+    width = own["description"].output_proj.in_features
+    tokens, text, *chroma = inputs(lm.n_q, lm.card, width, "self_wav" in own)
+    return lm(tokens, [], _conditions(text, chroma, lambda name: own[name].output_proj))
+
+
+@torch.inference_mode()
+def reference_logits(config: Package, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The same by audiocraft's own model of that configuration."""
+    without = OmegaConf.create(config | {"device": "cpu", "dtype": "float32", "conditioners": {}})
+    lm = builders.get_lm_model(without).eval()
+    lm.load_state_dict({name: t for name, t in state.items() if not name.startswith(PROVIDER)})
+    size = config["transformer_lm"]
+    width = state[PROVIDER + "description.output_proj.weight"].shape[1]
+    tokens, text, *chroma = inputs(size["n_q"], size["card"], width, "self_wav" in config["conditioners"])
+
+    def projection(name: str) -> nn.Module:
+        prefix = f"{PROVIDER}{name}.output_proj."
+        linear = nn.Linear(*reversed(state[prefix + "weight"].shape))
+        linear.load_state_dict({part: state[prefix + part] for part in ("weight", "bias")})
+        return linear
+
+    return lm(tokens, [], _conditions(text, chroma, projection))
+
+
+def _conditions(text: torch.Tensor, chroma: list[torch.Tensor], projection: Any) -> dict[str, Any]:
+    hidden = {"description": text} | ({"self_wav": chroma[0]} if chroma else {})
+    return {name: (projection(name)(x), torch.ones(x.shape[:2])) for name, x in hidden.items()}
+
+
+def dict_config(config: Package) -> DictConfig:
+    """As a running audiocraft holds it: an OmegaConf object that takes no new entries."""
+    created = OmegaConf.create(config)
+    OmegaConf.set_struct(created, True)
+    return created

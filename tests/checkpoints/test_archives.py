@@ -1,0 +1,243 @@
+"""Archives around checkpoints: what they hold loads; what would leave its folder or fill the disk, not."""
+
+import io
+import os
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import checkpoint_models as tools
+import pytest
+import torch
+
+from musicgen_svc.checkpoints import CodecPointer, open_checkpoint
+from musicgen_svc.checkpoints.archives import is_archive, unpacked
+from musicgen_svc.errors import WeightsError
+
+CONFIG = tools.config_of("small")
+MODES = ["w", "w:gz", "w:bz2", "w:xz", "zip"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, as a file."""
+    path = tmp_path_factory.mktemp("model") / "trained_model.tar"
+    torch.save({"xp.cfg": tools.dict_config(CONFIG), "model": tools.lm_of(CONFIG)}, path)
+    return path
+
+
+def pack(path: Path, mode: str, files: dict[str, Path]) -> Path:
+    if mode == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, file in files.items():
+                archive.write(file, name)
+    else:
+        quick = {"w": {}, "w:xz": {"preset": 0}}.get(mode, {"compresslevel": 1})
+        with tarfile.open(path, mode, **quick) as archive:
+            for name, file in files.items():
+                archive.add(file, name)
+    return path
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["trained_model.tar", "./a/b/x", "__both"])
+def test_a_model_in_an_archive_loads(
+    mode: str, name: str, model: Path, weights: Path, tmp_path: Path
+) -> None:
+    files = {name: model}
+    if name == "__both":  # a folder of an export's two files, and what a Mac adds
+        files = {f"export/{file.name}": file for file in (weights / "hf-codec").iterdir()}
+        files |= {"__MACOSX/export/._state_dict.bin": model, "export/._state_dict.bin": model}
+    archive = pack(tmp_path / "weights.bin", mode, files)
+    assert is_archive(archive)
+    opened = open_checkpoint(archive, cache=tmp_path / "cache")
+    expected = open_checkpoint(weights / "hf-codec" if name == "__both" else model)
+    assert opened.format == expected.format
+    state, wanted = opened.lm().state, expected.lm().state
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+    assert opened.codec() == CodecPointer("encodec_32khz")
+
+
+def test_a_torch_save_file_is_no_archive_and_a_tar_that_ends_in_one_is(model: Path, tmp_path: Path) -> None:
+    """Both are zips to a reader that looks at the end only."""
+    assert zipfile.is_zipfile(model)
+    assert not is_archive(model)
+    tar = pack(tmp_path / "x", "w", {"model": model})
+    assert zipfile.is_zipfile(tar)
+    assert is_archive(tar)
+
+
+def test_an_archive_is_unpacked_once_for_its_content(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = unpacked(pack(tmp_path / "x.tar", "w", {"m": model}), cache)
+    (first / "m").chmod(0o400)
+    stamp = (first / "m").stat().st_mtime_ns
+    os.link(tmp_path / "x.tar", tmp_path / "same.zip")
+    assert unpacked(tmp_path / "same.zip", cache) == first
+    assert (first / "m").stat().st_mtime_ns == stamp
+    other = tmp_path / "other"
+    other.write_bytes(b"2")
+    (tmp_path / "x.tar").unlink()
+    second = unpacked(pack(tmp_path / "x.tar", "w", {"m": other}), cache)
+    assert second != first
+    assert sorted(path.name for path in cache.iterdir()) == sorted([first.name, second.name])
+
+
+def test_without_a_place_to_unpack_it_says_so(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="is an archive, and no folder to unpack it in is set"):
+        open_checkpoint(pack(tmp_path / "x", "w", {"m": model}))
+
+
+# --- what is refused, before anything is written ---------------------------------------------------
+
+
+def tar_of(*members: tuple[str, bytes, int]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with tarfile.open(path, "w") as archive:
+            for name, content, kind in members:
+                info = tarfile.TarInfo(name)
+                info.type, info.size = bytes([kind]), len(content)
+                info.linkname = "../../../secret" if kind in (ord("1"), ord("2")) else ""
+                archive.addfile(info, io.BytesIO(content))
+
+    return write
+
+
+def zip_of(*members: tuple[str, bytes, int]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content, mode in members:
+                info = zipfile.ZipInfo(name)
+                info.external_attr = mode << 16
+                archive.writestr(info, content, zipfile.ZIP_DEFLATED)
+
+    return write
+
+
+def encrypted(path: Path) -> None:
+    zip_of(("a", b"x", 0))(path)
+    data = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(signature) + offset] |= 1
+    path.write_bytes(data)
+
+
+def claimed(path: Path) -> None:
+    """A tar of one file that its header says is 10 GB; compressed, it could well be."""
+    info = tarfile.TarInfo("a")
+    info.size = 10 << 30
+    path.write_bytes(info.tobuf() + bytes(1024))
+
+
+def long_header(path: Path) -> None:
+    """A tar whose first header says that the next 3 GB are the file's name."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 3 << 30
+    path.write_bytes(info.tobuf() + bytes(1024))
+
+
+def endless_headers(path: Path) -> None:
+    """A tar of headers about headers."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
+    path.write_bytes((info.tobuf() + b"a\0".ljust(512, b"\0")) * 3000 + bytes(1024))
+
+
+FILE, HARD_LINK, LINK, DEVICE, FIFO = (ord(kind) for kind in "01236")
+BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "tar, parent": (tar_of(("ok", b"1", FILE), ("../out", b"1", FILE)), "'../out', which is a path out of"),
+    "tar, deep parent": (tar_of(("a/b/../../../out", b"1", FILE)), "which is a path out of"),
+    "tar, absolute": (tar_of(("/tmp/out", b"1", FILE)), "'/tmp/out', which is a path out of"),
+    "tar, link": (tar_of(("ok", b"1", FILE), ("a", b"", LINK)), "'a', which is a link"),
+    "tar, hard link": (tar_of(("a", b"", HARD_LINK)), "'a', which is a link"),
+    "tar, device": (tar_of(("a", b"", DEVICE)), "a device"),
+    "tar, pipe": (tar_of(("a", b"", FIFO)), "a device"),
+    "tar, too large": (tar_of(("a", bytes(600), FILE), ("b", bytes(600), FILE)), "more than 1000 bytes"),
+    "tar, a large claim": (claimed, "more than 1000 bytes"),
+    "tar, a long header": (long_header, "a header of 3221225472 bytes"),
+    "tar, endless headers": (endless_headers, "cannot be unpacked"),
+    "tar, too many": (tar_of(*((f"f{i}", b"", FILE) for i in range(10_001))), "more than 10000 files"),
+    "tar, twice the same": (tar_of(("a", b"1", FILE), ("a", b"2", FILE)), "cannot be unpacked"),
+    "tar, file as folder": (tar_of(("a", b"1", FILE), ("a/b", b"2", FILE)), "cannot be unpacked"),
+    "zip, parent": (zip_of(("ok", b"1", 0), ("../out", b"1", 0)), "'../out', which is a path out of"),
+    "zip, absolute": (zip_of(("/tmp/out", b"1", 0)), "which is a path out of"),
+    "zip, backslash": (zip_of(("..\\out", b"1", 0)), "which is a path out of"),
+    "zip, link": (zip_of(("a", b"../../secret", stat.S_IFLNK | 0o777)), "'a', which is a link"),
+    "zip, bomb": (zip_of(("a", bytes(5_000_000), 0)), "more than 1000 bytes"),
+    "zip, encrypted": (encrypted, "is encrypted"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Path]:
+    """A folder around the cache: nothing may appear in it."""
+    home = tmp_path / "home"
+    home.mkdir()
+    yield home
+    left = [path for path in home.rglob("*") if path.name != "cache"]
+    assert left == []
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_unsafe_is_refused_and_leaves_nothing(name: str, watched: Path, tmp_path: Path) -> None:
+    make, message = BAD[name]
+    archive = tmp_path / "archive"
+    make(archive)
+    with pytest.raises(WeightsError, match=message):
+        open_checkpoint(archive, cache=watched / "cache", limit_bytes=1000)
+
+
+def test_a_bomb_is_refused_before_it_is_inflated(
+    watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 MB of zeros in a small file: what was read of them is far less than the limit."""
+    import gzip
+
+    content = tmp_path / "zeros"
+    content.write_bytes(bytes(64 << 20))
+    archive = pack(tmp_path / "bomb", "w:gz", {"zeros": content})
+    assert archive.stat().st_size < 1 << 19
+    inflated = 0
+    read = gzip.GzipFile.read
+
+    def counting(self: gzip.GzipFile, size: int = -1) -> bytes:
+        nonlocal inflated
+        data = read(self, size)
+        inflated += len(data)
+        return data
+
+    monkeypatch.setattr(gzip.GzipFile, "read", counting)
+    with pytest.raises(WeightsError, match="more than 1000000 bytes"):
+        unpacked(archive, watched / "cache", 1_000_000)
+    assert inflated < 10_000
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "zip"])
+def test_a_damaged_archive_is_refused_and_leaves_nothing(
+    mode: str, model: Path, watched: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "x"
+    if mode == "zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            file.write(model, "model")
+    else:
+        pack(archive, mode, {"model": model})
+    data = bytearray(archive.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
+    archive.write_bytes(data)
+    with pytest.raises(WeightsError, match="cannot be unpacked"):
+        open_checkpoint(archive, cache=watched / "cache")
+
+
+def test_a_disk_too_small_is_said_before_it_is_full(
+    model: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(WeightsError, match="has 1000 left"):
+        unpacked(pack(tmp_path / "x", "w", {"m": model}), watched / "cache")

@@ -1,0 +1,263 @@
+"""PEFT's adapters: our model on the merged weights computes what PEFT's model does."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_models as tools
+import peft
+import pytest
+import torch
+from test_transformers_folder import model_of, theirs
+
+from musicgen_svc.checkpoints import OpenedCheckpoint, open_checkpoint
+from musicgen_svc.errors import WeightsError
+
+# PEFT asks transformers by an older name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def adapted(kind: str = "musicgen", adapter: Any = None, **settings: Any) -> Any:
+    """PEFT's model of a fresh base, as if trained: B and whatever else was trained are no longer zero."""
+    base = model_of(kind)
+    base.name_or_path = "facebook/musicgen-tiny"
+    model = peft.get_peft_model(base, adapter or peft.LoraConfig(lora_alpha=12, r=4, **settings)).eval()
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The untouched bases."""
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in ("musicgen", "musicgen_melody"):
+        model_of(kind).save_pretrained(folder / kind)
+    return folder
+
+
+def save(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def opened(folder: Path, base: Path, strength: float = 1.0) -> OpenedCheckpoint:
+    def resolve(name: str) -> Path:
+        assert name == "facebook/musicgen-tiny"
+        return base
+
+    return open_checkpoint(folder, base=resolve, strength=strength)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "one third": {"target_modules": ["v_proj"]},
+    "two thirds": {"target_modules": ["q_proj", "v_proj"]},
+    "everything": {
+        "target_modules": [*ATTENTION, "fc1", "fc2", "enc_to_dec_proj", *(f"lm_heads.{k}" for k in range(4)),
+                           *(f"embed_tokens.{k}" for k in range(4))],
+    },
+    "rank-stabilized": {"target_modules": ["q_proj", "fc1"], "use_rslora": True},
+    "patterns": {
+        "target_modules": [*ATTENTION, "fc1"],
+        "rank_pattern": {"k_proj": 2, r"layers\.1\.fc1": 8},
+        "alpha_pattern": {r"self_attn\.q_proj": 40, "layers.0.encoder_attn.v_proj": 3, r".*\.fc1": 7},
+    },
+    "patterns, rank-stabilized": {
+        "target_modules": ATTENTION, "use_rslora": True, "rank_pattern": {"k_proj": 2},
+        "alpha_pattern": {"k_proj": 5},
+    },
+    "whole modules": {"target_modules": ["q_proj"], "modules_to_save": ["enc_to_dec_proj", "fc1"]},
+    "biases": {"target_modules": ["k_proj", "enc_to_dec_proj"], "bias": "lora_only"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_logits_are_pefts(name: str, bases: Path, tmp_path: Path) -> None:
+    model = adapted(**SETTINGS[name])
+    save(model, tmp_path)
+    adapter = opened(tmp_path, bases / "musicgen")
+    assert adapter.format == "LoRA adapter"
+    expected = theirs(model.merge_and_unload())
+    plain = tools.logits(open_checkpoint(bases / "musicgen").lm())
+    assert (expected - plain).abs().max() > 0.05
+    torch.testing.assert_close(tools.logits(adapter.lm()), expected, rtol=0, atol=1e-4)
+
+
+def test_a_melody_models_adapter_reaches_its_projections(bases: Path, tmp_path: Path) -> None:
+    model = adapted(
+        "musicgen_melody", target_modules=["q_proj", "v_proj", "enc_to_dec_proj", "audio_enc_to_dec_proj"]
+    )
+    save(model, tmp_path)
+    adapter = opened(tmp_path, bases / "musicgen_melody")
+    torch.testing.assert_close(
+        tools.logits(adapter.lm()), theirs(model.merge_and_unload()), rtol=0, atol=1e-4
+    )
+
+
+def test_an_adapter_of_audiocrafts_own_model_loads(tmp_path: Path) -> None:
+    config = tools.config_of("small")
+    state = tools.lm_of(config)
+    torch.save({"xp.cfg": tools.dict_config(config), "model": state}, tmp_path / "base")
+    lm = tools.build(open_checkpoint(tmp_path / "base").lm())
+    settings = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["linear1", "linear2", "linears.0"])
+    model = peft.get_peft_model(lm, settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.peft_config["default"].base_model_name_or_path = "facebook/musicgen-tiny"
+    save(model, tmp_path / "adapter")
+    merged = {name: tensor.clone() for name, tensor in model.merge_and_unload().state_dict().items()}
+    loaded = opened(tmp_path / "adapter", tmp_path / "base").lm()
+    expected = tools.reference_logits(config, merged)
+    torch.testing.assert_close(tools.logits(loaded), expected, rtol=0, atol=1e-4)
+    assert not torch.equal(loaded.state["linears.0.weight"], state["linears.0.weight"])
+
+
+@pytest.mark.parametrize("name", ["two thirds", "whole modules"])
+def test_strength_goes_from_the_base_to_what_was_trained_and_beyond(
+    name: str, bases: Path, tmp_path: Path
+) -> None:
+    save(adapted(**SETTINGS[name]), tmp_path)
+    base = open_checkpoint(bases / "musicgen").lm().state
+    full = opened(tmp_path, bases / "musicgen").lm().state
+    for strength in (0.0, 0.5, 1.5):
+        state = opened(tmp_path, bases / "musicgen", strength).lm().state
+        for key, tensor in state.items():
+            torch.testing.assert_close(
+                tensor, base[key] + strength * (full[key] - base[key]), rtol=0, atol=1e-5
+            )
+
+
+def test_the_base_is_left_as_it_was_and_gives_all_that_is_no_weight(bases: Path, tmp_path: Path) -> None:
+    save(adapted(**SETTINGS["everything"]), tmp_path)
+    files = {file: file.read_bytes() for file in (bases / "musicgen").iterdir()}
+    adapter, base = opened(tmp_path, bases / "musicgen"), open_checkpoint(bases / "musicgen")
+    first = {key: tensor.clone() for key, tensor in adapter.lm().state.items()}
+    second = adapter.lm().state
+    assert all(torch.equal(first[key], second[key]) for key in first)  # not merged twice into one tensor
+    assert {file: file.read_bytes() for file in (bases / "musicgen").iterdir()} == files
+    assert adapter.config() == base.config()
+    assert adapter.codec().state.keys() == base.codec().state.keys()
+    assert adapter.text_encoder().state.keys() == base.text_encoder().state.keys()
+    assert adapter.content_hash() != base.content_hash()
+
+
+def test_a_half_precision_base_stays_in_half_precision(bases: Path, tmp_path: Path) -> None:
+    save(adapted(target_modules=ATTENTION), tmp_path / "adapter")
+    model_of("musicgen").half().save_pretrained(tmp_path / "base")
+    full = opened(tmp_path / "adapter", bases / "musicgen").lm().state
+    half = opened(tmp_path / "adapter", tmp_path / "base").lm().state
+    key = "transformer.layers.0.self_attn.in_proj_weight"
+    assert half[key].dtype == torch.float16
+    torch.testing.assert_close(half[key].float(), full[key], rtol=2e-3, atol=1e-4)
+
+
+def test_an_adapter_in_a_torch_save_file_loads(bases: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = adapted(target_modules=ATTENTION)
+    save(model, tmp_path)
+    torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    expected = theirs(model.merge_and_unload())
+    torch.testing.assert_close(
+        tools.logits(opened(tmp_path, bases / "musicgen").lm()), expected, rtol=0, atol=1e-4
+    )
+
+
+# --- what does not fit ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (peft.LoraConfig(target_modules=["q_proj"], use_dora=True), "uses use_dora, which is more than LoRA"),
+        (peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"), "init_lora_weights 'pissa'"),
+        (peft.LoHaConfig(target_modules=["q_proj"]), "type 'LOHA'; it must be 'LORA'"),
+        (peft.LoraConfig(target_modules=["wi"]), r"the base has no \d+ \(text_encoder\."),
+        (peft.LoraConfig(target_modules=["q_proj"], bias="all"), r"the base has no \d+ \(audio_encoder\."),
+    ],
+)
+def test_more_than_lora_is_refused(adapter: Any, message: str, bases: Path, tmp_path: Path) -> None:
+    save(adapted(adapter=adapter), tmp_path)
+    with pytest.raises(WeightsError, match=message):
+        opened(tmp_path, bases / "musicgen").lm()
+
+
+def test_an_adapter_of_another_size_or_architecture_is_refused(bases: Path, tmp_path: Path) -> None:
+    save(adapted(target_modules=["encoder_attn.q_proj", "fc1"]), tmp_path / "adapter")
+    model_of("musicgen", dim=192).save_pretrained(tmp_path / "wide")
+    with pytest.raises(WeightsError, match=r"of another shape than the base's are 4 \(.*q_proj"):
+        opened(tmp_path / "adapter", tmp_path / "wide").lm()
+    with pytest.raises(WeightsError, match=r"the base has no 2 \(.*encoder_attn\.q_proj\.weight"):
+        opened(tmp_path / "adapter", bases / "musicgen_melody").lm()
+
+
+def edited(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model_name_or_path": None}, "does not name its base"),
+        ({"lora_alpha": "many"}, "lora_alpha 'many'"),
+        ({"alpha_pattern": {"(a+)+": 3}}, "too complex"),
+        ({"alpha_pattern": {"[": 3}}, "no expression"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    changes: dict[str, Any], message: str, bases: Path, tmp_path: Path
+) -> None:
+    save(adapted(target_modules=["q_proj"]), tmp_path)
+    edited(tmp_path, **changes)
+    with pytest.raises(WeightsError, match=message):
+        opened(tmp_path, bases / "musicgen").lm()
+
+
+def drop(part: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        del state[next(name for name in state if part in name)]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("lora_A"), "only one of the factors"),
+        (
+            lambda state: state.update({next(n for n in state if "lora_A" in n): torch.ones(3, 128)}),
+            "go together",
+        ),
+    ],
+)
+def test_factors_that_do_not_match_are_refused(
+    change: Any, message: str, bases: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save(adapted(target_modules=["q_proj"]), tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(WeightsError, match=message):
+        opened(tmp_path, bases / "musicgen").lm()
+
+
+def test_a_base_must_be_known_and_be_a_model(bases: Path, tmp_path: Path) -> None:
+    save(adapted(target_modules=["q_proj"]), tmp_path)
+    with pytest.raises(WeightsError, match="'facebook/musicgen-tiny', and no base models are known"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(WeightsError, match="which is an adapter itself"):
+        opened(tmp_path, tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"without its weights, adapter_model\.safetensors"):
+        opened(tmp_path, bases / "musicgen")

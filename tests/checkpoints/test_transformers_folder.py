@@ -1,0 +1,250 @@
+"""Folders of transformers' `save_pretrained`: our model on them computes what transformers' does."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_models as tools
+import pytest
+import torch
+import transformers
+from transformers.modeling_outputs import BaseModelOutput
+
+from musicgen_svc.checkpoints import CodecPointer, TransformersPart, open_checkpoint
+from musicgen_svc.errors import WeightsError
+
+CARD, TEXT_WIDTH, DIM = 64, 24, 128
+
+
+def model_of(kind: str, channels: int = 1, seed: int = 0, dim: int = DIM) -> Any:
+    """A random MusicGen of transformers whose tokens and conditions all matter."""
+    melody = kind == "musicgen_melody"
+    decoder_class, config_class, model_class = (
+        (transformers.MusicgenMelodyDecoderConfig, transformers.MusicgenMelodyConfig,
+         transformers.MusicgenMelodyForConditionalGeneration)
+        if melody else
+        (transformers.MusicgenDecoderConfig, transformers.MusicgenConfig,
+         transformers.MusicgenForConditionalGeneration)
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    config = config_class(
+        text_encoder=transformers.T5Config(
+            vocab_size=40, d_model=TEXT_WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+        ),
+        audio_encoder=transformers.EncodecConfig(
+            target_bandwidths=[4 * 50 * 6 / 1000], sampling_rate=32_000, hidden_size=8, num_filters=2,
+            num_residual_layers=1, upsampling_ratios=[8, 5, 4, 4], use_causal_conv=False, num_lstm_layers=1,
+            codebook_size=CARD, codebook_dim=8, use_conv_shortcut=False, normalize=False,
+        ),
+        decoder=decoder_class(
+            vocab_size=CARD, hidden_size=dim, num_hidden_layers=2, num_attention_heads=2, ffn_dim=4 * dim,
+            num_codebooks=4 * channels, audio_channels=channels, dropout=0.0, pad_token_id=CARD,
+            bos_token_id=CARD,
+        ),
+    )  # fmt: skip
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases and norms are all alike when fresh, and could be confused unseen
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models() -> Callable[..., Any]:
+    made: dict[Any, Any] = {}
+
+    def get(kind: str, channels: int = 1) -> Any:
+        if (kind, channels) not in made:
+            made[kind, channels] = model_of(kind, channels)
+        return made[kind, channels]
+
+    return get
+
+
+@torch.inference_mode()
+def theirs(model: Any) -> torch.Tensor:
+    """[2, K, 7, card] by transformers."""
+    codebooks, melody = model.decoder.config.num_codebooks, hasattr(model, "audio_enc_to_dec_proj")
+    tokens, text, *chroma = tools.inputs(codebooks, CARD, TEXT_WIDTH, melody)
+    if melody:
+        prefix = torch.cat([model.audio_enc_to_dec_proj(chroma[0]), model.enc_to_dec_proj(text)], 1)
+        logits = model(encoder_hidden_states=prefix, decoder_input_ids=tokens.flatten(0, 1)).logits
+        logits = logits[:, -tokens.shape[-1] :]
+    else:
+        hidden = BaseModelOutput(last_hidden_state=text)
+        logits = model(encoder_outputs=hidden, decoder_input_ids=tokens.flatten(0, 1)).logits
+    return logits.unflatten(0, (2, codebooks))
+
+
+KINDS = [("musicgen", 1), ("musicgen", 2), ("musicgen_melody", 1), ("musicgen_melody", 2)]
+
+
+@pytest.mark.parametrize(("kind", "channels"), KINDS)
+@pytest.mark.parametrize("shard", ["50GB", "200KB"])
+def test_logits_are_transformers(kind: str, channels: int, shard: str, models: Any, tmp_path: Path) -> None:
+    model = models(kind, channels)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 2) is (shard != "50GB")
+    opened = open_checkpoint(tmp_path)
+    assert opened.format == f"transformers folder ({kind})"
+    lm, expected = opened.lm(), theirs(model)
+    assert expected.std() > 0.3
+    torch.testing.assert_close(tools.logits(lm), expected, rtol=0, atol=1e-4)
+    assert opened.config() == lm.config
+    assert lm.config.interleave_stereo_codebooks.use is (channels == 2)
+    assert lm.config.codebooks_pattern.delay.delays == (
+        [0, 1, 2, 3] if channels == 1 else [0, 0, 1, 1, 2, 2, 3, 3]
+    )
+    assert lm.config.dataset.segment_duration == 30
+
+
+def test_the_codec_inside_decodes_as_transformers_does(models: Any, tmp_path: Path) -> None:
+    model = models("musicgen")
+    model.save_pretrained(tmp_path)
+    part = open_checkpoint(tmp_path).codec()
+    assert isinstance(part, TransformersPart)
+    codec = transformers.EncodecModel(transformers.EncodecConfig(**part.config)).eval()
+    codec.load_state_dict(part.state)
+    codes = torch.randint(0, CARD, (1, 1, 4, 20))
+    with torch.inference_mode():
+        expected = model.audio_encoder.decode(codes, [None]).audio_values
+        assert torch.equal(codec.decode(codes, [None]).audio_values, expected)
+
+
+def test_the_codec_inside_loads_in_the_older_spelling_of_weight_norm(models: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    models("musicgen").save_pretrained(tmp_path)
+    new = open_checkpoint(tmp_path).codec()
+    state = load_file(tmp_path / "model.safetensors")
+    older = {
+        name.replace("parametrizations.weight.original0", "weight_g").replace(
+            "parametrizations.weight.original1", "weight_v"
+        ): tensor
+        for name, tensor in state.items()
+    }
+    assert older.keys() != state.keys()
+    save_file(older, tmp_path / "model.safetensors")
+    old = open_checkpoint(tmp_path).codec()
+    assert old.state.keys() == new.state.keys()
+    assert all(torch.equal(old.state[name], new.state[name]) for name in new.state)
+
+
+def test_the_text_encoder_inside_is_complete_and_transformers(models: Any, tmp_path: Path) -> None:
+    model = models("musicgen")
+    model.save_pretrained(tmp_path)
+    part = open_checkpoint(tmp_path).text_encoder()
+    assert part is not None
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**part.config)).eval()
+    encoder.load_state_dict(part.state)
+    tokens = torch.randint(0, 40, (2, 6))
+    with torch.inference_mode():
+        assert torch.equal(encoder(tokens).last_hidden_state, model.text_encoder(tokens).last_hidden_state)
+
+
+def test_a_text_encoding_as_wide_as_the_model_needs_no_projection(tmp_path: Path) -> None:
+    """transformers leaves it out; ours is the identity."""
+    model = model_of("musicgen", dim=24)
+    assert not hasattr(model, "enc_to_dec_proj")
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(tools.logits(open_checkpoint(tmp_path).lm()), theirs(model), rtol=0, atol=1e-4)
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+
+
+def test_weights_of_older_versions_load(models: Any, tmp_path: Path) -> None:
+    """As a torch.save file, and with the table of positions, which is a constant, among them."""
+    model = models("musicgen")
+    model.save_pretrained(tmp_path)
+    table = {"decoder.model.decoder.embed_positions.weights": torch.ones(2048, DIM)}
+    rewritten(tmp_path, lambda state: state.update(table))
+    torch.testing.assert_close(tools.logits(open_checkpoint(tmp_path).lm()), theirs(model), rtol=0, atol=1e-4)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    opened = open_checkpoint(tmp_path)
+    assert opened.format == "transformers folder (musicgen)"
+    torch.testing.assert_close(tools.logits(opened.lm()), theirs(model), rtol=0, atol=1e-4)
+
+
+def test_a_language_model_without_its_codec_takes_the_public_one(models: Any, tmp_path: Path) -> None:
+    models("musicgen").save_pretrained(tmp_path)
+
+    def strip(state: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in state if n.startswith(("audio_encoder.", "text_encoder."))]:
+            del state[name]
+
+    rewritten(tmp_path, strip)
+    opened = open_checkpoint(tmp_path)
+    assert opened.codec() == CodecPointer("encodec_32khz")
+    assert opened.text_encoder() is None
+
+
+LAYER = "decoder.model.decoder.layers.1."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(LAYER + "encoder_attn.k_proj.weight"),
+         r"musicgen\).*lacks tensors: 1 \(decoder\..*layers\.1\.encoder_attn\.k_proj\.weight\)"),
+        (lambda s: s.update({LAYER + "rotary.weight": torch.ones(1)}), r"no MusicGen has: 1 \(.*rotary"),
+        (lambda s: s.update({LAYER + "self_attn.v_proj.weight": torch.ones(3, DIM)}), "of several shapes"),
+        (lambda s: s.pop("enc_to_dec_proj.weight"), "does not tell its sizes"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(change: Any, message: str, models: Any, tmp_path: Path) -> None:
+    models("musicgen").save_pretrained(tmp_path)
+    rewritten(tmp_path, change)
+    with pytest.raises(WeightsError, match=message):
+        open_checkpoint(tmp_path).lm()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "type 'llama'; it must be musicgen or musicgen_melody"),
+        ({"decoder": {"activation_function": "relu"}}, "activation 'relu'"),
+        ({"decoder": {"num_attention_heads": "2"}}, "num_attention_heads '2'; it must be an integer"),
+    ],
+)
+def test_a_configuration_of_something_else_is_refused(
+    change: dict[str, Any], message: str, models: Any, tmp_path: Path
+) -> None:
+    models("musicgen").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(WeightsError, match=message):
+        open_checkpoint(tmp_path).config()
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("../other.safetensors", "not in its folder"), ("gone.safetensors", "is missing")]
+)
+def test_an_index_stays_in_its_folder(file: str, message: str, models: Any, tmp_path: Path) -> None:
+    models("musicgen").save_pretrained(tmp_path / "own", max_shard_size="200KB")
+    index = tmp_path / "own" / "model.safetensors.index.json"
+    names = json.loads(index.read_text())
+    next(iter((tmp_path / "own").glob("*.safetensors"))).rename(tmp_path / "other.safetensors")
+    names["weight_map"] = dict.fromkeys(names["weight_map"], file)
+    index.write_text(json.dumps(names))
+    with pytest.raises(WeightsError, match=message):
+        open_checkpoint(tmp_path / "own")
+
+
+def test_a_longer_chroma_is_a_longer_window(models: Any, tmp_path: Path) -> None:
+    from musicgen_svc.checkpoints.transformers_folder import _duration_s
+
+    for seconds in (10, 20, 30, 60):
+        assert _duration_s(1 + 32_000 * seconds // 4096) == seconds
+    for frames in range(2, 500):
+        assert 1 + int(32_000 * _duration_s(frames)) // 4096 == frames

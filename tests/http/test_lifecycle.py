@@ -1,0 +1,243 @@
+"""A service, not a script: cancel, limits, faults of the machine, what is left behind, and the end."""
+
+import contextlib
+import os
+import re
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from replies import clip, data_uri, output, sentence
+from server import CogServer
+from sounds import encode, tone
+
+pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes through /proc")
+
+SHORT: dict[str, Any] = {"prompt": "a waltz", "duration": 1, "seed": 1}
+LONG: dict[str, Any] = {"prompt": "a waltz", "duration": 600, "seed": 1}
+
+
+def wait_for(what: Callable[[], object], timeout_s: float = 30.0) -> float:
+    """Seconds until `what()` is true."""
+    start = time.monotonic()
+    while not what():
+        assert time.monotonic() - start < timeout_s, "it never happened"
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def worker(server: CogServer) -> int:
+    """The process that holds the models: the youngest descendant."""
+    pids = descendants(server.process.pid)
+    return max(pids, key=lambda pid: int(Path(f"/proc/{pid}/statm").read_text().split()[0]))
+
+
+def descendants(pid: int) -> list[int]:
+    below = [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in task.read_text().split()
+    ]
+    return below + [pid for child in below for pid in descendants(child)]
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def temporary_folder(server: CogServer) -> Path:
+    """TMPDIR of the worker: inputs and outputs both lie there."""
+    variables = Path(f"/proc/{worker(server)}/environ").read_bytes().split(b"\0")
+    return Path(next(v for v in variables if v.startswith(b"TMPDIR=")).decode().removeprefix("TMPDIR="))
+
+
+def files_of(server: CogServer) -> list[str]:
+    """Audio files that lie in the server's folder."""
+    return [str(path) for path in temporary_folder(server).rglob("*") if path.suffix in (".wav", ".mp3")]
+
+
+def percentages(logs: str) -> list[int]:
+    return [int(percent) for percent in re.findall(r"(\d+)%\|", logs)]
+
+
+@contextmanager
+def limited(pid: int, what: int, soft: int) -> Iterator[None]:
+    """A running process under another limit."""
+    before = resource.prlimit(pid, what)
+    resource.prlimit(pid, what, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, what, before)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        LONG,
+        LONG | {"input_audio": clip(40)},
+        LONG | {"input_audio": clip(40), "continuation": True, "model_version": "small"},
+        {
+            "input_audio": clip(14 * 60, rate=8000),
+            "model_version": "encode-decode",
+            "multi_band_diffusion": True,
+        },
+    ],
+    ids=["text", "melody", "continuation", "encode-decode with diffusion"],
+)
+def test_a_cancelled_request_leaves_the_device_idle_within_a_second(
+    server: CogServer, fields: dict[str, Any]
+) -> None:
+    id = f"cancel-{time.monotonic_ns()}"
+    future = server.submit(fields, id)
+    wait_for(lambda: len(percentages((server.state(id) or {"logs": ""})["logs"])) > 1)
+    time.sleep(0.5)
+    start = time.monotonic()
+    assert server.cancel(id) == 200
+    assert future.result(timeout=20)["status"] == "canceled"
+    assert time.monotonic() - start < 1.5
+    pid = worker(server)
+    before = cpu_s(pid)
+    time.sleep(0.5)
+    assert cpu_s(pid) - before < 0.2, "the device still works on it"
+    output(server.predict(SHORT))
+
+
+def test_a_client_that_hangs_up_cancels(server: CogServer) -> None:
+    with pytest.raises(requests.ReadTimeout):
+        server.request("POST", "/predictions", {"input": LONG}, timeout=2)
+    start = time.monotonic()
+    output(server.predict(SHORT))
+    assert time.monotonic() - start < 10
+
+
+def test_while_one_runs_another_is_told_to_come_back(server: CogServer) -> None:
+    future = server.submit(LONG, "busy")
+    response = server.request("POST", "/predictions", {"input": SHORT})
+    assert response.status_code == 409
+    assert server.health()["status"] == "BUSY"
+    server.cancel("busy")
+    future.result(timeout=20)
+
+
+def test_progress_is_one_bar_that_never_goes_back(server: CogServer) -> None:
+    for fields in (
+        SHORT,
+        SHORT | {"duration": 31, "model_version": "small"},
+        SHORT | {"input_audio": clip(2)},
+    ):
+        reply = server.predict(fields)
+        seen = percentages(reply["logs"])
+        assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 100, seen
+        assert len(set(seen)) >= 4
+
+
+def test_metrics_tell_seed_length_steps_and_the_time_of_each_stage(server: CogServer) -> None:
+    for fields in (SHORT, SHORT | {"input_audio": clip(2), "model_version": "encode-decode"}):
+        metrics = server.predict(fields)["metrics"]
+        stages = {"load", "condition", "generate", "decode", "write"}
+        assert metrics.keys() >= {"seed", "audio_seconds", "steps"} | stages
+        assert sum(metrics[stage] for stage in stages) <= metrics["predict_time"] + 0.05
+    assert server.predict(SHORT)["metrics"]["steps"] >= 50
+
+
+def test_outputs_go_after_their_grace_and_inputs_at_once(server: CogServer) -> None:
+    for _ in range(3):
+        output(server.predict(SHORT | {"input_audio": clip(1)}))
+    assert len(files_of(server)) <= 3
+    wait_for(lambda: not files_of(server), timeout_s=5)
+
+
+def test_the_log_holds_the_cause_and_the_reply_the_sentence(server: CogServer) -> None:
+    reply = server.predict(
+        {"model_version": "encode-decode", "input_audio": data_uri(b"not audio at all" * 9)}
+    )
+    assert "Traceback" not in sentence(reply)
+    wait_for(lambda: "av.error" in server.log and "Traceback" in server.log, timeout_s=5)
+
+
+def test_a_full_disk_fails_the_request_and_not_the_service(server: CogServer) -> None:
+    for format in ("wav", "mp3"):
+        fields = SHORT | {"duration": 20, "temperature": 0, "output_format": format, "model_version": "small"}
+        with limited(worker(server), resource.RLIMIT_FSIZE, 100_000):
+            error = sentence(server.predict(fields))
+        assert "disk" in error or "space" in error or "written" in error, error
+        assert files_of(server) == []
+    output(server.predict(SHORT))
+
+
+def test_out_of_memory_fails_the_request_and_not_the_service(server: CogServer) -> None:
+    output(server.predict(SHORT | {"model_version": "small"}))
+    pid = worker(server)
+    used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    fields = {
+        "input_audio": data_uri(encode(tone(440, 890, 8000), 8000, "opus")),
+        "model_version": "encode-decode",
+    }
+    with limited(pid, resource.RLIMIT_AS, used + 60 * 2**20):
+        error = sentence(server.predict(fields))
+    assert "memory" in error, error
+    output(server.predict(SHORT))
+    assert server.health()["status"] == "READY"
+
+
+@pytest.fixture(scope="module")
+def poor(weights: Path) -> Iterator[CogServer]:
+    """Little time, and no ffmpeg."""
+    with CogServer(
+        COG_WEIGHTS=str(weights / "small"), MUSICGEN_WEIGHTS_DIR=str(weights), OMP_NUM_THREADS="1",
+        MUSICGEN_MAX_REQUEST_S="3", MUSICGEN_MAX_DURATION_S="500", PATH="/nowhere",
+        IMAGEIO_FFMPEG_EXE="/nowhere/ffmpeg",
+    ) as running:  # fmt: skip
+        yield running
+
+
+def test_a_request_has_a_time_limit(poor: CogServer) -> None:
+    error = sentence(poor.predict(LONG | {"duration": 500}))
+    assert "3 s" in error and "MUSICGEN_MAX_REQUEST_S" in error
+    output(poor.predict(SHORT))
+
+
+def test_the_operator_sets_the_longest_duration(poor: CogServer) -> None:
+    assert "between 1 and 500" in sentence(poor.predict(LONG | {"duration": 501}))
+
+
+def test_without_ffmpeg_wav_works_and_mp3_says_why_not(poor: CogServer) -> None:
+    assert "ffmpeg" in sentence(poor.predict(SHORT | {"output_format": "mp3"}))
+    output(poor.predict(SHORT))
+
+
+def test_sigterm_during_a_request_leaves_no_process_and_no_file(poor: CogServer) -> None:
+    """The last one with this server: it ends it."""
+    output(poor.predict(SHORT))
+    pids, folder = [*descendants(poor.process.pid), poor.process.pid], temporary_folder(poor)
+    future = poor.submit(SHORT | {"duration": 400}, "open")
+    start = time.monotonic()
+    poor.process.send_signal(signal.SIGTERM)
+    poor.process.wait(timeout=10)
+    assert time.monotonic() - start < 10
+    with contextlib.suppress(requests.ConnectionError):  # closed: just as good
+        assert future.result(timeout=5)["status"] in ("canceled", "failed")
+    assert not folder.exists()
+    assert [pid for pid in pids[:-1] if Path(f"/proc/{pid}").exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("nowhere", ["COG_WEIGHTS", "nowhere", "state_dict.bin"]), (None, ["finetuned", "COG_WEIGHTS"])],
+)
+def test_a_setup_that_fails_says_what_is_missing(tmp_path: Path, given: str | None, words: list[str]) -> None:
+    environment = {"COG_WEIGHTS": given} if given else {}
+    with CogServer(MUSICGEN_WEIGHTS_DIR=str(tmp_path), **environment) as server:
+        health = server.health()
+        assert health["status"] == "SETUP_FAILED"
+        assert all(word in health["setup"]["logs"] for word in words), health["setup"]["logs"]
+        wait_for(lambda: all(word in server.log for word in words), timeout_s=5)

@@ -1,0 +1,177 @@
+"""The tokens of our pipeline are those of audiocraft's own MusicGen, from the same 32 kHz samples."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from musicgen_svc.catalog import read_catalog
+from musicgen_svc.generation import perform, write_score
+from musicgen_svc.loader import Loader
+from musicgen_svc.randomness import GlobalRandom
+from musicgen_svc.request import SamplingParams
+from musicgen_svc.settings import Settings
+from musicgen_svc.weights import Weights
+
+CPU = torch.device("cpu")
+RATE = 32_000
+Pretrained = Callable[[str], Any]
+
+
+@pytest.fixture(scope="module")
+def loaders(weights: Path) -> Callable[[str], Loader]:
+    """One loader a model, so that none is loaded twice."""
+    made: dict[str, Loader] = {}
+
+    def get(name: str) -> Loader:
+        if name not in made:
+            given = None if name in ("small", "melody") else str(weights / name)
+            made[name] = Loader(Weights.at(weights, read_catalog(), given), CPU, Settings())
+        return made[name]
+
+    return get
+
+
+def tune(seconds: float, channels: int = 1, pitch_hz: float = 220.0) -> torch.Tensor:
+    """[C, T]: a few notes, each channel its own."""
+    t = torch.arange(int(seconds * RATE)) / RATE
+    notes = pitch_hz * 2 ** ((torch.floor(t * 2) * 5 % 12) / 12)
+    return torch.stack([0.4 * torch.sin(2 * torch.pi * notes * (1 + c / 4) * t) for c in range(channels)])
+
+
+def ours(
+    loader: Loader, name: str, seed: int, *, prompt: str | None, seconds: int, sampling: SamplingParams,
+    melody: torch.Tensor | None = None, clip: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    model = loader.model(name if name in ("small", "melody") else "finetuned")
+    stream = GlobalRandom(seed, CPU)
+    score = write_score(
+        model, prompt=prompt, frames=50 * seconds, melody=melody,
+        clip_tokens=None if clip is None else model.codec.encode(clip), random=stream,
+    )  # fmt: skip
+    return perform(model, score, sampling, torch.Generator().manual_seed(seed))[0]
+
+
+def audiocrafts(
+    model: Any, seed: int, *, prompt: str | None, seconds: float, sampling: SamplingParams,
+    melody: torch.Tensor | None = None, clip: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    model.set_generation_params(
+        duration=seconds, use_sampling=sampling.temperature > 0, top_k=sampling.top_k, top_p=sampling.top_p,
+        temperature=sampling.temperature, cfg_coef=sampling.guidance,
+    )  # fmt: skip
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if melody is not None:
+        _, tokens = model.generate_with_chroma([prompt], melody[None], RATE, return_tokens=True)
+    elif clip is not None:
+        _, tokens = model.generate_continuation(clip, RATE, [prompt], return_tokens=True)
+    else:
+        _, tokens = model.generate([prompt], return_tokens=True)
+    return tokens[0]
+
+
+TEXT_CASES = [
+    ("small", "rock guitar", 1, SamplingParams()),
+    ("small", "a slow sad song", 3, SamplingParams(top_k=0, temperature=1.3, guidance=7)),
+    ("small", "jazz", 2, SamplingParams(top_p=0.9, guidance=1)),
+    ("small", "jazz", 2, SamplingParams(temperature=0, guidance=0)),
+    ("stereo", "happy piano", 2, SamplingParams(top_k=50)),
+    ("melody", "happy piano", 2, SamplingParams()),
+    ("hf-codec", "drums", 1, SamplingParams(top_k=1)),
+    ("small", "rock", 31, SamplingParams(temperature=0.7)),
+]
+
+
+@pytest.mark.parametrize(("name", "prompt", "seconds", "sampling"), TEXT_CASES)
+def test_text(
+    loaders: Callable[[str], Loader], pretrained: Pretrained,
+    name: str, prompt: str, seconds: int, sampling: SamplingParams,
+) -> None:  # fmt: skip
+    expected = audiocrafts(pretrained(name), 5, prompt=prompt, seconds=seconds, sampling=sampling)
+    tokens = ours(loaders(name), name, 5, prompt=prompt, seconds=seconds, sampling=sampling)
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize(
+    ("clip_s", "seconds", "prompt"), [(3.01, 2, "rock"), (5.0, 31, None), (40.0, 1, "jazz")]
+)
+def test_melody(
+    loaders: Callable[[str], Loader], pretrained: Pretrained, clip_s: float, seconds: int, prompt: str | None
+) -> None:
+    """A melody shorter than the window, looped over windows, and longer than the window."""
+    sampling, clip = SamplingParams(), tune(clip_s)
+    expected = audiocrafts(
+        pretrained("melody"), 9, prompt=prompt, seconds=seconds, sampling=sampling, melody=clip
+    )
+    tokens = ours(
+        loaders("melody"), "melody", 9, prompt=prompt, seconds=seconds, sampling=sampling, melody=clip
+    )
+    assert torch.equal(tokens, expected)
+
+
+def test_melodies_are_heard(loaders: Callable[[str], Loader]) -> None:
+    sampling = SamplingParams(temperature=0)
+    heard = [
+        ours(loaders("melody"), "melody", 0, prompt=None, seconds=2, sampling=sampling, melody=tune(3, 1, hz))
+        for hz in (220.0, 311.0)
+    ]
+    assert not torch.equal(*heard)
+
+
+@pytest.mark.parametrize(
+    ("name", "clip_s", "seconds", "prompt"),
+    [
+        ("small", 1.01, 2, "rock"),
+        ("stereo", 2.0, 1, None),
+        ("melody", 1.5, 1, "jazz"),
+        ("small", 12.3, 19, "slow"),
+    ],
+)
+def test_continuation(
+    loaders: Callable[[str], Loader], pretrained: Pretrained,
+    name: str, clip_s: float, seconds: int, prompt: str | None,
+) -> None:  # fmt: skip
+    sampling, clip = SamplingParams(), tune(clip_s, 2 if name == "stereo" else 1)
+    frames = -(-clip.shape[1] // 640) + 50 * seconds
+    total_s = (frames + 0.25) / 50  # audiocraft cuts to whole frames, and its seconds are floats
+    expected = audiocrafts(pretrained(name), 3, prompt=prompt, seconds=total_s, sampling=sampling, clip=clip)
+    tokens = ours(loaders(name), name, 3, prompt=prompt, seconds=seconds, sampling=sampling, clip=clip)
+    assert torch.equal(tokens, expected)
+
+
+def test_a_clip_beyond_the_window_is_kept_whole_and_its_last_12_s_are_continued(
+    loaders: Callable[[str], Loader], pretrained: Pretrained
+) -> None:
+    loader, clip, sampling = loaders("small"), tune(31), SamplingParams()
+    tokens = ours(loader, "small", 3, prompt="rock", seconds=2, sampling=sampling, clip=clip)
+    known = loader.model("small").codec.encode(clip)
+    assert tokens.shape == (4, known.shape[1] + 100)
+    assert torch.equal(tokens[:, : known.shape[1]], known)
+    model = pretrained("small")
+    model.set_generation_params(duration=14)
+    attributes, _ = model._prepare_tokens_and_attributes(["rock"], None)
+    random.seed(3)
+    torch.manual_seed(3)
+    expected = model._generate_tokens(attributes, known[None, :, -600:])
+    assert torch.equal(tokens[:, -700:], expected[0])
+
+
+def test_a_top_k_above_the_codebook_is_the_codebook(loaders: Callable[[str], Loader]) -> None:
+    """audiocraft raises there."""
+    runs = [
+        ours(loaders("small"), "small", 1, prompt="rock", seconds=1, sampling=SamplingParams(top_k=k))
+        for k in (100_000, 400)
+    ]
+    assert torch.equal(*runs)
+
+
+def test_the_next_seed_is_another_piece(loaders: Callable[[str], Loader]) -> None:
+    runs = [
+        ours(loaders("small"), "small", s, prompt="rock", seconds=1, sampling=SamplingParams())
+        for s in (0, 1)
+    ]
+    assert not torch.equal(*runs)

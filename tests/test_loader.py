@@ -1,0 +1,136 @@
+"""Names become models, and what is missing, foreign or wrong is said in one sentence."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from musicgen_svc.catalog import read_catalog
+from musicgen_svc.errors import InputError, WeightsError
+from musicgen_svc.loader import Loader
+from musicgen_svc.settings import Settings
+from musicgen_svc.weights import Weights
+
+CPU = torch.device("cpu")
+
+
+def loader(folder: Path, given: Path | None = None) -> Loader:
+    return Loader(Weights.at(folder, read_catalog(), str(given) if given else None), CPU, Settings())
+
+
+@pytest.fixture
+def own(weights: Path, tmp_path: Path) -> Path:
+    """A fine-tune elsewhere, with nothing beside it."""
+    return Path(shutil.copytree(weights / "small", tmp_path / "elsewhere" / "own"))
+
+
+def test_start_loads_the_finetune_or_else_the_first_base_model(weights: Path, own: Path) -> None:
+    assert loader(weights, own).start().name == "finetuned"
+    assert loader(weights).start().name == "small"
+
+
+def test_start_without_any_weights_says_where_they_belong(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"finetuned.*COG_WEIGHTS.*no model is present"):
+        loader(tmp_path).start()
+
+
+def test_an_absent_model_is_named_with_the_command_that_gets_it(weights: Path) -> None:
+    with pytest.raises(WeightsError, match=r"'large'.*scripts/download_weights large.*small, melody"):
+        loader(weights).model("large")
+
+
+def test_a_given_checkpoint_that_is_not_there_is_refused(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="COG_WEIGHTS is"):
+        loader(weights, tmp_path / "nothing")
+
+
+def test_a_failed_load_leaves_the_loader_usable(weights: Path) -> None:
+    models = loader(weights)
+    models.model("small")
+    with pytest.raises(WeightsError):
+        models.model("medium")
+    assert models.model("small").name == "small"
+
+
+def test_components_are_the_checkpoints_own_first(weights: Path, own: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"own needs t5-small, .*download_weights t5-small"):
+        loader(tmp_path, own).start()
+    shutil.copytree(weights / "t5-small", own / "t5-small")
+    shutil.copytree(weights / "t5-small", tmp_path / "t5-small")
+    places = Weights.at(tmp_path, read_catalog(), str(own))
+    assert places.component("t5-small", own) == own / "t5-small"
+    assert loader(tmp_path, own).start().name == "finetuned"
+
+
+def test_only_models_with_a_melody_conditioner_take_melodies(weights: Path) -> None:
+    models = loader(weights, weights / "stereo")
+    assert models.takes_melody("melody")
+    assert not models.takes_melody("small") and not models.takes_melody("finetuned")
+    assert models.melody_models() == ["melody"]
+    assert loader(weights, weights / "melody").melody_models() == ["melody", "finetuned"]
+
+
+def test_the_codec_of_encode_decode_does_not_depend_on_what_ran_before(weights: Path) -> None:
+    models = loader(weights, weights / "stereo")
+    before = models.codec()[1].fingerprint()
+    models.model("melody")
+    folder, codec = models.codec()
+    assert folder == weights / "small" and codec.fingerprint() == before and codec.channels == 1
+
+
+def test_diffusion_serves_the_codec_it_was_trained_for_wherever_that_lies(weights: Path, own: Path) -> None:
+    models = loader(weights, own)
+    model = models.start()
+    decoder = models.diffusion(model.folder, model.codec)
+    assert models.diffusion(model.folder, model.codec) is decoder, "loaded once"
+
+
+def test_diffusion_refuses_another_codec(weights: Path, own: Path) -> None:
+    package = torch.load(own / "compression_state_dict.bin", weights_only=True)
+    codebook = next(name for name in package["best_state"] if name.endswith("embed"))
+    package["best_state"][codebook] += 0.01
+    torch.save(package, own / "compression_state_dict.bin")
+    models = loader(weights, own)
+    model = models.start()
+    with pytest.raises(InputError, match=r"multi_band_diffusion is true, but own has a codec of its own"):
+        models.diffusion(model.folder, model.codec)
+    shutil.copytree(weights / "multiband-diffusion", own / "multiband-diffusion")
+    models.diffusion(model.folder, model.codec)  # brought along: it is the codec's own
+
+
+def test_weights_that_do_not_fit_are_named(weights: Path, own: Path) -> None:
+    package = torch.load(own / "state_dict.bin", weights_only=True)
+    state = package["best_state"]
+    state["extra.weight"] = state.pop("out_norm.weight")
+    torch.save(package, own / "state_dict.bin")
+    with pytest.raises(
+        WeightsError, match=r"1 missing \(out_norm.weight\) and 1 unexpected \(extra.weight\)"
+    ):
+        loader(weights, own).start()
+    state["out_norm.weight"] = torch.zeros(3)
+    del state["extra.weight"]
+    torch.save(package, own / "state_dict.bin")
+    with pytest.raises(WeightsError, match=r"1 shapes differ, out_norm.weight is \[3\] where \[64\] belongs"):
+        loader(weights, own).start()
+
+
+def test_a_pickle_that_would_run_code_is_not_run(weights: Path, own: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    for name in ("state_dict.bin", "compression_state_dict.bin"):
+        checkpoint = Path(shutil.copytree(own, tmp_path / name))
+        torch.save({"best_state": {}, "xp.cfg": Evil()}, checkpoint / name)
+        with pytest.raises(WeightsError, match=name):
+            loader(weights, checkpoint).start()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_resident_model_is_replaced_not_joined(weights: Path) -> None:
+    models = loader(weights)
+    small = models.model("small")
+    assert models.model("small") is small
+    models.model("melody")
+    assert models.model("small") is not small
