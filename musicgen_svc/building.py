@@ -1,6 +1,8 @@
 """Configurations and state dicts -> audiocraft's modules on the device, weights assigned once."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from musicgen_svc.checkpoints.audiocraft_export import Checkpoint
+from musicgen_svc.checkpoints import Checkpoint, TransformersPart
+from musicgen_svc.checkpoints.fitting import check_fit
 from musicgen_svc.compat import (
     ChromaExtractor,
     CompressionModel,
@@ -21,18 +24,29 @@ from musicgen_svc.conditioning import MELODY, TEXT, Conditioner, MelodyCondition
 from musicgen_svc.errors import WeightsError
 
 
-def build_text_conditioner(config: DictConfig, t5_folder: Path, device: torch.device) -> TextConditioner:
-    """The T5 in `t5_folder` and an empty projection to the model's width."""
-    from transformers import T5EncoderModel, T5Tokenizer
+def build_text_conditioner(
+    config: DictConfig, encoder: Path | TransformersPart, tokenizer_folder: Path, device: torch.device
+) -> TextConditioner:
+    """A T5 encoder, from its own folder or from inside a checkpoint, and an empty projection.
+
+    Raises:
+        WeightsError: there is no T5, or the checkpoint wants its prompts changed first.
+    """
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     if config.conditioners[TEXT].t5.get("normalize_text"):
         raise WeightsError("The checkpoint normalizes its prompts (normalize_text), which needs spaCy.")
     try:
-        tokenizer = T5Tokenizer.from_pretrained(t5_folder, local_files_only=True)
-        t5 = T5EncoderModel.from_pretrained(t5_folder, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError) as exc:
-        raise WeightsError(f"{t5_folder} does not hold a T5 encoder: {exc}") from exc
-    t5 = t5.to(device).eval().requires_grad_(False)
+        tokenizer = T5Tokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        if isinstance(encoder, TransformersPart):
+            t5 = T5EncoderModel(T5Config(**encoder.config))
+            t5.load_state_dict(encoder.state)
+        else:
+            t5 = T5EncoderModel.from_pretrained(encoder, local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as exc:
+        where = encoder.origin if isinstance(encoder, TransformersPart) else encoder
+        raise WeightsError(f"{where} does not hold a T5 encoder: {_first_line(exc)}") from exc
+    t5 = t5.to(device, torch.float32).eval().requires_grad_(False)
     return TextConditioner(t5, tokenizer, t5.config.d_model, config.transformer_lm.dim)
 
 
@@ -88,7 +102,7 @@ def build_lm(checkpoint: Checkpoint, conditioner: Conditioner, device: torch.dev
     if fuser.fuse2cond["cross"]:
         kwargs["cross_attention"] = True
     guidance = config.classifier_free_guidance
-    with torch.device("meta"):
+    with torch.device("meta"), _understood(checkpoint.origin):
         lm = LMModel(
             pattern_provider=builders.get_codebooks_pattern_provider(kwargs["n_q"], pattern),
             condition_provider=nn.Module(),
@@ -101,7 +115,7 @@ def build_lm(checkpoint: Checkpoint, conditioner: Conditioner, device: torch.dev
             **kwargs,
         )
     lm.condition_provider = conditioner
-    _assign(lm, checkpoint.state, device, "language model")
+    _assign(lm, checkpoint, device, "language model")
     return lm.eval().requires_grad_(False)
 
 
@@ -118,23 +132,29 @@ def build_codec(checkpoint: Checkpoint, device: torch.device) -> CompressionMode
             codec = builders.get_compression_model(checkpoint.config)
     except KeyError as exc:
         raise WeightsError(f"The codec's configuration is not EnCodec's: {exc}") from exc
-    _assign(codec, checkpoint.state, device, "codec")
+    _assign(codec, checkpoint, device, "codec")
     return codec.to(device).eval().requires_grad_(False)
 
 
-def build_transformers_codec(folder: Path, device: torch.device) -> CompressionModel:
-    """EnCodec in transformers' spelling, fp32.
+def build_transformers_codec(source: Path | TransformersPart, device: torch.device) -> CompressionModel:
+    """EnCodec in transformers' spelling, fp32, from its own folder or from inside a checkpoint.
 
     Raises:
-        WeightsError: the folder holds no such model.
+        WeightsError: there is no such model.
     """
-    from transformers import EncodecModel
+    from transformers import EncodecConfig, EncodecModel
 
     try:
-        codec = EncodecModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError) as exc:
-        raise WeightsError(f"{folder} does not hold an EnCodec model: {exc}") from exc
-    return HFEncodecCompressionModel(codec).to(device).eval().requires_grad_(False)
+        if isinstance(source, TransformersPart):
+            codec = EncodecModel(EncodecConfig(**source.config))
+            codec.load_state_dict(source.state)
+        else:
+            codec = EncodecModel.from_pretrained(source, local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as exc:
+        where = source.origin if isinstance(source, TransformersPart) else source
+        raise WeightsError(f"{where} does not hold an EnCodec model: {_first_line(exc)}") from exc
+    wrapped = HFEncodecCompressionModel(codec.to(device, torch.float32))
+    return wrapped.eval().requires_grad_(False)
 
 
 def wrap_codec(codec: CompressionModel, config: DictConfig) -> CompressionModel:
@@ -151,30 +171,27 @@ def wrap_codec(codec: CompressionModel, config: DictConfig) -> CompressionModel:
     return codec
 
 
-def _assign(module: nn.Module, state: dict[str, torch.Tensor], device: torch.device, what: str) -> None:
+@contextmanager
+def _understood(origin: str) -> Iterator[None]:
+    """A configuration that audiocraft's constructors do not take is the checkpoint's fault."""
+    try:
+        yield
+    except (TypeError, ValueError, AssertionError) as exc:
+        raise WeightsError(
+            f"{origin} has a configuration that builds no MusicGen: {_first_line(exc)}"
+        ) from exc
+
+
+def _assign(module: nn.Module, checkpoint: Checkpoint, device: torch.device, what: str) -> None:
     """Puts the tensors in place, each in the type that the module was built with, with no second copy."""
     own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise WeightsError(
-            f"The {what}'s weights do not fit its configuration: {_some('missing', missing)}"
-            f"{' and ' if missing and unexpected else ''}{_some('unexpected', unexpected)}."
-        )
-    misshapen = [name for name in own if own[name].shape != state[name].shape]
-    if misshapen:
-        name = misshapen[0]
-        raise WeightsError(
-            f"The {what}'s weights do not fit its configuration: {len(misshapen)} shapes differ, "
-            f"{name} is {list(state[name].shape)} where {list(own[name].shape)} belongs."
-        )
-    placed = {name: state[name].to(device, own[name].dtype) for name in own}
+    check_fit(own, checkpoint.state, what, checkpoint.origin)
+    placed = {name: checkpoint.state[name].to(device, own[name].dtype) for name in own}
     module.load_state_dict(placed, assign=True)
 
 
-def _some(kind: str, names: list[str]) -> str:
-    if not names:
-        return ""
-    return f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+def _first_line(exc: Exception) -> str:
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0]
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

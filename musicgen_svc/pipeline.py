@@ -72,7 +72,7 @@ class Pipeline:
         with progress.stage("generate") as tick:
             generator = torch.Generator().manual_seed(request.seed)
             tokens, steps = perform(model, score, request.sampling, generator, tick)
-        samples = self._decode(request, model.folder, codec, tokens, random, progress)
+        samples = self._decode(request, model.place, codec, tokens, random, progress)
         tags = self._tags(request, model)
         return _write(request, samples, codec.sample_rate, tags, steps, progress, folder)
 
@@ -121,7 +121,9 @@ class Pipeline:
             "normalization_strategy": request.normalization,
         }
         if model is not None:
-            recipe |= {"model_sha256": model.content_hash} | asdict(request.sampling)
+            recipe |= {"model_sha256": model.content_hash, "model_format": model.format} | asdict(
+                request.sampling
+            )
         if self._tag_prompt and request.prompt is not None:
             recipe["prompt"] = request.prompt
         return {"title": f"MusicGen {request.model} {request.seed}", "comment": json.dumps(recipe)}

@@ -59,7 +59,7 @@ class Service:
         loader = Loader(weights, device, self._settings)
         model = loader.start()
         self._pipeline = Pipeline(loader, tag_prompt=self._settings.tag_prompt)
-        print(f"{model.name} from {model.folder} is ready on {device}.")
+        print(f"{model.name} is ready on {device}: {model.format} {model.place}")
 
     def healthy(self) -> bool:
         """False once the device has failed for good. Never waits for the device."""

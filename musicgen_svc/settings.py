@@ -27,6 +27,8 @@ class Settings:
     """How long an output stays after `run()` returned it, so that Cog can read or upload it."""
     diffusion_window_s: float = 60.0
     """Longest piece that MultiBand Diffusion decodes at once; longer ones are crossfaded."""
+    lora_strength: float = 1.0
+    """How much of a LoRA adapter is merged into its base model; 1: as it was trained."""
     cuda_graphs: bool = False
     """On a GPU: record the decoding step once and replay it, instead of launching each operation."""
     tag_prompt: bool = False

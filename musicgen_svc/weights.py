@@ -1,13 +1,14 @@
-"""Names -> folders on this machine. Nothing here downloads: see scripts/download_weights."""
+"""Names -> paths on this machine. Nothing here downloads: see scripts/download_weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from musicgen_svc.catalog import LM_FILE, Catalog
+from musicgen_svc.catalog import Catalog
 from musicgen_svc.errors import WeightsError
 
 FINETUNED = "finetuned"
 DEMO = "8songs"
+UNPACKED = ".unpacked"
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Weights:
     folder: Path
     catalog: Catalog
     finetuned: Path | None
-    """The checkpoint given to `setup(weights)`, if any."""
+    """The checkpoint of `finetuned`, a file or a folder, if there is one."""
 
     @classmethod
     def at(cls, folder: Path, catalog: Catalog, given: str | None) -> "Weights":
@@ -28,20 +29,20 @@ class Weights:
         """
         if given:
             if "://" in given:
-                raise WeightsError(f"COG_WEIGHTS is {given!r}; it must be a folder on this machine.")
+                raise WeightsError(f"COG_WEIGHTS is {given!r}; it must be a path on this machine.")
             path = Path(given)
-            if not (path / LM_FILE).is_file():
-                raise WeightsError(f"COG_WEIGHTS is {given!r}, where there is no {LM_FILE}.")
+            if not path.exists():
+                raise WeightsError(f"COG_WEIGHTS is {given!r}, where there is nothing.")
             return cls(folder, catalog, path)
-        present = [folder / name for name in (FINETUNED, DEMO) if (folder / name / LM_FILE).is_file()]
+        present = [folder / name for name in (FINETUNED, DEMO) if _holds_something(folder / name)]
         return cls(folder, catalog, present[0] if present else None)
 
     def base_models(self) -> list[str]:
         """The base models that are present, in the manifest's order."""
-        return [name for name in self.catalog.models if (self.folder / name / LM_FILE).is_file()]
+        return [name for name in self.catalog.models if _holds_something(self.folder / name)]
 
     def model(self, name: str) -> Path:
-        """The folder of a model.
+        """Where a model lies.
 
         Raises:
             WeightsError: it is not there; the message says how to get it.
@@ -53,13 +54,26 @@ class Weights:
                     f"{self.folder / FINETUNED}, or name one in COG_WEIGHTS; {self._alternatives()}."
                 )
             return self.finetuned
-        path = self.folder / name
-        if not (path / LM_FILE).is_file():
+        if name not in self.base_models():
             raise WeightsError(
                 f"model_version {name!r} has no weights here: run scripts/download_weights {name}; "
                 f"{self._alternatives()}."
             )
-        return path
+        return self.folder / name
+
+    def base(self, repository: str) -> Path:
+        """Where the model lies that an adapter was trained on, by its Hugging Face repository.
+
+        Raises:
+            WeightsError: it is none of the base models, or not present.
+        """
+        for name, source in self.catalog.models.items():
+            if repository in (source.repository, name):
+                return self.model(name)
+        raise WeightsError(
+            f"The adapter was trained on {repository!r:.80}, which is none of "
+            f"{', '.join(source.repository for source in self.catalog.models.values())}."
+        )
 
     def component(self, name: str, checkpoint: Path) -> Path:
         """The folder of a component: the checkpoint's own, else one beside it, else the common one.
@@ -79,3 +93,7 @@ class Weights:
     def _alternatives(self) -> str:
         present = self.base_models() + ([FINETUNED] if self.finetuned else [])
         return f"present are {', '.join(present)}" if present else "no model is present"
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())

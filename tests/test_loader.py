@@ -82,8 +82,8 @@ def test_the_codec_of_encode_decode_does_not_depend_on_what_ran_before(weights: 
 def test_diffusion_serves_the_codec_it_was_trained_for_wherever_that_lies(weights: Path, own: Path) -> None:
     models = loader(weights, own)
     model = models.start()
-    decoder = models.diffusion(model.folder, model.codec)
-    assert models.diffusion(model.folder, model.codec) is decoder, "loaded once"
+    decoder = models.diffusion(model.place, model.codec)
+    assert models.diffusion(model.place, model.codec) is decoder, "loaded once"
 
 
 def test_diffusion_refuses_another_codec(weights: Path, own: Path) -> None:
@@ -94,9 +94,9 @@ def test_diffusion_refuses_another_codec(weights: Path, own: Path) -> None:
     models = loader(weights, own)
     model = models.start()
     with pytest.raises(InputError, match=r"multi_band_diffusion is true, but own has a codec of its own"):
-        models.diffusion(model.folder, model.codec)
+        models.diffusion(model.place, model.codec)
     shutil.copytree(weights / "multiband-diffusion", own / "multiband-diffusion")
-    models.diffusion(model.folder, model.codec)  # brought along: it is the codec's own
+    models.diffusion(model.place, model.codec)  # brought along: it is the codec's own
 
 
 def test_weights_that_do_not_fit_are_named(weights: Path, own: Path) -> None:
@@ -105,13 +105,15 @@ def test_weights_that_do_not_fit_are_named(weights: Path, own: Path) -> None:
     state["extra.weight"] = state.pop("out_norm.weight")
     torch.save(package, own / "state_dict.bin")
     with pytest.raises(
-        WeightsError, match=r"1 missing \(out_norm.weight\) and 1 unexpected \(extra.weight\)"
+        WeightsError, match=r"missing are 1 \(out_norm.weight\); unexpected are 1 \(extra.weight\)"
     ):
         loader(weights, own).start()
     state["out_norm.weight"] = torch.zeros(3)
     del state["extra.weight"]
     torch.save(package, own / "state_dict.bin")
-    with pytest.raises(WeightsError, match=r"1 shapes differ, out_norm.weight is \[3\] where \[64\] belongs"):
+    with pytest.raises(
+        WeightsError, match=r"of another shape are 1 \(out_norm.weight is \[3\] where \[64\] belongs"
+    ):
         loader(weights, own).start()
 
 

@@ -18,10 +18,10 @@ def test_every_setting_is_read_in_its_own_type() -> None:
         "MUSICGEN_WEIGHTS_DIR": "/w", "MUSICGEN_DEVICE": "cuda:1", "MUSICGEN_MAX_DURATION_S": "30",
         "MUSICGEN_MAX_REQUEST_S": "12.5", "MUSICGEN_WORK_DIR": "/tmp/x", "MUSICGEN_OUTPUT_GRACE_S": "5",
         "MUSICGEN_DIFFUSION_WINDOW_S": "20", "MUSICGEN_TAG_PROMPT": "true",
-        "MUSICGEN_CUDA_GRAPHS": "1",
+        "MUSICGEN_CUDA_GRAPHS": "1", "MUSICGEN_LORA_STRENGTH": "0.5",
     }  # fmt: skip
     assert len(environment) == len(dataclasses.fields(Settings))
-    expected = Settings(Path("/w"), "cuda:1", 30, 12.5, Path("/tmp/x"), 5.0, 20.0, True, True)
+    expected = Settings(Path("/w"), "cuda:1", 30, 12.5, Path("/tmp/x"), 5.0, 20.0, 0.5, True, True)
     assert Settings.from_environment(environment) == expected
 
 
