@@ -18,7 +18,7 @@ from musicgen_svc.errors import WeightsError
 from musicgen_svc.ticks import Tick, no_tick
 
 CHUNK_FRAMES = 1500
-"""30 s at 50 Hz: a whole window of the model, at 1.2 GB of activations in MusicGen's codec."""
+"""30 s at 50 Hz: a whole window of the model, at 1.1 to 1.4 GB of working memory in MusicGen's codec."""
 
 
 class Codec:

@@ -147,10 +147,10 @@ def _write(
     request: Request, samples: torch.Tensor, sample_rate: int, tags: dict[str, str], steps: int,
     progress: Progress, folder: Path,
 ) -> Result:  # fmt: skip
-    with progress.stage("write"):
-        samples = normalize(samples.float().cpu(), sample_rate, request.normalization)
+    with progress.stage("write") as tick:
+        samples = normalize(samples.float().cpu(), sample_rate, request.normalization, tick=tick)
         name = f"musicgen-{request.model}-{request.seed}-{uuid.uuid4().hex[:8]}.{request.output_format}"
-        write_audio(samples, sample_rate, folder / name, tags)
+        write_audio(samples, sample_rate, folder / name, tags, tick=tick)
     metrics: dict[str, object] = {"audio_seconds": samples.shape[1] / sample_rate, "steps": steps}
     return Result(folder / name, metrics | progress.seconds)
 

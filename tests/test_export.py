@@ -116,22 +116,21 @@ def test_same_samples_and_tags_give_the_same_bytes(tmp_path: Path, kind: str) ->
 def test_a_file_replaces_its_predecessor_and_nothing_else_stays(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"song.{kind}"
     path.write_bytes(b"old")
-    write_audio(sound(), RATE, path, TAGS)
+    with path.open("rb") as reader:
+        write_audio(sound(), RATE, path, TAGS)
+        assert reader.read() == b"old", "who reads the old file is not given half of the new one"
     assert decoded(path)[0].shape == (1, sound().shape[1])
     assert [*tmp_path.iterdir()] == [path]
     path.with_name("new").touch()
     assert path.stat().st_mode == path.with_name("new").stat().st_mode
 
 
-def test_pydub_leaves_nothing_in_the_machines_temporary_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_machines_temporary_folder_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    (tmp_path / "tmp").mkdir()
-    (tmp_path / "out").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").chmod(0o500)
-    write_audio(sound(), RATE, tmp_path / "out" / "song.mp3", TAGS)
-    assert [*(tmp_path / "tmp").iterdir()] == []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    write_audio(sound(), RATE, tmp_path / f"song.{kind}", TAGS)
 
 
 def fake_ffmpeg(folder: Path, script: str) -> None:

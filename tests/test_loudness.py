@@ -60,7 +60,7 @@ def spiky(exponent: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("rate", [24_000, 32_000, 44_100, 48_000])
 @pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("level", [0.05, 1, 30])
+@pytest.mark.parametrize("level", [0.05, 1, 300])
 def test_loudness_reaches_its_target_where_nothing_is_limited(rate: int, channels: int, level: float) -> None:
     output = normalize(music(channels, level=level, rate=rate), rate, "loudness")
     assert peak(output) < KNEE
@@ -121,6 +121,7 @@ def test_the_meter_agrees_with_others(duration_s: float, rate: int) -> None:
     sound = torch.from_numpy(noise(duration_s, rate, channels=2, rms=0.05))
     sound[:, sound.shape[1] // 2 :] *= 0.003
     sound[:, -sound.shape[1] // 6 :] = 0
+    sound += 0.4  # each chunk begins in the middle of a constant that only settled filters ignore
     assert measure_lufs(sound, rate) == pytest.approx(lufs(sound, rate), abs=0.05)
     theirs = float(torchaudio.functional.loudness(sound, rate))
     assert measure_lufs(sound, rate) == pytest.approx(theirs, abs=0.05)
