@@ -66,6 +66,9 @@ def ensure(root: Path) -> Path:
 
 def build(folder: Path) -> None:
     """Writes everything into `folder`."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     for name in ("small", "melody", "stereo", "hf-codec", "multiband-diffusion"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with _seeded(1):
