@@ -147,6 +147,8 @@ def _device(name: str) -> torch.device:
         raise ServiceError(
             f"MUSICGEN_DEVICE is {name!r}; it must be auto, cpu, cuda or cuda:<number>."
         ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ServiceError(f"MUSICGEN_DEVICE is {name!r}, but no GPU can be used here.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ServiceError(
+            f"MUSICGEN_DEVICE is {name!r}, but {torch.cuda.device_count()} GPUs can be used here."
+        )
     return device
