@@ -65,6 +65,8 @@ class LoraFolder(OpenedCheckpoint):
         own = tensor_files(folder, _STEMS)
         self._tensors = read_tensors(own)
         self._strength = strength
+        if strength != 1:
+            self.format = f"LoRA adapter at strength {strength:g}"
         self._base = base(name)
         self.files = (*self._base.files, folder / "adapter_config.json", *own)
 

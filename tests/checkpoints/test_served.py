@@ -141,3 +141,15 @@ def test_a_codec_of_another_size_is_refused_by_name(places: Path, tmp_path: Path
     )  # 400 entries; encodec_32khz, taken for granted, has 512
     with pytest.raises(WeightsError, match="4 codebooks of 400 entries, and its codec has 4 of 512"):
         Loader(Weights.at(places, read_catalog(), str(tmp_path / "lm.pt")), CPU, Settings()).start()
+
+
+def test_an_adapters_strength_is_part_of_what_is_said_of_it(places: Path, tmp_path: Path) -> None:
+    """It goes into the file's tags: the hash of the files alone would not reproduce the piece."""
+    given = str(lora(places, tmp_path))
+    formats = [
+        Loader(Weights.at(places, read_catalog(), given), CPU, Settings(lora_strength=strength))
+        .start()
+        .format
+        for strength in (1.0, 0.5)
+    ]
+    assert formats == ["LoRA adapter", "LoRA adapter at strength 0.5"]

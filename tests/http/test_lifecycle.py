@@ -150,6 +150,7 @@ def test_metrics_tell_seed_length_steps_and_the_time_of_each_stage(server: CogSe
 
 
 def test_outputs_go_after_their_grace(server: CogServer) -> None:
+    wait_for(lambda: not files_of(server), timeout_s=5)
     for _ in range(3):
         output(server.predict(SHORT | {"input_audio": clip(1)}))
     assert len(files_of(server)) <= 3
@@ -165,6 +166,7 @@ def test_the_log_holds_the_cause_and_the_reply_the_sentence(server: CogServer) -
 
 
 def test_a_full_disk_fails_the_request_and_not_the_service(server: CogServer) -> None:
+    wait_for(lambda: not files_of(server), timeout_s=5)
     for format in ("wav", "mp3"):
         fields = SHORT | {"duration": 20, "temperature": 0, "output_format": format, "model_version": "small"}
         with limited(worker(server), resource.RLIMIT_FSIZE, 100_000):

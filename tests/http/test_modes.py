@@ -48,7 +48,7 @@ def test_text_beyond_the_window_is_exactly_as_long_as_asked(server: CogServer, d
     assert reply["metrics"]["audio_seconds"] == duration
 
 
-@pytest.mark.parametrize(("clip_s", "duration"), [(0.5, 1), (3.21, 2), (33.0, 1), (2.0, 31)])
+@pytest.mark.parametrize(("clip_s", "duration"), [(0.5, 1), (3.21, 2), (33.0, 1), (2.0, 65)])
 def test_melody_is_exactly_as_long_as_asked(server: CogServer, clip_s: float, duration: int) -> None:
     sound, _ = samples(server.predict({"input_audio": clip(clip_s), "duration": duration}))
     assert sound.shape == (1, duration * RATE)
@@ -71,6 +71,11 @@ def test_continuation_is_the_selected_clip_and_then_new_music(
     assert sound.shape == (1, (frames_of(used_s) + 100) * FRAME)
 
 
+def test_continuation_over_several_windows_is_exactly_as_long_as_asked(server: CogServer) -> None:
+    fields = {"input_audio": clip(2.0), "continuation": True, "duration": 63, "model_version": "small"}
+    assert samples(server.predict(fields))[0].shape == (1, 65 * RATE)
+
+
 def test_continuation_opens_with_the_clip_as_the_codec_hears_it(server: CogServer) -> None:
     fields = {"input_audio": clip(3.0), "normalization_strategy": "clip", "seed": 1}
     coded, _ = samples(server.predict(fields | {"model_version": "encode-decode"}))
@@ -81,7 +86,7 @@ def test_continuation_opens_with_the_clip_as_the_codec_hears_it(server: CogServe
     assert np.abs(coded[0, middle] - continued[0, middle]).max() < 2e-4
 
 
-@pytest.mark.parametrize("seconds", [0.01, 1.0, 2.3456, 34.0])
+@pytest.mark.parametrize("seconds", [0.01, 1.0, 2.3456, 34.0, 65.0])
 def test_encode_decode_returns_every_sample(server: CogServer, seconds: float) -> None:
     reply = server.predict({"input_audio": clip(seconds), "model_version": "encode-decode"})
     assert samples(reply)[0].shape == (1, round(seconds * RATE))
