@@ -21,7 +21,7 @@ from musicgen_svc.compat import (
     builders,
 )
 from musicgen_svc.conditioning import MELODY, TEXT, Conditioner, MelodyConditioner, Separate, TextConditioner
-from musicgen_svc.errors import WeightsError
+from musicgen_svc.errors import WeightsError, first_line
 
 
 def build_text_conditioner(
@@ -45,7 +45,7 @@ def build_text_conditioner(
             t5 = T5EncoderModel.from_pretrained(encoder, local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as exc:
         where = encoder.origin if isinstance(encoder, TransformersPart) else encoder
-        raise WeightsError(f"{where} does not hold a T5 encoder: {_first_line(exc)}") from exc
+        raise WeightsError(f"{where} does not hold a T5 encoder: {first_line(exc)}") from exc
     t5 = t5.to(device, torch.float32).eval().requires_grad_(False)
     return TextConditioner(t5, tokenizer, t5.config.d_model, config.transformer_lm.dim)
 
@@ -152,7 +152,7 @@ def build_transformers_codec(source: Path | TransformersPart, device: torch.devi
             codec = EncodecModel.from_pretrained(source, local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as exc:
         where = source.origin if isinstance(source, TransformersPart) else source
-        raise WeightsError(f"{where} does not hold an EnCodec model: {_first_line(exc)}") from exc
+        raise WeightsError(f"{where} does not hold an EnCodec model: {first_line(exc)}") from exc
     wrapped = HFEncodecCompressionModel(codec.to(device, torch.float32))
     return wrapped.eval().requires_grad_(False)
 
@@ -178,7 +178,7 @@ def _understood(origin: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError, AssertionError) as exc:
         raise WeightsError(
-            f"{origin} has a configuration that builds no MusicGen: {_first_line(exc)}"
+            f"{origin} has a configuration that builds no MusicGen: {first_line(exc)}"
         ) from exc
 
 
@@ -188,10 +188,6 @@ def _assign(module: nn.Module, checkpoint: Checkpoint, device: torch.device, wha
     check_fit(own, checkpoint.state, what, checkpoint.origin)
     placed = {name: checkpoint.state[name].to(device, own[name].dtype) for name in own}
     module.load_state_dict(placed, assign=True)
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip() or type(exc).__name__).splitlines()[0]
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

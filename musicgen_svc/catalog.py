@@ -7,8 +7,6 @@ from pathlib import Path
 from musicgen_svc.errors import WeightsError
 
 MANIFEST = Path(__file__).parent.parent / "weights" / "manifest.json"
-LM_FILE = "state_dict.bin"
-CODEC_FILE = "compression_state_dict.bin"
 DIFFUSION_FILE = "mbd_musicgen_32khz.th"
 
 

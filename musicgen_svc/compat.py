@@ -52,7 +52,6 @@ def _install() -> None:
 
 _install()
 
-from audiocraft.data.audio_utils import convert_audio  # noqa: E402
 from audiocraft.models import builders  # noqa: E402
 from audiocraft.models.encodec import (  # noqa: E402
     CompressionModel,
@@ -80,5 +79,4 @@ __all__ = [
     "NoiseSchedule",
     "SampleProcessor",
     "builders",
-    "convert_audio",
 ]

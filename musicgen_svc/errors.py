@@ -32,3 +32,8 @@ class GenerationError(ServiceError):
 
 class Stopped(Exception):
     """The client cancelled or hung up. Raised out of progress callbacks to unwind a request."""
+
+
+def first_line(exc: Exception) -> str:
+    """What a third party's error says, fit for a sentence of ours."""
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0]

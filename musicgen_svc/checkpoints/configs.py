@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from musicgen_svc.checkpoints.opened import component_name
-from musicgen_svc.errors import WeightsError
+from musicgen_svc.errors import WeightsError, first_line
 
 _LM_SECTIONS = (
     "transformer_lm", "codebooks_pattern", "classifier_free_guidance", "fuser", "conditioners", "dataset",
@@ -61,7 +61,7 @@ def lm_config(source: Any, origin: str) -> DictConfig:
             if isinstance(conditioner, DictConfig) and isinstance(conditioner.get("t5"), DictConfig):
                 component_name(conditioner.t5.get("name"))
     except OmegaConfBaseException as exc:
-        raise WeightsError(f"{origin} holds a configuration that cannot be read: {_line(exc)}") from exc
+        raise WeightsError(f"{origin} holds a configuration that cannot be read: {first_line(exc)}") from exc
     return config
 
 
@@ -69,7 +69,7 @@ def _plain(source: Any, origin: str) -> dict[str, Any]:
     try:
         plain = _inert(OmegaConf.to_container(OmegaConf.create(source), resolve=False))
     except Exception as exc:  # YAML's errors, OmegaConf's, and those of a half-restored object
-        raise WeightsError(f"{origin} holds a configuration that cannot be read: {_line(exc)}") from exc
+        raise WeightsError(f"{origin} holds a configuration that cannot be read: {first_line(exc)}") from exc
     if not isinstance(plain, dict):
         raise WeightsError(f"{origin} holds a configuration that is a {type(plain).__name__}, not a mapping.")
     return plain
@@ -82,7 +82,3 @@ def _inert(value: Any) -> Any:
     if isinstance(value, list):
         return [_inert(item) for item in value]
     return value.replace("$", "") if isinstance(value, str) and _RESOLVER.search(value) else value
-
-
-def _line(exc: Exception) -> str:
-    return (str(exc).strip() or type(exc).__name__).splitlines()[0]

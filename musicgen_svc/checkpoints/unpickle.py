@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
-from musicgen_svc.errors import WeightsError
+from musicgen_svc.errors import WeightsError, first_line
 
 _ALLOWED = [
     DictConfig, ListConfig, AnyNode, Metadata, ContainerMetadata, defaultdict, dict, list, int, typing.Any,
@@ -48,7 +48,7 @@ def load_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as exc:  # torch.load raises whatever its zip, pickle or tensor reader raises
-        raise WeightsError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(exc)}") from exc
+        raise WeightsError(f"{path} cannot be read as a PyTorch checkpoint: {first_line(exc)}") from exc
 
 
 def _is_torch_zip(path: Path) -> bool:
@@ -65,7 +65,3 @@ def _is_torch_zip(path: Path) -> bool:
     return {f"{root}/data.pkl", f"{root}/version"} <= set(names) and all(
         name.startswith(f"{root}/") for name in names
     )
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip() or type(exc).__name__).splitlines()[0]
