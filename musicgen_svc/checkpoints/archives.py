@@ -11,17 +11,20 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from musicgen_svc.checkpoints.unpickle import ZIP_MAGIC, is_torch_file
 from musicgen_svc.errors import WeightsError
+from musicgen_svc.locking import locked
 
 MAX_UNPACKED_BYTES = 64 << 30
 """Several times the largest model in fp32."""
 _MAX_ENTRIES = 10_000
+_UNFINISHED = ".unpacking-"
+_LOCK = ".lock"
 _PIECE_BYTES = 1 << 20
 """Files are copied in such pieces, and no header is longer."""
 _BLOCK = 512  # of a tar
@@ -69,23 +72,45 @@ def unpacked(path: Path, cache: Path, limit_bytes: int = MAX_UNPACKED_BYTES) -> 
         if folder.is_dir():
             return folder
         cache.mkdir(parents=True, exist_ok=True)
-        with _opened(path) as (entries, _):
-            total = _check(path, entries, limit_bytes)
-        free = shutil.disk_usage(cache).free
-        if total > free:
-            raise WeightsError(f"{path} unpacks to {total} bytes, and {cache} has {free} left.")
-        temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=cache))
-        try:
-            with _opened(path) as (entries, read):
-                for entry in entries:
-                    _write(entry, read, temporary)
+        with locked(cache / _LOCK) as alone:  # one after the other: what is unfinished then is nobody's
+            if alone:
+                _remove_unfinished(cache)
             if not folder.is_dir():  # else another process was first: its files are these files
-                temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                _unpack(path, folder, limit_bytes)
     except _UNREADABLE as exc:
         raise WeightsError(f"{path} cannot be unpacked: {str(exc) or type(exc).__name__}") from exc
     return folder
+
+
+def sweep(cache: Path) -> None:
+    """Removes what interrupted unpackings left in `cache`, unless another process is unpacking there."""
+    if not any(cache.glob(f"{_UNFINISHED}*")):
+        return
+    with suppress(OSError), locked(cache / _LOCK, wait=False) as alone:  # it may be another's, or read-only
+        if alone:
+            _remove_unfinished(cache)
+
+
+def _remove_unfinished(cache: Path) -> None:
+    for left in cache.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _unpack(path: Path, folder: Path, limit_bytes: int) -> None:
+    """Makes `folder` with all its files, or nothing."""
+    with _opened(path) as (entries, _):
+        total = _check(path, entries, limit_bytes)
+    free = shutil.disk_usage(folder.parent).free
+    if total > free:
+        raise WeightsError(f"{path} unpacks to {total} bytes, and {folder.parent} has {free} left.")
+    temporary = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
+    try:
+        with _opened(path) as (entries, read):
+            for entry in entries:
+                _write(entry, read, temporary)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check(path: Path, entries: Iterable[_Entry], limit_bytes: int) -> int:

@@ -3,6 +3,8 @@
 import io
 import os
 import stat
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -12,9 +14,11 @@ import checkpoint_models as tools
 import pytest
 import torch
 
+from musicgen_svc.catalog import read_catalog
 from musicgen_svc.checkpoints import CodecPointer, open_checkpoint
-from musicgen_svc.checkpoints.archives import is_archive, unpacked
+from musicgen_svc.checkpoints.archives import is_archive, sweep, unpacked
 from musicgen_svc.errors import WeightsError
+from musicgen_svc.weights import UNPACKED, Weights
 
 CONFIG = tools.config_of("small")
 MODES = ["w", "w:gz", "w:bz2", "w:xz", "zip"]
@@ -83,7 +87,7 @@ def test_an_archive_is_unpacked_once_for_its_content(model: Path, tmp_path: Path
     (tmp_path / "x.tar").unlink()
     second = unpacked(pack(tmp_path / "x.tar", "w", {"m": other}), cache)
     assert second != first
-    assert sorted(path.name for path in cache.iterdir()) == sorted([first.name, second.name])
+    assert sorted(path.name for path in cache.iterdir()) == sorted([".lock", first.name, second.name])
 
 
 def test_without_a_place_to_unpack_it_says_so(model: Path, tmp_path: Path) -> None:
@@ -177,7 +181,7 @@ def watched(tmp_path: Path) -> Iterator[Path]:
     home = tmp_path / "home"
     home.mkdir()
     yield home
-    left = [path for path in home.rglob("*") if path.name != "cache"]
+    left = [path for path in home.rglob("*") if path.name not in ("cache", ".lock")]
     assert left == []
 
 
@@ -241,3 +245,59 @@ def test_a_disk_too_small_is_said_before_it_is_full(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(WeightsError, match="has 1000 left"):
         unpacked(pack(tmp_path / "x", "w", {"m": model}), watched / "cache")
+
+
+# --- what an interrupted unpacking leaves -----------------------------------------------------------
+
+SLOWLY = """
+import sys, time
+from pathlib import Path
+from musicgen_svc.checkpoints import archives
+
+write = archives._write
+archives._write = lambda *args: (write(*args), print("writing", flush=True), time.sleep(60))
+archives.unpacked(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def unpacking(model: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """Another process in the middle of it, and the folder that it unpacks in."""
+    cache = tmp_path / "cache"
+    archive = pack(tmp_path / "other.tar", "w", {"m": model})
+    command = [sys.executable, "-c", SLOWLY, str(archive), str(cache)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "writing\n"
+        try:
+            yield process, cache
+        finally:
+            process.kill()
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(
+    unpacking: tuple[subprocess.Popen[str], Path], tmp_path: Path
+) -> None:
+    process, cache = unpacking
+    (unfinished,) = cache.glob(".unpacking-*")
+    sweep(cache)
+    assert (unfinished / "m").is_file(), "its process lives"
+    process.kill()
+    process.wait()
+    Weights.at(cache.parent, read_catalog(), None)
+    assert unfinished.is_dir(), "another folder's"
+    cache.rename(tmp_path / UNPACKED)
+    Weights.at(tmp_path, read_catalog(), None)
+    assert [path.name for path in (tmp_path / UNPACKED).iterdir()] == [".lock"]
+
+
+def test_unpacking_clears_up_first(model: Path, tmp_path: Path) -> None:
+    """A disk that is full of leftovers would have no room for it."""
+    (tmp_path / "cache" / ".unpacking-x" / "deep").mkdir(parents=True)
+    folder = unpacked(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache")
+    assert sorted(path.name for path in folder.parent.iterdir()) == sorted([".lock", folder.name])
+
+
+def test_a_folder_without_leftovers_is_not_written_to(tmp_path: Path) -> None:
+    sweep(tmp_path)
+    sweep(tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,325 @@
+"""A checkpoint from a URL, fetched at set-up: over https, from hosts that the operator allows, once.
+
+    <cache>/<sha256>              a file that has arrived, called by its content, whatever its URL says
+    <cache>/<key>.json            what the URL gave last: its ETag, and which of these files
+    <cache>/<key>.partial, .etag  on its way; goes on from there if the server still has the same file
+    <cache>/<key>.lock            held by the process that fetches it
+
+`key` is the sha256 of the URL, which may hold a secret and is written nowhere.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+from urllib.parse import urljoin, urlsplit
+
+import requests
+
+from musicgen_svc.errors import WeightsError
+from musicgen_svc.locking import locked
+from musicgen_svc.verification import sha256_of
+
+_MAX_REDIRECTS = 5
+_MAX_TRIES_WITHOUT_PROGRESS = 4
+_TIMEOUT_S = (10, 60)  # to connect, and between two pieces
+_PIECE_BYTES = 1 << 20
+_LOG_EVERY_S = 5.0
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What may be fetched."""
+
+    hosts: tuple[str, ...]
+    """Names of hosts; each stands for its subdomains too."""
+    max_bytes: int
+
+    def check(self, url: str) -> str:
+        """The URL as it is sent.
+
+        Raises:
+            WeightsError: it is not https, or its host is none of `hosts`.
+        """
+        try:
+            # In requests' own spelling: what is checked is what is asked.
+            sent = requests.Request("GET", url).prepare().url
+            assert sent is not None
+            parts = urlsplit(sent)
+            host = (parts.hostname or "").rstrip(".")
+        except (requests.RequestException, ValueError) as exc:
+            raise WeightsError(f"{shown(url)} is not a URL that can be fetched.") from exc
+        if parts.scheme != "https":
+            raise WeightsError(f"{shown(url)} cannot be fetched: a URL must begin with https://.")
+        if parts.username is not None or not any(
+            host == allowed or host.endswith(f".{allowed}") for allowed in self.hosts
+        ):
+            raise WeightsError(
+                f"{shown(url)} may not be fetched: MUSICGEN_WEIGHTS_HOSTS allows {', '.join(self.hosts)}."
+            )
+        return sent
+
+
+class _Lost(Exception):
+    """The connection broke, or the server has a fault that may pass."""
+
+
+def fetch(url: str, cache: Path, rules: Rules, session: requests.Session | None = None) -> Path:
+    """The file at a URL, in `cache`. A copy from before is used if the server says that it is the same.
+
+    Raises:
+        WeightsError: the rules forbid it, the server does not give it, or the disk is full. What has
+            arrived until then is no file of a checkpoint, and is gone on with the next time.
+    """
+    url = rules.check(url)
+    if _is_page(url):
+        raise WeightsError(
+            f"{shown(url)} is a page of a repository and no file: download the repository into "
+            "weights/finetuned, or name one of its files, https://huggingface.co/<repository>/resolve/main/<file>."
+        )
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        place = _Place(cache, hashlib.sha256(url.encode()).hexdigest())
+        with locked(place.lock) as alone, session or requests.Session() as opened:
+            if not alone:
+                raise WeightsError(
+                    f"{shown(url)} cannot be fetched to {cache}: its file system has no locks."
+                )
+            return _Fetching(url, place, rules, opened).run()
+    except OSError as exc:
+        reason = "the disk is full" if exc.errno in _DISK_FULL else exc.strerror or exc
+        raise WeightsError(f"{shown(url)} cannot be kept in {cache}: {reason}.") from exc
+
+
+def shown(url: str) -> str:
+    """A URL for the log: without what may be a secret, and not too long."""
+    head = url.split("?", 1)[0].split("#", 1)[0]
+    scheme, _, rest = head.partition("://")
+    host, slash, path = rest.partition("/")
+    text = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" if rest else head
+    return repr(text if len(text) <= 120 else text[:119] + "…")
+
+
+def _is_page(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.hostname == "huggingface.co" and "/resolve/" not in parts.path
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The files of one URL."""
+
+    cache: Path
+    key: str
+
+    @property
+    def lock(self) -> Path:
+        return self.cache / f"{self.key}.lock"
+
+    @property
+    def index(self) -> Path:
+        return self.cache / f"{self.key}.json"
+
+    @property
+    def partial(self) -> Path:
+        return self.cache / f"{self.key}.partial"
+
+    @property
+    def partial_etag(self) -> Path:
+        return self.cache / f"{self.key}.etag"
+
+    def known(self) -> tuple[Path, str] | None:
+        """The file that the URL gave last, if it is whole, and its ETag or an empty text."""
+        try:
+            entry = json.loads(self.index.read_text())
+            path = self.cache / str(entry["sha256"])
+            if path.stat().st_size == entry["size"]:
+                return path, str(entry["etag"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # fetched again
+        return None
+
+    def begun(self) -> tuple[int, str]:
+        """How much has arrived, and of which version; nothing if it cannot be gone on with."""
+        try:
+            return self.partial.stat().st_size, self.partial_etag.read_text()
+        except OSError:
+            return 0, ""
+
+    def begin(self, etag: str) -> None:
+        self.forget()
+        self.partial.touch()
+        if etag:
+            self.partial_etag.write_text(etag)
+
+    def forget(self) -> None:
+        for path in (self.partial_etag, self.partial):
+            path.unlink(missing_ok=True)
+
+    def finish(self) -> Path:
+        """Gives what has arrived its name; before this nothing can mistake it for a checkpoint."""
+        etag = self.partial_etag.read_text() if self.partial_etag.exists() else ""
+        sha256, size = sha256_of(self.partial), self.partial.stat().st_size
+        path = self.cache / sha256
+        self.partial.replace(path)
+        self.partial_etag.unlink(missing_ok=True)
+        draft = self.index.with_suffix(".new")
+        draft.write_text(json.dumps({"etag": etag, "sha256": sha256, "size": size}))
+        draft.replace(self.index)
+        return path
+
+
+class _Fetching:
+    """One file on its way, over as many connections as it takes."""
+
+    def __init__(self, url: str, place: _Place, rules: Rules, session: requests.Session) -> None:
+        self._url, self._place, self._rules, self._session = url, place, rules, session
+        self._logged_s = time.monotonic()
+
+    def run(self) -> Path:
+        known = self._place.known()
+        tries = 0
+        while True:
+            before = self._place.begun()[0]
+            try:
+                with self._asked(known[1] if known else "") as response:
+                    if response.status_code == requests.codes.not_modified and known:
+                        return known[0]
+                    self._receive(response)
+                path = self._place.finish()
+            except _Lost as exc:
+                if known:
+                    print(f"{shown(self._url)} cannot be asked ({exc}): what it gave last is used")
+                    return known[0]
+                tries = 1 if self._place.begun()[0] >= before + _PIECE_BYTES else tries + 1
+                if tries >= _MAX_TRIES_WITHOUT_PROGRESS:
+                    raise WeightsError(
+                        f"{shown(self._url)} could not be fetched ({exc}): start again to go on."
+                    ) from exc
+                time.sleep(2 ** (tries - 1))
+            else:
+                print(f"{shown(self._url)} has arrived: sha256 {path.name}")
+                return path
+
+    def _asked(self, known_etag: str) -> requests.Response:
+        """The answer, its body still to come, after redirects of which each one is allowed."""
+        size, etag = self._place.begun()
+        headers = {"Accept-Encoding": "identity"}
+        if known_etag:
+            headers["If-None-Match"] = known_etag
+        if size and etag:
+            headers |= {"Range": f"bytes={size}-", "If-Range": etag}
+        url = self._url
+        for _ in range(_MAX_REDIRECTS + 1):
+            try:
+                response = self._session.get(
+                    url, headers=headers, allow_redirects=False, stream=True, timeout=_TIMEOUT_S
+                )
+            except requests.RequestException as exc:
+                raise _Lost(_reason(exc)) from exc
+            if not response.is_redirect:
+                return self._accepted(response)
+            response.close()
+            url = self._rules.check(urljoin(url, response.headers["Location"]))
+        raise WeightsError(f"{shown(self._url)} is redirected more than {_MAX_REDIRECTS} times.")
+
+    def _accepted(self, response: requests.Response) -> requests.Response:
+        status = response.status_code
+        if status in (requests.codes.ok, requests.codes.partial_content, requests.codes.not_modified):
+            return response
+        response.close()
+        if status == requests.codes.requested_range_not_satisfiable:
+            self._place.forget()
+        if status in (408, 416, 429) or status >= 500:
+            raise _Lost(f"the server answers {status}")
+        raise WeightsError(f"{shown(self._url)} cannot be fetched: the server answers {status}.")
+
+    def _receive(self, response: requests.Response) -> None:
+        """Writes the body behind what is there, or from the start if the server gives all of it."""
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise WeightsError(f"{shown(self._url)} cannot be fetched: the server packs what it sends.")
+        offset, etag = self._place.begun()
+        if response.status_code == requests.codes.ok:
+            offset = 0
+            self._place.begin(_strong(response.headers.get("ETag", "")))
+        elif not (response.status_code == 206 and offset and _continues(response, offset, etag)):
+            self._place.forget()
+            raise _Lost("the server goes on with another file")
+        length = response.headers.get("Content-Length", "")
+        total = offset + int(length) if length.isdecimal() else None
+        self._check(total or offset, offset)
+        with self._place.partial.open("ab") as out:
+            self._log(offset, total, first=True)
+            for piece in self._pieces(response):
+                offset += len(piece)
+                if offset > self._rules.max_bytes:
+                    self._check(offset, offset)
+                self._write(out, piece)
+                self._log(offset, total)
+            out.flush()
+            os.fsync(out.fileno())
+        if total is not None and offset != total:
+            raise _Lost(f"it ended after {offset} of {total} bytes")
+
+    def _pieces(self, response: requests.Response) -> Iterator[bytes]:
+        try:
+            yield from response.iter_content(_PIECE_BYTES)
+        except requests.RequestException as exc:
+            raise _Lost(_reason(exc)) from exc
+
+    def _write(self, out: IO[bytes], piece: bytes) -> None:
+        try:
+            out.write(piece)
+        except OSError as exc:
+            if exc.errno in _DISK_FULL:
+                self._place.forget()
+            raise
+
+    def _check(self, total: int, offset: int) -> None:
+        """
+        Raises:
+            WeightsError: so many bytes are more than is allowed, or than the disk has.
+        """
+        free = shutil.disk_usage(self._place.cache).free
+        if total > self._rules.max_bytes:
+            fault = f"is larger than MUSICGEN_WEIGHTS_MAX_GB allows, {self._rules.max_bytes / 1e9:g} GB"
+        elif total - offset > free:
+            fault = f"takes {total - offset:,} more bytes, and {self._place.cache} has {free:,} left"
+        else:
+            return
+        self._place.forget()
+        raise WeightsError(f"{shown(self._url)} {fault}.")
+
+    def _log(self, done: int, total: int | None, first: bool = False) -> None:
+        now_s = time.monotonic()
+        if first or now_s - self._logged_s >= _LOG_EVERY_S:
+            self._logged_s = now_s
+            of = f" of {total / 1e6:,.0f}" if total else ""
+            print(f"Fetching {shown(self._url)}: {done / 1e6:,.0f}{of} MB")
+
+
+def _strong(etag: str) -> str:
+    """An ETag that stands for the very bytes; a weak one does not."""
+    return etag if etag.startswith('"') else ""
+
+
+def _continues(response: requests.Response, offset: int, etag: str) -> bool:
+    """Whether a partial answer is the rest of the same file."""
+    span = response.headers.get("Content-Range", "")
+    return span.startswith(f"bytes {offset}-") and response.headers.get("ETag") == etag
+
+
+def _reason(exc: requests.RequestException) -> str:
+    if isinstance(exc, requests.Timeout):
+        return "the server does not answer"
+    if isinstance(exc, requests.exceptions.SSLError):
+        return "its certificate is not trusted"
+    broke = isinstance(exc, requests.exceptions.ChunkedEncodingError)
+    return "the connection broke" if broke else "there is no connection"

@@ -1,0 +1,108 @@
+"""Our T5 encoder is transformers' in numbers, from every file that transformers writes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from musicgen_svc.checkpoints import TransformersPart
+from musicgen_svc.errors import WeightsError
+from musicgen_svc.t5 import load_t5, load_tokenizer
+
+CPU = torch.device("cpu")
+SIZE: dict[str, Any] = {
+    "vocab_size": 50, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 3, "num_heads": 4,
+}  # fmt: skip
+TOKENS = torch.randint(0, 50, (3, 150), generator=torch.Generator().manual_seed(1))
+"""Longer than the farthest distance that is told apart."""
+MASK = torch.ones_like(TOKENS)
+MASK[1, 40:] = 0
+MASK[2] = 0
+
+
+def model_of(kind: str = "relu", **more: Any) -> Any:
+    """transformers' own, with the decoder that the released files have."""
+    torch.manual_seed(3)
+    config = transformers.T5Config(**SIZE, feed_forward_proj=kind, decoder_start_token_id=0, **more)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layer_norm" not in name:
+                parameter.normal_(0, 0.3)  # a fresh one hardly attends
+    return model
+
+
+def theirs(model: Any, mask: torch.Tensor = MASK) -> torch.Tensor:
+    with torch.inference_mode():
+        hidden: torch.Tensor = model.encoder(TOKENS, attention_mask=mask).last_hidden_state
+    return hidden
+
+
+@torch.inference_mode()
+def ours(source: Path | TransformersPart, mask: torch.Tensor = MASK) -> torch.Tensor:
+    hidden: torch.Tensor = load_t5(source, CPU)(TOKENS, mask)
+    return hidden
+
+
+@pytest.mark.parametrize("more", [{}, {"relative_attention_num_buckets": 12, "layer_norm_epsilon": 1e-2}])
+def test_the_numbers_are_transformers_bit_for_bit(more: dict[str, Any], tmp_path: Path) -> None:
+    model = model_of(**more)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ours(tmp_path), theirs(model))
+    full = torch.ones_like(MASK)
+    assert torch.equal(ours(tmp_path, full), theirs(model, full))
+    assert not torch.allclose(ours(tmp_path), ours(tmp_path, full), atol=1e-2), "the mask is heard"
+
+
+def test_the_gated_variant_has_the_same_numbers(tmp_path: Path) -> None:
+    model = model_of("gated-gelu")
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(ours(tmp_path), theirs(model), rtol=0, atol=1e-5)
+
+
+def test_shards_pickles_half_precision_and_the_encoder_alone_load(tmp_path: Path) -> None:
+    model = model_of()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    model.config.save_pretrained(tmp_path / "pickle")
+    torch.save(model.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
+    alone = transformers.T5EncoderModel(model.config)
+    alone.load_state_dict(model.state_dict(), strict=False)
+    alone.save_pretrained(tmp_path / "alone")
+    for folder in ("shards", "pickle", "alone"):
+        assert torch.equal(ours(tmp_path / folder), theirs(model)), folder
+    model.half().save_pretrained(tmp_path / "half")
+    assert load_t5(tmp_path / "half", CPU).shared.weight.dtype == torch.float32
+    assert torch.equal(ours(tmp_path / "half"), theirs(model.float()))
+
+
+def test_a_part_of_a_checkpoint_loads(tmp_path: Path) -> None:
+    model = transformers.T5EncoderModel(model_of().config).eval()
+    part = TransformersPart(model.config.to_diff_dict() | SIZE, model.state_dict(), "The checkpoint")
+    assert torch.equal(ours(part), theirs(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "bart"}, "holds a 'bart'; the text encoder must be a 't5'"),
+        ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'; it must be relu or gated"),
+        ({"num_layers": 0}, "builds no T5"),
+        ({"num_layers": "two"}, "builds no T5"),
+        ({"d_ff": 41}, r"does not fit its configuration as a T5 encoder: of another shape are 6 \("),
+        ({"num_layers": 4}, r"missing are 8 \(encoder.block.3.layer.0.SelfAttention.k.weight"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
+    model = transformers.T5EncoderModel(model_of().config)
+    part = TransformersPart(model.config.to_dict() | change, model.state_dict(), "The checkpoint")
+    with pytest.raises(WeightsError, match=f"^The checkpoint .*{message}"):
+        load_t5(part, CPU)
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    for load in (lambda: load_t5(tmp_path, CPU), lambda: load_tokenizer(tmp_path)):
+        with pytest.raises(WeightsError, match=str(tmp_path)):
+            load()

@@ -1,0 +1,195 @@
+"""Who comes first is first, whoever waits can give up, and nobody is left out."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from musicgen_svc.turns import Turn, Turns
+
+WAIT_S = 10.0
+
+
+def no_wait() -> None:
+    """Never gives up."""
+
+
+class Person:
+    """A thread that takes a turn, holds it until it is told to leave, and writes down when it came."""
+
+    def __init__(self, turns: Turns, name: str, came: list[str], kind: str | None = None) -> None:
+        self.turn: Turn | None = None
+        self._leave, self._inside = threading.Event(), threading.Event()
+        self._steps: list[Callable[[Turn], None]] = []
+
+        def run() -> None:
+            with turns.taken(no_wait, kind) as self.turn:
+                came.append(name)
+                self._inside.set()
+                assert self._leave.wait(WAIT_S)
+                for step in self._steps:
+                    step(self.turn)
+
+        before = len(turns._queue)
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+        while len(turns._queue) == before:
+            pass
+
+    @property
+    def inside(self) -> bool:
+        return self._inside.wait(0.05)
+
+    def enters(self) -> None:
+        assert self._inside.wait(WAIT_S)
+
+    def leaves(self, *steps: Callable[[Turn], None]) -> None:
+        """Ends its turn, after some last steps in it."""
+        self._steps.extend(steps)
+        self._leave.set()
+
+    def has_left(self) -> None:
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive()
+
+
+def test_turns_come_in_the_order_of_asking_and_can_be_given_up() -> None:
+    turns, came = Turns(1), list[str]()
+
+    def give_up() -> None:
+        raise TimeoutError
+
+    holder = Person(turns, "holder", came)
+    first = Person(turns, "first", came)
+    with pytest.raises(TimeoutError), turns.taken(give_up):
+        pytest.fail("a turn that was never free")
+    second = Person(turns, "second", came)
+    assert not first.inside
+    for person in (holder, first, second):
+        person.leaves()
+        person.has_left()
+    assert came == ["holder", "first", "second"] and not turns._queue
+
+
+def test_as_many_as_there_is_room_for_hold_one_at_once() -> None:
+    turns, came = Turns(2), list[str]()
+    one, two, three = (Person(turns, name, came) for name in "123")
+    assert one.inside and two.inside and not three.inside
+    two.leaves()
+    three.enters()
+    for person in (one, three):
+        person.leaves()
+        person.has_left()
+
+
+def test_another_kind_waits_for_all_before_it_and_holds_up_all_behind_it() -> None:
+    turns, came = Turns(9), list[str]()
+    a1, a2 = Person(turns, "a1", came, "a"), Person(turns, "a2", came, "a")
+    b1 = Person(turns, "b1", came, "b")
+    a3, a4 = Person(turns, "a3", came, "a"), Person(turns, "a4", came, "a")
+    b2 = Person(turns, "b2", came, "b")
+    a1.leaves()
+    a1.has_left()
+    assert a2.inside and not b1.inside and not a3.inside
+    a2.leaves()
+    b1.enters()
+    assert not a3.inside and not b2.inside
+    b1.leaves()
+    a3.enters()
+    a4.enters()
+    assert not b2.inside
+    a3.leaves()
+    a4.leaves()
+    b2.enters()
+    b2.leaves()
+    b2.has_left()
+    assert came[:3] == ["a1", "a2", "b1"] and set(came[3:5]) == {"a3", "a4"} and came[5:] == ["b2"]
+
+
+def test_one_of_another_kind_that_gives_up_no_longer_stands_between_the_others() -> None:
+    turns, came = Turns(9), list[str]()
+    a1 = Person(turns, "a1", came, "a")
+    calls = 0
+
+    def give_up_soon() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            a2 = Person(turns, "a2", came, "a")
+            assert not a2.inside
+            a2.leaves()
+        else:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError), turns.taken(give_up_soon, "b"):
+        pytest.fail("a1 never left")
+    while came != ["a1", "a2"]:
+        pass
+    a1.leaves()
+
+
+def test_a_turn_that_joins_the_others_kind_lets_them_in() -> None:
+    turns, came = Turns(2), list[str]()
+    alone, other = Person(turns, "alone", came, "its own"), Person(turns, "other", came, "a")
+    assert alone.inside and not other.inside
+    assert alone.turn
+    alone.turn.share("a")
+    other.enters()
+    for person in (alone, other):
+        person.leaves()
+        person.has_left()
+
+
+def test_a_turn_passed_on_comes_back_after_all_who_waited() -> None:
+    turns, came = Turns(1), list[str]()
+    with turns.taken(no_wait) as turn:
+        assert not turn.over, "nobody waits"
+        one, two = Person(turns, "one", came), Person(turns, "two", came)
+        assert not one.inside
+        while not turn.over:
+            pass
+        one.leaves()
+        two.leaves()
+        turn.pass_on(no_wait)
+        assert came == ["one", "two"]
+        assert not turn.over, "its time begins again"
+    assert not turns._queue
+
+
+def test_what_is_raised_while_waiting_to_come_back_comes_out_in_the_very_next_turn() -> None:
+    turns, came = Turns(1), list[str]()
+
+    def give_up() -> None:
+        one.leaves()
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError), turns.taken(no_wait) as turn:
+        one, two = Person(turns, "one", came), Person(turns, "two", came)
+        try:
+            turn.pass_on(give_up)
+        finally:
+            assert turn.served.is_set() and came == ["one"], "before two, and in a turn"
+    two.enters()
+    two.leaves()
+    two.has_left()
+    assert not turns._queue
+
+
+def test_the_next_turn_can_be_taken_before_those_who_wait() -> None:
+    turns, came = Turns(1), list[str]()
+    holder, queued = Person(turns, "holder", came), Person(turns, "queued", came)
+
+    def take_next() -> None:
+        with turns.taken_next():
+            came.append("next")
+
+    thread = threading.Thread(target=take_next)
+    thread.start()
+    while len(turns._queue) < 3:
+        pass
+    holder.leaves()
+    thread.join()
+    queued.enters()
+    queued.leaves()
+    queued.has_left()
+    assert came == ["holder", "next", "queued"] and not turns._queue
