@@ -33,6 +33,10 @@ class Mode(Enum):
     ENCODE_DECODE = "encode-decode"
 
 
+GREEDY_BELOW = 0.01
+"""A temperature at which a draw has but one outcome, and logits divided by it may leave fp16's range."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is drawn. The names are audiocraft's, but for `guidance` (its `cfg_coef`)."""
@@ -42,7 +46,7 @@ class SamplingParams:
     top_p: float = 0.0
     """Draw among the most likely tokens that hold this probability together; replaces `top_k` if > 0."""
     temperature: float = 1.0
-    """Divides the logits; 0: always the most likely token."""
+    """Divides the logits; 0, and anything below `GREEDY_BELOW`: always the most likely token."""
     guidance: float = 3.0
     """Classifier-free guidance: unconditional + guidance * (conditional - unconditional)."""
 

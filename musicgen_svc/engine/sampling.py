@@ -10,7 +10,7 @@ device: nothing in it waits for the host, and each request has its own parameter
 import torch
 from torch import Tensor
 
-from musicgen_svc.request import SamplingParams
+from musicgen_svc.request import GREEDY_BELOW, SamplingParams
 
 
 def mix(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def mix(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor) ->
 
 def draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:
     """[K, card] logits -> [K] tokens. A greedy choice leaves the generator as it is."""
-    if params.temperature <= 0:
+    if params.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits / params.temperature, dim=-1, dtype=torch.float32)
     if params.top_p > 0:
@@ -63,11 +63,12 @@ def draw_counted(
 
     The draw is keyed by (seed, step, codebook, rank), see `counted_uniform`: it does not depend on
     the slot, on the other requests or on any generator's state. The sets that may be drawn from are
-    those of `draw`; the tokens are not, but for temperature 0.
+    those of `draw`; the tokens are not, but for greedy ones.
     """
     batch, codebooks, card = logits.shape
     column = (slice(None), None, None)
-    safe = torch.where(temperature > 0, temperature, 1.0)[column]
+    greedy = temperature < GREEDY_BELOW
+    safe = torch.where(greedy, 1.0, temperature)[column]
     probabilities = torch.softmax((logits / safe).to(logits.dtype), dim=-1, dtype=torch.float32)
     probabilities, order = probabilities.sort(dim=-1, descending=True)
 
@@ -81,7 +82,7 @@ def draw_counted(
     uniform = counted_uniform(seed, step, codebooks, card)
     race = torch.where(allowed, probabilities / -torch.log(uniform), -1.0)
     drawn = order.gather(-1, race.argmax(dim=-1, keepdim=True))[..., 0]
-    return torch.where((temperature > 0)[:, None], drawn, logits.argmax(dim=-1))
+    return torch.where(greedy[:, None], logits.argmax(dim=-1), drawn)
 
 
 def counted_uniform(seed: Tensor, step: Tensor, codebooks: int, card: int) -> Tensor:

@@ -59,6 +59,17 @@ def _allowed(logits: Tensor, params: SamplingParams) -> Tensor:
     return allowed
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-6, 0.009])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_temperature_next_to_zero_is_greedy_and_never_overflows(
+    temperature: float, dtype: torch.dtype
+) -> None:
+    logits = (100 * _logits(seed=1)).to(dtype)
+    params = SamplingParams(temperature=temperature)
+    assert torch.equal(draw(logits, params, torch.Generator()), logits.argmax(-1))
+    assert torch.equal(_counted(logits[None], params, seed=1, step=1)[0], logits.argmax(-1))
+
+
 @pytest.mark.parametrize(
     "params", [SamplingParams(top_k=7), SamplingParams(top_k=0), SamplingParams(top_p=0.8)]
 )
