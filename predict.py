@@ -12,7 +12,7 @@ from cog import BaseRunner, Input, Path
 
 class Predictor(BaseRunner):
     def setup(self, weights: str | None = None) -> None:
-        """Loads the `finetuned` model. `weights` is COG_WEIGHTS as it stands: the path of a checkpoint."""
+        """Loads the `finetuned` model. `weights` is COG_WEIGHTS as it stands: a checkpoint's path or URL."""
         # Here and not above: torch and audiocraft take seconds to import, and their errors belong to set-up.
         from musicgen_svc.service import Service
         from musicgen_svc.settings import Settings

@@ -12,6 +12,8 @@ from torch import nn
 
 from musicgen_svc.checkpoints import Checkpoint, TransformersPart
 from musicgen_svc.checkpoints.fitting import check_fit
+from musicgen_svc.checkpoints.spelling import State, parametrized_weight_norm
+from musicgen_svc.checkpoints.tensors import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
 from musicgen_svc.compat import (
     ChromaExtractor,
     CompressionModel,
@@ -20,34 +22,9 @@ from musicgen_svc.compat import (
     LMModel,
     builders,
 )
-from musicgen_svc.conditioning import MELODY, TEXT, Conditioner, MelodyConditioner, Separate, TextConditioner
+from musicgen_svc.conditioning import MELODY, TEXT, Conditioner, MelodyConditioner, Separate
 from musicgen_svc.errors import WeightsError, first_line
-
-
-def build_text_conditioner(
-    config: DictConfig, encoder: Path | TransformersPart, tokenizer_folder: Path, device: torch.device
-) -> TextConditioner:
-    """A T5 encoder, from its own folder or from inside a checkpoint, and an empty projection.
-
-    Raises:
-        WeightsError: there is no T5, or the checkpoint wants its prompts changed first.
-    """
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
-
-    if config.conditioners[TEXT].t5.get("normalize_text"):
-        raise WeightsError("The checkpoint normalizes its prompts (normalize_text), which needs spaCy.")
-    try:
-        tokenizer = T5Tokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        if isinstance(encoder, TransformersPart):
-            t5 = T5EncoderModel(T5Config(**encoder.config))
-            t5.load_state_dict(encoder.state)
-        else:
-            t5 = T5EncoderModel.from_pretrained(encoder, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as exc:
-        where = encoder.origin if isinstance(encoder, TransformersPart) else encoder
-        raise WeightsError(f"{where} does not hold a T5 encoder: {first_line(exc)}") from exc
-    t5 = t5.to(device, torch.float32).eval().requires_grad_(False)
-    return TextConditioner(t5, tokenizer, t5.config.d_model, config.transformer_lm.dim)
+from musicgen_svc.meta import on_meta
 
 
 def build_melody_conditioner(
@@ -83,13 +60,36 @@ def conditioner_names(config: DictConfig) -> set[str]:
     return names
 
 
-def build_lm(checkpoint: Checkpoint, conditioner: Conditioner, device: torch.device) -> LMModel:
-    """audiocraft's language model around our conditioner: fp32 on a CPU, its fp16 mix on a GPU.
+class LMDraft:
+    """A language model whose weights are still on disk."""
+
+    def __init__(self, lm: LMModel, config: DictConfig, device: torch.device) -> None:
+        self._lm, self.config, self._device = lm, config, device
+
+    @property
+    def size(self) -> int:
+        """Bytes that its weights will take, without the few megabytes of the conditioners' projections."""
+        return sum(tensor.nbytes for tensor in self._lm.state_dict().values())
+
+    def build(self, checkpoint: Checkpoint, conditioner: Conditioner) -> LMModel:
+        """The model around our conditioner, whose projections are part of the checkpoint.
+
+        Raises:
+            WeightsError: the state dict does not fit the configuration.
+        """
+        self._lm.condition_provider = conditioner
+        own = self._lm.state_dict()
+        check_fit(own, checkpoint.state, "language model", checkpoint.origin)
+        _assign(self._lm, own, checkpoint.state, self._device)
+        return self._lm.eval().requires_grad_(False)
+
+
+def draft_lm(config: DictConfig, origin: str, device: torch.device) -> LMDraft:
+    """audiocraft's language model, nothing of it read yet: fp32 on a CPU, its fp16 mix on a GPU.
 
     Raises:
-        WeightsError: the state dict does not fit the configuration.
+        WeightsError: the configuration builds no MusicGen.
     """
-    config = checkpoint.config
     kwargs = _plain(config.transformer_lm)
     q_modeling = kwargs.pop("q_modeling", None)
     pattern = config.codebooks_pattern
@@ -102,7 +102,7 @@ def build_lm(checkpoint: Checkpoint, conditioner: Conditioner, device: torch.dev
     if fuser.fuse2cond["cross"]:
         kwargs["cross_attention"] = True
     guidance = config.classifier_free_guidance
-    with torch.device("meta"), _understood(checkpoint.origin):
+    with on_meta(), _understood(origin):
         lm = LMModel(
             pattern_provider=builders.get_codebooks_pattern_provider(kwargs["n_q"], pattern),
             condition_provider=nn.Module(),
@@ -114,9 +114,16 @@ def build_lm(checkpoint: Checkpoint, conditioner: Conditioner, device: torch.dev
             device="meta",
             **kwargs,
         )
-    lm.condition_provider = conditioner
-    _assign(lm, checkpoint, device, "language model")
-    return lm.eval().requires_grad_(False)
+    return LMDraft(lm, config, device)
+
+
+def build_lm(checkpoint: Checkpoint, conditioner: Conditioner, device: torch.device) -> LMModel:
+    """What `draft_lm` drafts, built at once.
+
+    Raises:
+        WeightsError: the state dict does not fit the configuration.
+    """
+    return draft_lm(checkpoint.config, checkpoint.origin, device).build(checkpoint, conditioner)
 
 
 def build_codec(checkpoint: Checkpoint, device: torch.device) -> CompressionModel:
@@ -125,36 +132,55 @@ def build_codec(checkpoint: Checkpoint, device: torch.device) -> CompressionMode
     Raises:
         WeightsError: the state dict does not fit the configuration.
     """
-    checkpoint.config.device = "cpu"
+    checkpoint.config.device = "meta"
     try:
-        with warnings.catch_warnings():  # the checkpoints' spelling of weight norm, which torch deprecates
+        with on_meta(), warnings.catch_warnings():
+            # The checkpoints' spelling of weight norm, which torch deprecates.
             warnings.filterwarnings("ignore", ".*weight_norm", FutureWarning)
             codec = builders.get_compression_model(checkpoint.config)
     except KeyError as exc:
         raise WeightsError(f"The codec's configuration is not EnCodec's: {exc}") from exc
-    _assign(codec, checkpoint, device, "codec")
-    return codec.to(device).eval().requires_grad_(False)
+    own = codec.state_dict()
+    check_fit(own, checkpoint.state, "codec", checkpoint.origin)
+    _assign(codec, own, checkpoint.state, device)
+    return codec.eval().requires_grad_(False)
 
 
-def build_transformers_codec(source: Path | TransformersPart, device: torch.device) -> CompressionModel:
-    """EnCodec in transformers' spelling, fp32, from its own folder or from inside a checkpoint.
+def build_transformers_codec(part: TransformersPart, device: torch.device) -> CompressionModel:
+    """EnCodec in transformers' spelling, fp32.
 
     Raises:
-        WeightsError: there is no such model.
+        WeightsError: the state dict does not fit the configuration.
     """
     from transformers import EncodecConfig, EncodecModel
 
     try:
-        if isinstance(source, TransformersPart):
-            codec = EncodecModel(EncodecConfig(**source.config))
-            codec.load_state_dict(source.state)
-        else:
-            codec = EncodecModel.from_pretrained(source, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as exc:
-        where = source.origin if isinstance(source, TransformersPart) else source
-        raise WeightsError(f"{where} does not hold an EnCodec model: {first_line(exc)}") from exc
-    wrapped = HFEncodecCompressionModel(codec.to(device, torch.float32))
-    return wrapped.eval().requires_grad_(False)
+        with on_meta():
+            codec = EncodecModel(EncodecConfig(**part.config))
+    except (TypeError, ValueError, RuntimeError, LookupError) as exc:
+        raise WeightsError(f"{part.origin} does not hold an EnCodec model: {first_line(exc)}") from exc
+    own = codec.state_dict()
+    check_fit(own, part.state, "codec", part.origin)
+    _assign(codec, own, part.state, device)
+    _restore_constants(codec, device)
+    return HFEncodecCompressionModel(codec).eval().requires_grad_(False)
+
+
+def codec_in(folder: Path) -> TransformersPart:
+    """A folder of transformers' `EncodecModel`, such as facebook/encodec_32khz.
+
+    Raises:
+        WeightsError: it is none.
+    """
+    config = folder / "config.json"
+    own = read_json(config)
+    if own.get("model_type") != "encodec":
+        raise WeightsError(
+            f"{folder} does not hold an EnCodec model: its type is {own.get('model_type')!r:.40}."
+        )
+    files = tensor_files(folder, TRANSFORMERS_FILES)
+    state = parametrized_weight_norm(read_tensors(files))
+    return TransformersPart(own, state, str(folder), (config, *files))
 
 
 def wrap_codec(codec: CompressionModel, config: DictConfig) -> CompressionModel:
@@ -182,12 +208,26 @@ def _understood(origin: str) -> Iterator[None]:
         ) from exc
 
 
-def _assign(module: nn.Module, checkpoint: Checkpoint, device: torch.device, what: str) -> None:
-    """Puts the tensors in place, each in the type that the module was built with, with no second copy."""
-    own = module.state_dict()
-    check_fit(own, checkpoint.state, what, checkpoint.origin)
-    placed = {name: checkpoint.state[name].to(device, own[name].dtype) for name in own}
+def _assign(module: nn.Module, own: State, state: State, device: torch.device) -> None:
+    """Puts the tensors in place, each in the type that the module was drafted with, with no second copy.
+
+    own: the module's own, on the meta device
+    """
+    placed = {name: state[name].to(device, tensor.dtype) for name, tensor in own.items()}
     module.load_state_dict(placed, assign=True)
+
+
+def _restore_constants(codec: nn.Module, device: torch.device) -> None:
+    """What transformers' EnCodec knows of its convolutions is in no state dict."""
+    for module in codec.modules():
+        if {"stride", "kernel_size", "padding_total"} <= module._buffers.keys():
+            conv = module.conv
+            assert isinstance(conv, nn.Conv1d)
+            reach = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1
+            module.stride = torch.tensor(conv.stride[0], device=device)
+            module.kernel_size = torch.tensor(reach, device=device)
+            module.padding_total = torch.tensor(reach - conv.stride[0], device=device)
+    assert not any(buffer.is_meta for buffer in codec.buffers())
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class TextConditioner(nn.Module):
         mask = inputs["attention_mask"]
         mask[torch.tensor([not prompt, True], device=device)] = 0
         with torch.autocast(device.type, enabled=False):
-            embedding = self._t5[0](**inputs).last_hidden_state
+            embedding = self._t5[0](inputs["input_ids"], mask)
         embedding = self.output_proj(embedding.to(self.output_proj.weight))
         return embedding * mask.unsqueeze(-1), mask
 

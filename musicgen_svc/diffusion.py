@@ -31,6 +31,7 @@ from musicgen_svc.checkpoints.unpickle import load_pickle
 from musicgen_svc.codec import Codec
 from musicgen_svc.compat import NoiseSchedule, SampleProcessor, builders
 from musicgen_svc.errors import WeightsError
+from musicgen_svc.meta import on_meta
 from musicgen_svc.ticks import Tick, no_tick
 
 OVERLAP_S = 2.0  # of two windows, where they are long enough
@@ -78,7 +79,7 @@ def load_bands(path: Path, device: torch.device) -> list[Band]:
 
 def _build_band(package: dict[str, Any], sample_rate: int, device: torch.device) -> Band:
     config = package["cfg"]
-    with torch.device("meta"):
+    with on_meta():
         unet = builders.get_diffusion_model(config)
     unet.load_state_dict(package["model_state"], assign=True)
     processor = builders.get_processor(config.processor, sample_rate=sample_rate)

@@ -1,108 +1,112 @@
-"""Names -> models on the device. One language model is resident; another replaces it on demand."""
+"""Names -> models on the device: which of them stay there, and what they are put together from."""
 
-import gc
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig
 
+from musicgen_svc import components
 from musicgen_svc.building import (
-    build_codec,
-    build_lm,
+    LMDraft,
     build_melody_conditioner,
-    build_text_conditioner,
-    build_transformers_codec,
     conditioner_names,
+    draft_lm,
     wrap_codec,
 )
 from musicgen_svc.catalog import DIFFUSION_FILE
-from musicgen_svc.checkpoints import (
-    Checkpoint,
-    CodecPointer,
-    OpenedCheckpoint,
-    TransformersPart,
-    open_checkpoint,
-)
-from musicgen_svc.checkpoints.opened import component_name
+from musicgen_svc.checkpoints import OpenedCheckpoint, open_checkpoint
 from musicgen_svc.codec import Codec
 from musicgen_svc.compat import CompressionModel
-from musicgen_svc.conditioning import MELODY, TEXT, Conditioner, Separate, TextConditioner
-from musicgen_svc.diffusion import MultiBandDiffusion, load_bands
+from musicgen_svc.components import Text
+from musicgen_svc.conditioning import MELODY, Conditioner, Separate, TextConditioner
+from musicgen_svc.contents import FileState
+from musicgen_svc.diffusion import Band, MultiBandDiffusion
 from musicgen_svc.engine.engine import Engine
+from musicgen_svc.engine.projections import Precision
 from musicgen_svc.errors import InputError, WeightsError
-from musicgen_svc.randomness import GlobalRandom
-from musicgen_svc.separation import Separator, load_separator
+from musicgen_svc.memory import GB, budget
+from musicgen_svc.model import Model, check_codec, engine_bytes
+from musicgen_svc.residency import DoesNotFit
+from musicgen_svc.separation import Separator
 from musicgen_svc.settings import Settings
+from musicgen_svc.store import Draft, Item, Recipe, Store
 from musicgen_svc.ticks import Tick, no_tick
+from musicgen_svc.turns import Turns
 from musicgen_svc.weights import FINETUNED, UNPACKED, Weights
 
-ENCODEC = "encodec_32khz"
+__all__ = ["Loader", "Model"]
+
 DEMUCS = "htdemucs"
 DIFFUSION = "multiband-diffusion"
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
 @dataclass(frozen=True)
-class Model:
-    """A checkpoint, ready to generate."""
+class _Loaded:
+    """A model and the parts that it shares with others."""
 
-    name: str
-    place: Path
-    """The file or folder that it was loaded from."""
-    format: str
-    content_hash: str
-    """sha256 of the language model's file or files."""
-    window_s: float
-    """The longest stretch that it was trained on."""
-    conditioner: Conditioner
-    engine: Engine
-    codec: Codec
+    model: Item[Model]
+    parts: tuple[Item[CompressionModel], Item[Text]]
 
     @property
-    def window(self) -> int:
-        """`window_s` in frames."""
-        return int(self.window_s * self.codec.frame_rate)
+    def items(self) -> tuple[Item[Model], Item[CompressionModel], Item[Text]]:
+        """What a model is made of is used after it, and so outlives it."""
+        return self.model, *self.parts
 
 
 class Loader:
-    """Loads on demand and keeps what was asked for last. Only the device's own thread calls it."""
+    """Loads on demand, and keeps what the memory budget has room for. Called in the device's turn only.
 
-    def __init__(self, weights: Weights, device: torch.device, settings: Settings) -> None:
+    In use is the model that was asked for last: requests for one model run together, and a request for
+    another one asks when they have ended.
+    """
+
+    def __init__(
+        self, weights: Weights, device: torch.device, settings: Settings, turn: Turns | None = None
+    ) -> None:
+        """`turn`: what the engines hold whenever they use the device."""
         self._weights = weights
+        self._turn = turn
         self.device = device
         self._settings = settings
-        self._resident: Model | None = None
-        self._codecs: dict[Path, Codec] = {}
-        self._separators: dict[Path, Separator] = {}
-        self._diffusion: tuple[Codec, MultiBandDiffusion] | None = None
+        self._store = Store(budget(device, settings.memory_budget_gb), device)
+        self._models: dict[str, _Loaded] = {}
+        self._asked_last = ""
+        self._coding: tuple[Item[CompressionModel], weakref.ref[Codec]] | None = None
+        self._diffusion: tuple[Item[list[Band]], MultiBandDiffusion, Codec] | None = None
+        self._last_opened: tuple[str, Sequence[FileState], OpenedCheckpoint] | None = None
+        self._fitting: set[tuple[FileState, str]] = set()
 
     def start(self) -> Model:
         """Loads `finetuned`, or where there is none, the first base model that is present.
 
         Raises:
-            WeightsError: there is neither, or what is there does not load.
+            WeightsError: there is neither, or what is there does not load or is larger than the budget.
         """
         base = self._weights.base_models()
         return self.model(FINETUNED if self._weights.finetuned or not base else base[0])
 
     def model(self, name: str) -> Model:
-        """The model called `name`, loaded in place of another one if need be.
+        """The model called `name`, in place of others if need be.
 
         Raises:
-            WeightsError: it is absent or does not load.
+            WeightsError: it is absent, does not load, or is larger than the budget.
         """
-        if self._resident is None or self._resident.name != name:
-            opened = self._open(self._weights.model(name))
-            self._evict()
-            self._resident = self._load(name, opened)
-        return self._resident
+        loaded = self._resident(name)
+        if loaded is None:
+            loaded = self._models[name] = self._load(name, self._open(name))
+            self._last_opened = None
+        self._asked_last = name
+        self._store.use(*loaded.items)
+        return loaded.model.value()
 
     def takes_melody(self, name: str) -> bool:
         """Whether the model follows a melody, without loading it."""
-        if self._resident is not None and self._resident.name == name:
-            return self._resident.conditioner.takes_melody
-        return MELODY in conditioner_names(self._open(self._weights.model(name)).config())
+        if loaded := self._resident(name):
+            return loaded.model.value().conditioner.takes_melody
+        return MELODY in conditioner_names(self._open(name).config())
 
     def melody_models(self) -> list[str]:
         """The names of the models that follow a melody."""
@@ -116,29 +120,96 @@ class Loader:
         Raises:
             WeightsError: neither is there.
         """
-        opened = self._open(self._weights.model(next(iter(self._weights.base_models()), FINETUNED)))
-        return opened.path, self._codec(opened, opened.config())
+        opened = self._open(next(iter(self._weights.base_models()), FINETUNED))
+        self._last_opened = None
+        config = opened.config()
+        codec = self._store.find(components.codec(self._weights, opened, config, self.device))
+        # It has no model of its own, and whether the one that was asked for last still runs is not known.
+        self._make_room(f"The codec of {opened.path}", [codec], last=self._in_use())
+        given = Codec(wrap_codec(self._store.get(codec), config))
+        self._coding = codec, weakref.ref(given)
+        return opened.path, given
 
     def diffusion(self, place: Path, codec: Codec) -> MultiBandDiffusion:
         """MultiBand Diffusion for the codec of the checkpoint at `place`.
 
         Raises:
-            InputError: the diffusion weights belong to another codec.
+            InputError: the diffusion weights belong to another codec, or are larger than what the budget
+                leaves beside the model.
             WeightsError: there are none.
         """
-        if self._diffusion is None or self._diffusion[0] is not codec:
-            folder = self._weights.component(DIFFUSION, place)
-            if folder.parent != place and codec.fingerprint() not in self._fingerprints(folder.parent):
-                raise InputError(
-                    f"multi_band_diffusion is true, but {place.name} has a codec of its own and the "
-                    "diffusion decoder fits only the one that it was trained for: set it to false."
-                )
-            bands = load_bands(folder / DIFFUSION_FILE, self.device)
-            self._diffusion = codec, MultiBandDiffusion(bands, codec, self._settings.diffusion_window_s)
-        return self._diffusion[1]
+        folder = self._weights.component(DIFFUSION, place)
+        file = folder / DIFFUSION_FILE
+        bands = self._store.find(components.diffusion(file, self.device))
+        if folder.parent != place and not self._fits(file, codec):
+            raise InputError(
+                f"multi_band_diffusion is true, but {place.name} has a codec of its own and the "
+                "diffusion decoder fits only the one that it was trained for: set it to false."
+            )
+        if self._diffusion and self._diffusion[0] is bands and self._diffusion[2] is codec:
+            self._store.use(bands)
+            return self._diffusion[1]
+        model = self._resident(self._asked_last)
+        try:
+            if model is not None and model.model.value().codec is codec:
+                self._make_room("MultiBand Diffusion beside the model", [bands], keep=model.items)
+            else:
+                coding = [self._coding[0]] if self._coding and self._coding[1]() is codec else []
+                self._make_room("MultiBand Diffusion", [bands], keep=coding, last=self._in_use())
+        except WeightsError as exc:
+            raise InputError(f"multi_band_diffusion is true, but {exc}") from exc
+        decoder = MultiBandDiffusion(self._store.get(bands), codec, self._settings.diffusion_window_s)
+        self._diffusion = bands, decoder, codec
+        return decoder
 
-    def _open(self, path: Path) -> OpenedCheckpoint:
-        """A checkpoint in whatever format; nothing of it is read yet."""
+    def _in_use(self) -> Sequence[Item[Any]]:
+        """The model that was asked for last, and its parts."""
+        loaded = self._resident(self._asked_last)
+        return loaded.items if loaded else ()
+
+    def _make_room(
+        self, what: str, items: Sequence[Item[Any]], *,
+        keep: Sequence[Item[Any]] = (), last: Sequence[Item[Any]] = (),
+    ) -> None:  # fmt: skip
+        """Makes room for what is not resident of the items, before any of it is built.
+
+        Args:
+            what: all of them, for the message.
+            keep: what is in use.
+            last: what only goes if nothing else is left.
+
+        Raises:
+            WeightsError: they do not fit beside what is in use; nothing has been let go.
+        """
+        if all(item.resident for item in items):
+            return
+        self._diffusion = None  # it would keep a codec and its own models from going
+        try:
+            self._store.make_room(items, keep, last)
+        except DoesNotFit as exc:
+            raise WeightsError(
+                f"{what} takes {exc.need / GB:.3g} GB of memory, and the budget is {exc.budget / GB:.3g} GB: "
+                "take a smaller model, or raise MUSICGEN_MEMORY_BUDGET_GB."
+            ) from exc
+
+    def _resident(self, name: str) -> _Loaded | None:
+        loaded = self._models.get(name)
+        return loaded if loaded and loaded.model.resident else None
+
+    def _open(self, name: str) -> OpenedCheckpoint:
+        """A checkpoint in whatever format; of its tensors nothing is read yet.
+
+        The last one is remembered: a request first asks what its model can do, and then for the model.
+        """
+        if self._last_opened is not None:
+            last, files, opened = self._last_opened
+            if last == name and all(file.stands for file in files):
+                return opened
+        opened = self._open_path(self._weights.model(name))
+        self._last_opened = name, [FileState.of(path) for path in opened.files], opened
+        return opened
+
+    def _open_path(self, path: Path) -> OpenedCheckpoint:
         return open_checkpoint(
             path,
             base=self._weights.base,
@@ -146,93 +217,78 @@ class Loader:
             cache=self._weights.folder / UNPACKED,
         )
 
-    def _load(self, name: str, opened: OpenedCheckpoint) -> Model:
+    def _load(self, name: str, opened: OpenedCheckpoint) -> _Loaded:
         config = opened.config()
-        names = conditioner_names(config)
-        codec = self._codec(opened, config)
-        _check_codec(opened, config, codec)
-        text = self._text_conditioner(opened, config)
-        melody = None
-        if MELODY in names:
-            separate = self._separate_with(self._weights.component(DEMUCS, opened.path), codec.sample_rate)
-            melody = build_melody_conditioner(config, separate, codec.sample_rate, self.device)
-        conditioner = Conditioner(text, melody)
-        lm = build_lm(opened.lm(), conditioner, self.device)
+        melody = MELODY in conditioner_names(config)
+        codec = self._store.find(components.codec(self._weights, opened, config, self.device))
+        text = self._store.find(components.text(self._weights, opened, config, self.device))
+        lm = draft_lm(config, f"The {opened.format} {opened.path}", self.device)
+        slots, precision = self._settings.slots, self._settings.precision
+        size = lm.size + engine_bytes(config, self.device, slots=slots, precision=precision)
+
+        def assembled() -> Model:
+            return self._assembled(name, opened, lm, Codec(wrap_codec(codec.value(), config)), text.value())
+
+        model = self._store.find(Recipe("model", (), lambda: Draft(size, assembled)))
+        needed: list[Item[Any]] = [model, codec, text]
+        if melody:  # built when it is first heard: there must be room for it, too
+            needed.append(self._store.find(self._separator(opened.path, config.get("sample_rate"))))
+        parts = "its codec, T5 and Demucs" if melody else "its codec and T5"
+        self._make_room(f"model_version {name!r} with {parts}", needed)
+        self._store.get(codec)
+        self._store.get(text)
+        self._store.get(model)
+        return _Loaded(model, (codec, text))
+
+    def _assembled(
+        self, name: str, opened: OpenedCheckpoint, draft: LMDraft, codec: Codec, text: Text
+    ) -> Model:
+        config = draft.config
+        check_codec(f"The {opened.format} {opened.path}", config, codec)
+        width = config.transformer_lm.dim
+        described = TextConditioner(text.encoder, text.tokenizer, text.encoder.d_model, width)
+        followed = None
+        if MELODY in conditioner_names(config):
+            separate = self._separate_with(opened.path, codec.sample_rate)
+            followed = build_melody_conditioner(config, separate, codec.sample_rate, self.device)
+        conditioner = Conditioner(described, followed)
+        lm = draft.build(opened.lm(), conditioner)
         return Model(
             name=name,
             place=opened.path,
             format=opened.format,
-            content_hash=opened.content_hash(),
             window_s=float(config.dataset.segment_duration),
             conditioner=conditioner,
-            engine=Engine(lm, graphs=self._settings.cuda_graphs),
+            engine=Engine(
+                lm,
+                slots=self._settings.slots,
+                precision=cast(Precision, self._settings.precision),
+                graphs=self._settings.cuda_graphs,
+                turn=self._turn,
+            ),
             codec=codec,
+            hash=self._store.hashes.content_later(opened.files),
         )
 
-    def _text_conditioner(self, opened: OpenedCheckpoint, config: DictConfig) -> TextConditioner:
-        """T5 from inside the checkpoint, if it brings one, else by the name in its configuration."""
-        encoder = opened.text_encoder()
-        if encoder is not None and any((opened.path / name).is_file() for name in TOKENIZER_FILES):
-            return build_text_conditioner(config, encoder, opened.path, self.device)
-        folder = self._weights.component(component_name(config.conditioners[TEXT].t5.name), opened.path)
-        return build_text_conditioner(config, encoder or folder, folder, self.device)
+    def _separator(self, checkpoint: Path, sample_rate: int) -> Recipe[Separator]:
+        """Demucs; there and not yet built, or missing."""
+        return components.separator(self._weights.component(DEMUCS, checkpoint), sample_rate, self.device)
 
-    def _codec(self, opened: OpenedCheckpoint, config: DictConfig) -> Codec:
-        if opened.path not in self._codecs:
-            built = self._built_codec(opened, opened.codec(), self.device)
-            self._codecs[opened.path] = Codec(wrap_codec(built, config))
-        return self._codecs[opened.path]
-
-    def _built_codec(
-        self,
-        opened: OpenedCheckpoint,
-        codec: Checkpoint | CodecPointer | TransformersPart,
-        device: torch.device,
-    ) -> CompressionModel:
-        if isinstance(codec, Checkpoint):
-            return build_codec(codec, device)
-        if isinstance(codec, CodecPointer):
-            return build_transformers_codec(self._weights.component(codec.name, opened.path), device)
-        return build_transformers_codec(codec, device)
-
-    def _separate_with(self, folder: Path, sample_rate: int) -> Separate:
-        """Demucs, loaded when a melody is first heard."""
+    def _separate_with(self, checkpoint: Path, sample_rate: int) -> Separate:
+        """Demucs, loaded when a melody is first heard, or heard again after it was let go."""
 
         def separate(audio: torch.Tensor, tick: Tick = no_tick) -> torch.Tensor:
-            if folder not in self._separators:
-                # Building a model draws from the global generators, which are the request's by now.
-                with GlobalRandom(0, self.device).pinned():
-                    self._separators[folder] = load_separator(folder, sample_rate, self.device)
-            return self._separators[folder](audio, tick)
+            separator = self._store.find(self._separator(checkpoint, sample_rate))
+            self._make_room("Demucs beside the model", [separator], keep=self._in_use())
+            return self._store.get(separator)(audio, tick)
 
         return separate
 
-    def _fingerprints(self, folder: Path) -> set[str]:
-        """The codecs that lie in a folder of weights, which its diffusion decoder was trained for."""
-        cpu = torch.device("cpu")
-        models = [folder / name for name in self._weights.catalog.models if (folder / name).is_dir()]
-        opened = [self._open(model) for model in models]
-        built = [self._built_codec(checkpoint, checkpoint.codec(), cpu) for checkpoint in opened]
-        if (folder / ENCODEC).is_dir():
-            built.append(build_transformers_codec(folder / ENCODEC, cpu))
-        return {Codec(codec).fingerprint() for codec in built}
-
-    def _evict(self) -> None:
-        """Lets go of the resident model before the next one comes in: both at once may not fit."""
-        if self._resident is None:
-            return
-        self._codecs.pop(self._resident.place, None)
-        self._resident = self._diffusion = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _check_codec(opened: OpenedCheckpoint, config: DictConfig, codec: Codec) -> None:
-    """A language model speaks the tokens of one codec only."""
-    wanted = (config.transformer_lm.n_q, config.transformer_lm.card)
-    if wanted != (codec.codebooks, codec.cardinality):
-        raise WeightsError(
-            f"The {opened.format} {opened.path} was trained for {wanted[0]} codebooks of {wanted[1]} "
-            f"entries, and its codec has {codec.codebooks} of {codec.cardinality}."
-        )
+    def _fits(self, diffusion: Path, codec: Codec) -> bool:
+        """Whether a codec is one of those beside the diffusion weights, which were trained for them."""
+        pair = FileState.of(diffusion), codec.fingerprint()
+        if pair not in self._fitting and pair[1] in components.fingerprints(
+            self._weights, diffusion.parent.parent, self._open_path
+        ):
+            self._fitting.add(pair)
+        return pair in self._fitting

@@ -1,7 +1,19 @@
-"""The order of one request, from valid fields to a file. Nothing else knows it."""
+"""The order of one request, from valid fields to a file. Nothing else knows it.
+
+Requests run side by side, each on a thread of its own, and take turns at three things:
+
+- The device. Loading, conditioning and decoding hold it, the engine holds it for each of its turns,
+  and nobody uses it otherwise: its memory, the process's random state and a CUDA graph's recording
+  thus have one thread to reckon with. Long work passes it on at a tick, every 0.1 s.
+- The language model. One decodes at a time; requests for it run together, a request for another one
+  waits until they have ended, and those that come later wait behind it. Encode-decode needs none.
+- MultiBand Diffusion, from beginning to end: by far the most memory, and models with hooks in them.
+"""
 
 import json
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +31,7 @@ from musicgen_svc.progress import Progress, StopFlag
 from musicgen_svc.randomness import GlobalRandom
 from musicgen_svc.request import Mode, Request
 from musicgen_svc.ticks import Tick
+from musicgen_svc.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -29,11 +42,27 @@ class Result:
     metrics: dict[str, object]
 
 
-class Pipeline:
-    """Runs requests, one after the other, on the thread that owns the device."""
+@dataclass(frozen=True)
+class Sound:
+    """What a request made, before it is written."""
 
-    def __init__(self, loader: Loader, *, tag_prompt: bool) -> None:
+    samples: torch.Tensor
+    """[C, T] on the CPU."""
+    sample_rate: int
+    tags: dict[str, str]
+    steps: int
+    """Of the engine."""
+
+
+class Pipeline:
+    """Runs requests, from any number of threads."""
+
+    def __init__(self, loader: Loader, device_turn: Turns, *, slots: int, tag_prompt: bool) -> None:
+        """`device_turn`: the one that the loader's engines take; `slots`: requests for one model at once."""
         self._loader = loader
+        self._device_turn = device_turn
+        self._model_turn = Turns(slots)
+        self._diffusion_turn = Turns(1)
         self._tag_prompt = tag_prompt
 
     def run(self, request: Request, stop: StopFlag, folder: Path) -> Result:
@@ -43,69 +72,98 @@ class Pipeline:
             ServiceError: with the sentence for the user.
             Stopped: the client cancelled.
         """
-        stop.start_clock()
         with Progress(_shares(request), stop) as progress:
             if request.mode is Mode.ENCODE_DECODE:
-                return self._encode_decode(request, progress, folder)
-            return self._generate(request, progress, folder)
+                stop.start_clock()
+                sound = self._encode_decode(request, progress)
+            else:
+                self._refuse_what_no_wait_mends(request, progress)
+                with self._queued(self._model_turn, progress, request.model):
+                    stop.start_clock()
+                    sound = self._generate(request, progress)
+            return _write(request, sound, progress, folder)
 
-    def _generate(self, request: Request, progress: Progress, folder: Path) -> Result:
+    def _generate(self, request: Request, progress: Progress) -> Sound:
         random = GlobalRandom(request.seed, self._loader.device)
-        with progress.stage("load"):
-            if request.mode is Mode.MELODY:
-                self._refuse_deaf_model(request)
+        with progress.stage("load") as tick, self._device_held(tick, random):
             model = self._loader.model(request.model)
         codec = model.codec
         with progress.stage("condition") as tick:
             clip = _read_clip(request, codec, tick)
             continued = clip is not None and request.mode is Mode.CONTINUATION
             melody = clip.mean(0, keepdim=True) if clip is not None and not continued else None
-            score = write_score(
-                model,
-                prompt=request.prompt,
-                frames=int(request.duration_s * codec.frame_rate),
-                melody=melody,
-                clip_tokens=codec.encode(clip, tick) if clip is not None and continued else None,
-                random=random,
-                tick=tick,
-            )
+            with self._device_held(tick, random) as tick:
+                score = write_score(
+                    model,
+                    prompt=request.prompt,
+                    frames=int(request.duration_s * codec.frame_rate),
+                    melody=melody,
+                    clip_tokens=codec.encode(clip, tick) if clip is not None and continued else None,
+                    random=random,
+                    tick=tick,
+                )
         with progress.stage("generate") as tick:
             generator = torch.Generator().manual_seed(request.seed)
             tokens, steps = perform(model, score, request.sampling, generator, tick)
         samples = self._decode(request, model.place, codec, tokens, random, progress)
-        tags = self._tags(request, model)
-        return _write(request, samples, codec.sample_rate, tags, steps, progress, folder)
+        return Sound(samples, codec.sample_rate, self._tags(request, model), steps)
 
-    def _encode_decode(self, request: Request, progress: Progress, folder: Path) -> Result:
+    def _encode_decode(self, request: Request, progress: Progress) -> Sound:
         random = GlobalRandom(request.seed, self._loader.device)
-        with progress.stage("load"):
+        with progress.stage("load") as tick, self._device_held(tick, random):
             checkpoint, codec = self._loader.codec()
         with progress.stage("condition") as tick:
             clip = _read_clip(request, codec, tick)
             assert clip is not None
-            tokens = codec.encode(clip, tick)
+            with self._device_held(tick, random) as tick:
+                tokens = codec.encode(clip, tick)
         samples = self._decode(request, checkpoint, codec, tokens, random, progress)[:, : clip.shape[1]]
-        tags = self._tags(request, None)
-        return _write(request, samples, codec.sample_rate, tags, 0, progress, folder)
+        return Sound(samples, codec.sample_rate, self._tags(request, None), 0)
 
     def _decode(
         self, request: Request, checkpoint: Path, codec: Codec, tokens: torch.Tensor,
         random: GlobalRandom, progress: Progress,
     ) -> torch.Tensor:  # fmt: skip
-        """Tokens [K, F] -> samples [C, F * hop], by exactly one decoder."""
+        """Tokens [K, F] -> samples [C, F * hop] on the CPU, by exactly one decoder."""
         if not request.multi_band_diffusion:
-            with progress.stage("decode") as tick:
-                return codec.decode(tokens, tick)
-        with progress.stage("load"):
-            diffusion = self._loader.diffusion(checkpoint, codec)
-        with progress.stage("decode") as tick, random.pinned():
-            return diffusion.decode(tokens, tick)
+            with progress.stage("decode") as tick, self._device_held(tick, random) as tick:
+                return codec.decode(tokens, tick).float().cpu()
+        with self._queued(self._diffusion_turn, progress):
+            with progress.stage("load") as tick, self._device_held(tick, random):
+                diffusion = self._loader.diffusion(checkpoint, codec)
+            with progress.stage("decode") as tick, self._device_held(tick, random) as tick, random.pinned():
+                return diffusion.decode(tokens, tick).float().cpu()
 
-    def _refuse_deaf_model(self, request: Request) -> None:
-        if not self._loader.takes_melody(request.model):
+    @contextmanager
+    def _device_held(self, tick: Tick, random: GlobalRandom) -> Iterator[Tick]:
+        """Holds the device. At the tick that it hands out others have their turn, if they wait for one."""
+        with self._device_turn.taken(lambda: tick(0, 1)) as turn:
+
+            def shared(done: int, total: int) -> None:
+                tick(done, total)
+                if turn.over:
+                    with random.unpinned():
+                        turn.pass_on(lambda: tick(done, total))
+
+            yield shared
+
+    @contextmanager
+    def _queued(self, turns: Turns, progress: Progress, kind: str | None = None) -> Iterator[None]:
+        """Holds a turn at something else; the wait for it, and only that, is the stage `queue`."""
+        with ExitStack() as held:
+            with progress.stage("queue") as tick:
+                held.enter_context(turns.taken(lambda: tick(0, 1), kind))
+            yield
+
+    def _refuse_what_no_wait_mends(self, request: Request, progress: Progress) -> None:
+        """Says that a model is absent or deaf before the request waits for it, and makes others wait."""
+        with progress.stage("queue") as tick, self._device_turn.taken(lambda: tick(0, 1)):
+            if self._loader.takes_melody(request.model) or request.mode is not Mode.MELODY:
+                return
+            able = " or ".join(map(repr, self._loader.melody_models()))
             raise InputError(
-                f"model_version {request.model!r} cannot follow a melody: use "
-                f"{' or '.join(map(repr, self._loader.melody_models()))}, or set continuation to true."
+                f"model_version {request.model!r} cannot follow a melody: use {able}, "
+                "or set continuation to true."
             )
 
     def _tags(self, request: Request, model: Model | None) -> dict[str, str]:
@@ -115,15 +173,17 @@ class Pipeline:
             "model": request.model,
             "mode": request.mode.value,
             "version": __version__,
-            "precision": "reference",
             "duration": request.duration_s,
             "multi_band_diffusion": request.multi_band_diffusion,
             "normalization_strategy": request.normalization,
         }
         if model is not None:
-            recipe |= {"model_sha256": model.content_hash, "model_format": model.format} | asdict(
-                request.sampling
-            )
+            recipe |= {
+                "model_sha256": model.content_hash,
+                "model_format": model.format,
+                "precision": model.engine.precision,
+            }
+            recipe |= asdict(request.sampling)
         if self._tag_prompt and request.prompt is not None:
             recipe["prompt"] = request.prompt
         return {"title": f"MusicGen {request.model} {request.seed}", "comment": json.dumps(recipe)}
@@ -143,15 +203,13 @@ def _read_clip(request: Request, codec: Codec, tick: Tick) -> torch.Tensor | Non
     ).samples
 
 
-def _write(
-    request: Request, samples: torch.Tensor, sample_rate: int, tags: dict[str, str], steps: int,
-    progress: Progress, folder: Path,
-) -> Result:  # fmt: skip
+def _write(request: Request, sound: Sound, progress: Progress, folder: Path) -> Result:
     with progress.stage("write") as tick:
-        samples = normalize(samples.float().cpu(), sample_rate, request.normalization, tick=tick)
+        samples = normalize(sound.samples, sound.sample_rate, request.normalization, tick=tick)
         name = f"musicgen-{request.model}-{request.seed}-{uuid.uuid4().hex[:8]}.{request.output_format}"
-        write_audio(samples, sample_rate, folder / name, tags, tick=tick)
-    metrics: dict[str, object] = {"audio_seconds": samples.shape[1] / sample_rate, "steps": steps}
+        write_audio(samples, sound.sample_rate, folder / name, sound.tags, tick=tick)
+    seconds = samples.shape[1] / sound.sample_rate
+    metrics: dict[str, object] = {"audio_seconds": seconds, "steps": sound.steps}
     return Result(folder / name, metrics | progress.seconds)
 
 
@@ -159,6 +217,6 @@ def _shares(request: Request) -> dict[str, float]:
     """The stages in order, with the share of the time that each is expected to take."""
     decode = 60.0 if request.multi_band_diffusion else 8.0
     if request.mode is Mode.ENCODE_DECODE:
-        return {"load": 5, "condition": 40, "generate": 0, "decode": max(decode, 40), "write": 5}
+        return {"queue": 0, "load": 5, "condition": 40, "generate": 0, "decode": max(decode, 40), "write": 5}
     condition = 3.0 if request.mode is Mode.TEXT else 10.0
-    return {"load": 5, "condition": condition, "generate": 80, "decode": decode, "write": 2}
+    return {"queue": 0, "load": 5, "condition": condition, "generate": 80, "decode": decode, "write": 2}

@@ -47,6 +47,12 @@ class StopFlag:
             )
 
 
+class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
+    """tqdm's, on its own: it moves the cursor for no other bar, and no thread of tqdm's draws it."""
+
+    monitor_interval = 0
+
+
 class Progress:
     """One bar from 0 to 100 % over all stages of a request, in the log as tqdm prints it."""
 
@@ -57,8 +63,9 @@ class Progress:
         self._weights = dict(weights)
         self._before = 0.0
         self.seconds: dict[str, float] = dict.fromkeys(weights, 0.0)
-        self._bar = tqdm(
+        self._bar = _Bar(
             total=100,
+            position=0,
             file=sys.stderr,
             mininterval=0.25,
             bar_format="{percentage:3.0f}%|{bar:25}| {desc} [{elapsed}<{remaining}]",
@@ -69,7 +76,8 @@ class Progress:
         """Times a stage and hands out its tick. Stages left out or repeated never move the bar back."""
         weight = self._weights.pop(name, 0.0)
         self._stop.check()
-        self._bar.set_description_str(name)
+        if name != self._bar.desc:
+            self._bar.set_description_str(name)
 
         def tick(done: int, total: int) -> None:
             self._stop.check()

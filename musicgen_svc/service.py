@@ -1,4 +1,4 @@
-"""The service behind Cog: one device thread, one request after the other, one sentence per failure."""
+"""The service behind Cog: requests side by side, one thread each, and one sentence per failure."""
 
 import asyncio
 import contextvars
@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from musicgen_svc.catalog import read_catalog
+from musicgen_svc.engine.engine import StepError
 from musicgen_svc.errors import GenerationError, ServiceError, Stopped
 from musicgen_svc.loader import Loader
 from musicgen_svc.pipeline import Pipeline, Result
@@ -20,8 +21,9 @@ from musicgen_svc.progress import StopFlag
 from musicgen_svc.request import Request
 from musicgen_svc.settings import Settings
 from musicgen_svc.storage import WorkFolder
+from musicgen_svc.turns import Turns
 from musicgen_svc.verification import check_sizes
-from musicgen_svc.weights import Weights
+from musicgen_svc.weights import Weights, local
 
 RecordMetric = Callable[[str, object], None]
 
@@ -31,9 +33,9 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        # CUDA graphs, streams and grad mode belong to a thread, and Cog calls from any thread:
-        # everything that touches the device runs on this one.
-        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        # Cog's own event loop must stay free. Cog sends no more at once than there are threads.
+        self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="request")
+        self._device_turn = Turns(1)
         self._work = WorkFolder(settings.work_dir)
         self._pipeline: Pipeline | None = None
         self._device_failed = threading.Event()
@@ -45,7 +47,7 @@ class Service:
             ServiceError: what is missing or wrong.
         """
         try:
-            self._device_thread.submit(self._start, weights).result()
+            self._threads.submit(self._start, weights).result()
         except ServiceError:
             traceback.print_exc()
             raise
@@ -55,10 +57,14 @@ class Service:
         transformers_logging.set_verbosity_error()
         device = _device(self._settings.device)
         check_sizes(self._settings.weights_dir)
+        given = local(given, self._settings)
         weights = Weights.at(self._settings.weights_dir, read_catalog(), given)
-        loader = Loader(weights, device, self._settings)
-        model = loader.start()
-        self._pipeline = Pipeline(loader, tag_prompt=self._settings.tag_prompt)
+        loader = Loader(weights, device, self._settings, self._device_turn)
+        with self._device_turn.taken_next():
+            model = loader.start()
+        self._pipeline = Pipeline(
+            loader, self._device_turn, slots=self._settings.slots, tag_prompt=self._settings.tag_prompt
+        )
         print(f"{model.name} is ready on {device}: {model.format} {model.place}")
 
     def healthy(self) -> bool:
@@ -70,7 +76,7 @@ class Service:
 
         Raises:
             ServiceError: with the one sentence that the user reads.
-            asyncio.CancelledError: the client cancelled; the device is free again by then.
+            asyncio.CancelledError: the client cancelled; the request has let go of everything by then.
         """
         request = Request.from_fields(fields, self._settings.max_duration_s)
         print(f"seed: {request.seed}")
@@ -79,7 +85,7 @@ class Service:
         folder = self._work.new_request()
         grace_s = 0.0
         try:
-            result = await self._on_device(request, stop, folder)
+            result = await self._in_thread(request, stop, folder)
             grace_s = self._settings.output_grace_s
         finally:
             self._work.release(folder, grace_s)
@@ -87,22 +93,23 @@ class Service:
             record_metric(name, value)
         return result.path
 
-    async def _on_device(self, request: Request, stop: StopFlag, folder: Path) -> Result:
+    async def _in_thread(self, request: Request, stop: StopFlag, folder: Path) -> Result:
         assert self._pipeline is not None, "start() comes first"
         # Cog tells predictions' log lines apart by context, which a thread does not inherit.
         context = contextvars.copy_context()
-        job = self._device_thread.submit(context.run, self._run, self._pipeline, request, stop, folder)
+        job = self._threads.submit(context.run, self._run, self._pipeline, request, stop, folder)
         future = asyncio.wrap_future(job)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             stop.cancel()
+            job.cancel()  # which is all, if no thread has begun with it
             await asyncio.wait([future])
             future.cancelled() or future.exception()  # read, so that asyncio does not report it as lost
             raise
 
     def _run(self, pipeline: Pipeline, request: Request, stop: StopFlag, folder: Path) -> Result:
-        """On the device thread. Whatever goes wrong becomes one sentence, its cause goes to the log."""
+        """In the request's thread. Whatever goes wrong becomes one sentence, its cause goes to the log."""
         try:
             return pipeline.run(request, stop, folder)
         except Stopped:
@@ -115,23 +122,26 @@ class Service:
             raise self._failure(exc) from None
 
     def _failure(self, exc: Exception) -> GenerationError:
-        if _is_out_of_memory(exc):
-            exc.__traceback__ = None  # its frames hold the tensors that filled the memory
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        cause = exc.__cause__ if isinstance(exc, StepError) else exc
+        assert cause is not None
+        if _is_out_of_memory(cause):
+            exc.__traceback__ = cause.__traceback__ = None  # the frames hold what filled the memory
+            with self._device_turn.taken_next():
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
             return GenerationError(
                 "The device ran out of memory: ask for a shorter duration, a shorter clip or a smaller model."
             )
-        if isinstance(exc, torch.AcceleratorError):
+        if isinstance(cause, torch.AcceleratorError):
             self._device_failed.set()
             return GenerationError(
                 "The device failed and the service must be restarted; its log has the cause."
             )
-        return GenerationError(f"The service failed ({type(exc).__name__}); its log has the cause.")
+        return GenerationError(f"The service failed ({type(cause).__name__}); its log has the cause.")
 
 
-def _is_out_of_memory(exc: Exception) -> bool:
+def _is_out_of_memory(exc: BaseException) -> bool:
     # On a CPU torch raises a plain RuntimeError out of its allocator.
     return isinstance(exc, torch.OutOfMemoryError | MemoryError) or (
         isinstance(exc, RuntimeError) and "can't allocate memory" in str(exc)

@@ -1,7 +1,7 @@
 """Every setting of the service, read once from the environment when the server starts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
 from musicgen_svc.errors import ServiceError
@@ -11,7 +11,7 @@ PREFIX = "MUSICGEN_"
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator may choose. Field `x` is read from the environment variable `MUSICGEN_X`."""
+    """What an operator may choose. Field `x` is read from the variable `MUSICGEN_X`, or from Cog's own."""
 
     weights_dir: Path = Path("weights")
     """Where `scripts/download_weights` puts checkpoints."""
@@ -29,28 +29,47 @@ class Settings:
     """Longest piece that MultiBand Diffusion decodes at once; longer ones are crossfaded."""
     lora_strength: float = 1.0
     """How much of a LoRA adapter is merged into its base model; 1: as it was trained."""
+    precision: str = field(default="reference", metadata={"choices": ("reference", "bfloat16")})
+    """`bfloat16`: the language model's products in bfloat16, faster, and other music than `reference`."""
     cuda_graphs: bool = False
     """On a GPU: record the decoding step once and replay it, instead of launching each operation."""
     tag_prompt: bool = False
     """Whether the prompt is written into the output's tags."""
+    slots: int = field(default=1, metadata={"variable": "COG_MAX_CONCURRENCY"})
+    """How many predictions run at once. Cog reads it too: it sends as many, and refuses more."""
+    memory_budget_gb: float = 0.0
+    """What models may take of the device's memory; 0: what it has, less working space."""
+    weights_hosts: str = "replicate.delivery,huggingface.co,hf.co"
+    """From where a URL in COG_WEIGHTS is fetched: names that also stand for their subdomains."""
+    weights_max_gb: float = 32.0
+    """The largest file that such a URL may give, in units of 10^9 bytes."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
         """Reads the settings; unset or empty variables keep their defaults.
 
         Raises:
-            ServiceError: a variable does not parse, or a limit is not positive.
+            ServiceError: a variable does not parse, a limit is not positive, or there is no such choice.
         """
         values: dict[str, object] = {}
-        for field in fields(cls):
-            name = PREFIX + field.name.upper()
+        for setting in fields(cls):
+            name = variable(setting)
             text = environment.get(name, "")
             if text:
-                values[field.name] = _parse(name, text, type(field.default))
+                values[setting.name] = _parse(name, text, setting)
         return cls(**values)  # type: ignore[arg-type]
 
 
-def _parse(name: str, text: str, kind: type) -> object:
+def variable(setting: Field[object]) -> str:
+    """The environment variable that a field of `Settings` is read from."""
+    return str(setting.metadata.get("variable", PREFIX + setting.name.upper()))
+
+
+def _parse(name: str, text: str, setting: Field[object]) -> object:
+    kind = type(setting.default)
+    choices = setting.metadata.get("choices", (text,))
+    if text not in choices:
+        raise ServiceError(f"{name} is {text!r}; it must be {' or '.join(choices)}.")
     if kind is bool:
         try:
             return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
@@ -61,7 +80,7 @@ def _parse(name: str, text: str, kind: type) -> object:
             number = kind(text)
         except ValueError:
             raise ServiceError(f"{name} is {text!r}; it must be a number.") from None
-        if number <= 0:
+        if number <= 0 and number != setting.default:
             raise ServiceError(f"{name} is {text}; it must be above 0.")
         return number
     return text if kind is str else Path(text)

@@ -1,14 +1,32 @@
-"""Names -> paths on this machine. Nothing here downloads: see scripts/download_weights."""
+"""Names -> paths on this machine. Base models are not downloaded here: see scripts/download_weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from musicgen_svc.catalog import Catalog
+from musicgen_svc.checkpoints.archives import sweep
 from musicgen_svc.errors import WeightsError
+from musicgen_svc.settings import Settings
 
 FINETUNED = "finetuned"
 DEMO = "8songs"
 UNPACKED = ".unpacked"
+FETCHED = ".fetched"
+
+
+def local(given: str | None, settings: Settings) -> str | None:
+    """COG_WEIGHTS as a path on this machine: what a URL names is fetched, anything else stays as it is.
+
+    Raises:
+        WeightsError: the URL is not allowed, or cannot be fetched.
+    """
+    if not given or "://" not in given:
+        return given
+    from musicgen_svc.remote import Rules, fetch  # an HTTP client takes its time to import
+
+    hosts = tuple(host.strip().lower() for host in settings.weights_hosts.split(",") if host.strip())
+    rules = Rules(hosts, int(settings.weights_max_gb * 1e9))
+    return str(fetch(given, settings.weights_dir / FETCHED, rules))
 
 
 @dataclass(frozen=True)
@@ -27,9 +45,8 @@ class Weights:
         Raises:
             WeightsError: a checkpoint was given and is not there.
         """
+        sweep(folder / UNPACKED)
         if given:
-            if "://" in given:
-                raise WeightsError(f"COG_WEIGHTS is {given!r}; it must be a path on this machine.")
             path = Path(given)
             if not path.exists():
                 raise WeightsError(f"COG_WEIGHTS is {given!r}, where there is nothing.")

@@ -31,6 +31,8 @@ OPEN_REQUESTS_S = 5.0
 """How long requests that are running may take to end; coglet itself would wait for ever."""
 GROUP_END_S = 3.0
 """How long killed processes may take to go."""
+GPU_CONCURRENCY = 4
+"""`large` and four requests with their caches fit into 24 GB; cog.yaml says the same."""
 COGLET_FOLDER = Path("/tmp/coglet/predictions")
 """Fixed in coglet, whatever TMPDIR says: it makes two folders a prediction here, and leaves them."""
 PATHS = ("COG_WEIGHTS", "MUSICGEN_WEIGHTS_DIR", "MUSICGEN_WORK_DIR")
@@ -150,7 +152,19 @@ def environment(port: int, temporary: Path) -> dict[str, str]:
         for name in PATHS
         if os.environ.get(name) and Path(os.environ[name]).exists()
     }
-    return quiet | os.environ | paths | fixed
+    at_once = {} if os.environ.get("COG_MAX_CONCURRENCY") else {"COG_MAX_CONCURRENCY": str(concurrency())}
+    return quiet | os.environ | at_once | paths | fixed
+
+
+def concurrency() -> int:
+    """How many predictions run at once, unless the user says it: as in the image on a GPU, else one."""
+    if os.environ.get("MUSICGEN_DEVICE") == "cpu":
+        return 1
+    try:  # torch knows better, but takes seconds to ask
+        shown = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return 1
+    return GPU_CONCURRENCY if shown.stdout.startswith(b"GPU ") else 1
 
 
 class StopRequest:

@@ -6,7 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "musicgen_svc"
 LEAVES = {
     "errors", "ticks", "settings", "catalog", "request", "windows", "randomness", "storage", "loudness",
-    "audio", "export", "compat", "chunked_encodec", "verification",
+    "audio", "export", "compat", "chunked_encodec", "verification", "residency", "memory", "turns",
+    "meta", "locking",
 }  # fmt: skip
 MAY_ANY_LEAF_IMPORT = {"errors", "ticks", "compat"}
 

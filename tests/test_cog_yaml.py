@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from musicgen_svc.catalog import MANIFEST
+from musicgen_svc.settings import Settings
+from musicgen_svc.weights import FETCHED, UNPACKED
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = yaml.safe_load((ROOT / "cog.yaml").read_text())
 BUILD = CONFIG["build"]
@@ -100,6 +104,7 @@ def ignored(path: str) -> bool:
         ".git/config", ".ci/run", ".venv/bin/python", ".cache/uv", ".ruff_cache/x", ".pytest_cache/x",
         ".mypy_cache/x", "tests/test_cog_yaml.py", "benchmarks/results.json", "output.wav", "output-1.mp3",
         "musicgen_svc/__pycache__/audio.cpython-312.pyc", "scripts/_serve.pyc",
+        "weights/.partial/small/x", f"weights/{FETCHED}/x", f"weights/{UNPACKED}/x/state_dict.bin",
     ],
 )  # fmt: skip
 def test_what_the_image_does_not_need_stays_out(path: str) -> None:
@@ -116,3 +121,20 @@ def test_what_the_image_does_not_need_stays_out(path: str) -> None:
 )  # fmt: skip
 def test_what_the_image_needs_goes_in(path: str) -> None:
     assert not ignored(path)
+
+
+def test_baked_weights_lie_where_the_service_looks() -> None:
+    """In the image nothing moves them: the default folder goes in, and no variable names another one."""
+    assert not ignored(f"{Settings().weights_dir}/small/state_dict.bin")
+    assert not [entry for entry in CONFIG["environment"] if entry.startswith("MUSICGEN_WEIGHTS_DIR")]
+
+
+def test_mounted_weights_hide_nothing_that_the_service_needs() -> None:
+    """The manifest is the one file under weights/ that is ours: it must stay visible beside the mount."""
+    command = re.search(r"^docker run .* -v .*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert command
+    mount = re.search(r"-v \S+?:(\S+) ", command[0])
+    assert mount and f"-e MUSICGEN_WEIGHTS_DIR={mount[1]} " in command[0]
+    manifest = MANIFEST.relative_to(ROOT)
+    assert not ignored(str(manifest))
+    assert not (Path("/src") / manifest).is_relative_to(mount[1]), "Cog puts the project into /src"

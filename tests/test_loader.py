@@ -1,14 +1,18 @@
 """Names become models, and what is missing, foreign or wrong is said in one sentence."""
 
+import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from musicgen_svc.catalog import read_catalog
+from musicgen_svc.checkpoints import open_checkpoint
+from musicgen_svc.conditioning import TEXT, TextConditioner
 from musicgen_svc.errors import InputError, WeightsError
-from musicgen_svc.loader import Loader
+from musicgen_svc.loader import Loader, Model
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights import Weights
 
@@ -28,6 +32,15 @@ def own(weights: Path, tmp_path: Path) -> Path:
 def test_start_loads_the_finetune_or_else_the_first_base_model(weights: Path, own: Path) -> None:
     assert loader(weights, own).start().name == "finetuned"
     assert loader(weights).start().name == "small"
+
+
+def test_the_precision_of_the_settings_is_the_engines(weights: Path) -> None:
+    place = Weights.at(weights, read_catalog(), None)
+    chosen = Loader(place, CPU, Settings(precision="bfloat16")).model("small")
+    assert (chosen.engine.precision, loader(weights).model("small").engine.precision) == (
+        "bfloat16",
+        "reference",
+    )
 
 
 def test_start_without_any_weights_says_where_they_belong(tmp_path: Path) -> None:
@@ -130,9 +143,78 @@ def test_a_pickle_that_would_run_code_is_not_run(weights: Path, own: Path, tmp_p
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_resident_model_is_replaced_not_joined(weights: Path) -> None:
-    models = loader(weights)
+def t5_of(model: Model) -> torch.nn.Module:
+    conditioner = model.conditioner.conditioners[TEXT]
+    assert isinstance(conditioner, TextConditioner)
+    return conditioner._t5[0]
+
+
+def test_models_share_what_is_equal_wherever_it_lies(weights: Path, own: Path) -> None:
+    shutil.copytree(weights / "t5-small", own / "t5-small")
+    models = loader(weights, own)
+    small, melody, finetuned = (models.model(name) for name in ("small", "melody", "finetuned"))
+    assert small.codec._mono is melody.codec._mono is finetuned.codec._mono
+    assert t5_of(small) is t5_of(melody) is t5_of(finetuned)
+    assert models.codec()[1]._mono is small.codec._mono
+
+
+def test_a_checkpoints_own_t5_does_not_reach_another_model(weights: Path, own: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(weights / "t5-small", own / "t5-small")
+    file = own / "t5-small" / "model.safetensors"
+    state = load_file(file)
+    state["encoder.final_layer_norm.weight"] += 1
+    save_file(state, file, {"format": "pt"})
+    models = loader(weights, own)
+    finetuned, melody = models.model("finetuned"), models.model("melody")
+    assert t5_of(finetuned) is not t5_of(melody)
+    for prompt in ("rock", "slow jazz"):
+        common = loader(weights).model("melody").conditioner.text(prompt)[TEXT][0]
+        assert torch.equal(melody.conditioner.text(prompt)[TEXT][0], common)
+    changed, before = (t5_of(m).encoder["final_layer_norm"].weight for m in (finetuned, melody))
+    assert torch.equal(changed, before + 1)
+
+
+def test_a_part_with_a_missing_file_is_named(weights: Path, own: Path) -> None:
+    shutil.copytree(weights / "t5-small", own / "t5-small")
+    (own / "t5-small" / "config.json").unlink()
+    with pytest.raises(WeightsError, match=r"own/t5-small/config.json is missing"):
+        loader(weights, own).start()
+
+
+def test_models_with_other_codecs_share_none(weights: Path) -> None:
+    models = loader(weights, weights / "hf-codec")
+    assert models.model("small").codec.cardinality == 400
+    assert models.model("finetuned").codec.cardinality == 512
+    assert models.model("small").codec.cardinality == 400
+
+
+def test_loading_leaves_the_global_generators_as_they_were(weights: Path) -> None:
+    models = loader(weights, weights / "hf-codec")
+    before = random.getstate(), torch.get_rng_state()
+    model = models.model("finetuned")
+    models.codec()
     small = models.model("small")
-    assert models.model("small") is small
-    models.model("melody")
-    assert models.model("small") is not small
+    models.diffusion(small.place, small.codec)
+    models.model("melody").conditioner.melody(torch.zeros(1, 32_000))
+    model.conditioner.text("rock")
+    assert random.getstate() != before[0], "Demucs draws its shift"
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_a_model_is_opened_once_for_all_that_a_request_asks(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    def counted(path: Path, **options: Any) -> Any:
+        opened.append(path)
+        return open_checkpoint(path, **options)
+
+    monkeypatch.setattr("musicgen_svc.loader.open_checkpoint", counted)
+    models = loader(weights)
+    for _ in range(2):
+        assert models.takes_melody("melody")
+        models.model("melody")
+    assert opened == [weights / "melody"]

@@ -29,6 +29,38 @@ def test_streams_go_on_where_they_stopped_whatever_runs_between() -> None:
     assert got == expected
 
 
+def test_two_that_are_pinned_in_turn_each_go_on_with_their_own() -> None:
+    alone = GlobalRandom(3, CPU)
+    with alone.pinned():
+        expected = [draw(), draw()]
+    random.seed(1)
+    torch.manual_seed(1)
+    outside = draw()
+    random.seed(1)
+    torch.manual_seed(1)
+    first, second = GlobalRandom(3, CPU), GlobalRandom(4, CPU)
+    with first.pinned():
+        got = [draw()]
+        with first.unpinned(), second.pinned():
+            others = [draw()]
+            with second.unpinned():
+                assert draw() == outside, "what there was before both"
+            others.append(draw())
+        got.append(draw())
+    assert got == expected
+    with GlobalRandom(4, CPU).pinned():
+        assert others == [draw(), draw()]
+
+
+def test_outside_of_pinned_there_is_nothing_to_step_out_of() -> None:
+    torch.manual_seed(1)
+    expected = draw()
+    torch.manual_seed(1)
+    random.seed(1)
+    with GlobalRandom(2, CPU).unpinned():
+        assert draw()[1] == expected[1]
+
+
 def test_streams_are_those_of_the_plain_seed() -> None:
     with GlobalRandom(7, CPU).pinned():
         pinned = draw()

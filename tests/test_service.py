@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from sounds import encode, tone
+from torch import Tensor
 
 from musicgen_svc.errors import GenerationError, ServiceError
 from musicgen_svc.pipeline import Pipeline
 from musicgen_svc.service import Service
 from musicgen_svc.settings import Settings
+from musicgen_svc.turns import Turn
 
 FIELDS: dict[str, Any] = {
     "model_version": "finetuned", "prompt": "a waltz", "input_audio": None, "duration": 1,
@@ -69,3 +72,99 @@ def test_a_finished_request_leaves_one_file_in_a_folder_of_its_own(service: Serv
     assert first.parent != second.parent and first.name != second.name
     assert list(first.parent.iterdir()) == [first]
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.fixture
+def shared(weights: Path, tmp_path: Path) -> Service:
+    made = Service(Settings(weights_dir=weights, work_dir=tmp_path, device="cpu", slots=4))
+    made.start(str(weights / "melody"))
+    return made
+
+
+def predict_all(service: Service, *changes: dict[str, Any]) -> list[Any]:
+    """What each of several requests at once gets: a path or an exception."""
+
+    async def run() -> list[Any]:
+        jobs = [service.predict(FIELDS | change, lambda name, value: None) for change in changes]
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def test_work_that_is_laid_aside_in_the_middle_comes_out_the_same(
+    shared: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Demucs and the diffusion draw from the process's generators, and hand the device on as they go."""
+    clip = tmp_path / "clip.wav"
+    clip.write_bytes(encode(tone(330.0, 20.0, 32_000), 32_000, "wav16"))
+    changes: list[dict[str, Any]] = [
+        {"multi_band_diffusion": True},
+        {"multi_band_diffusion": True, "seed": 6},
+        {"input_audio": clip, "seed": 7},
+        {"input_audio": clip, "model_version": "encode-decode"},
+    ]
+    alone = [predict_all(shared, change)[0].read_bytes() for change in changes]
+    monkeypatch.setattr("musicgen_svc.turns.TURN_S", 0.003)
+    passed: list[bool] = []
+    pass_on = Turn.pass_on
+    monkeypatch.setattr(
+        Turn, "pass_on", lambda turn, waiting: [passed.append(True), pass_on(turn, waiting)][1]
+    )
+    assert [path.read_bytes() for path in predict_all(shared, *changes)] == alone
+    assert len(passed) > 20, "a test of nothing"
+
+
+def test_a_shared_step_that_fails_is_a_sentence_for_each_and_the_next_request_is_served(
+    shared: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shared._pipeline
+    decoder = shared._pipeline._loader.model("finetuned").engine.decoder
+    compute = decoder.logits
+
+    def fail_with_three(tokens: Tensor, *rest: Any) -> Tensor:
+        if len(tokens) == 3:
+            raise torch.OutOfMemoryError("in the middle of it")
+        return compute(tokens, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "logits", fail_with_three)
+        for end in predict_all(shared, *({"duration": 20, "seed": seed} for seed in range(3))):
+            assert isinstance(end, GenerationError) and "ran out of memory" in str(end)
+    assert shared.healthy() and predict(shared).is_file()
+
+
+def test_one_that_is_cancelled_while_it_waits_lets_the_next_one_begin(shared: Service) -> None:
+    """`small` waits for `finetuned`, and the next request for `finetuned` waits behind it."""
+    pipeline = shared._pipeline
+    assert pipeline
+
+    async def run() -> list[str]:
+        ended: list[str] = []
+
+        async def ask(name: str, **change: Any) -> None:
+            await shared.predict(FIELDS | change, lambda name, value: None)
+            ended.append(name)
+
+        async def queued(number: int) -> None:
+            while len(pipeline._model_turn._queue) < number:
+                await asyncio.sleep(0.01)
+
+        async def cancelled(task: asyncio.Task[None]) -> None:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        long = asyncio.create_task(ask("long", duration=600))
+        await queued(1)
+        other = asyncio.create_task(ask("other", model_version="small"))
+        await queued(2)
+        short = asyncio.create_task(ask("short"))
+        await queued(3)
+        await asyncio.sleep(0.3)
+        assert not ended
+        await cancelled(other)
+        await short
+        await cancelled(long)
+        return ended
+
+    assert asyncio.run(run()) == ["short"]

@@ -1,6 +1,5 @@
 """What every format gives: a language model, its codec and, from some, a text encoder."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ class Checkpoint:
     state: dict[str, torch.Tensor]
     origin: str = "The checkpoint"
     """Its format and path, for messages."""
+    files: tuple[Path, ...] = ()
+    """All that it was read from."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class TransformersPart:
     state: dict[str, torch.Tensor]
     """Of transformers' `EncodecModel` or `T5EncoderModel`, complete: it loads strictly."""
     origin: str
+    files: tuple[Path, ...] = ()
+    """All that it was read from."""
 
 
 class OpenedCheckpoint(ABC):
@@ -75,11 +78,6 @@ class OpenedCheckpoint(ABC):
         """T5, where the checkpoint brings its own weights; else the configuration names it."""
         return None
 
-    def content_hash(self) -> str:
-        """sha256 of the language model's file; of several files, of their hashes in order."""
-        hashes = [_sha256(file) for file in self.files]
-        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
 
 def component_name(name: object) -> str:
     """The last part of a repository's name, which a folder of weights is called by.
@@ -96,8 +94,3 @@ def component_name(name: object) -> str:
 def some(names: list[str]) -> str:
     """How many, and the first few: `5 (a, b, c, …)`."""
     return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

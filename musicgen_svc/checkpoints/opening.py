@@ -7,7 +7,7 @@ from musicgen_svc.checkpoints.archives import MAX_UNPACKED_BYTES, is_archive, un
 from musicgen_svc.checkpoints.lora import LoraFolder
 from musicgen_svc.checkpoints.opened import OpenedCheckpoint
 from musicgen_svc.checkpoints.tensors import read_json
-from musicgen_svc.checkpoints.torch_file import lm_files, open_file
+from musicgen_svc.checkpoints.torch_file import open_file, open_in
 from musicgen_svc.checkpoints.transformers_folder import MODEL_TYPES, TransformersFolder
 from musicgen_svc.errors import WeightsError
 
@@ -45,12 +45,8 @@ def open_checkpoint(
 def _open_folder(folder: Path, base: Callable[[str], Path] | None, strength: float) -> OpenedCheckpoint:
     if (folder / "adapter_config.json").is_file():
         return LoraFolder(folder, lambda name: _open_base(name, folder, base), strength)
-    files = lm_files(folder)
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:4])
-        raise WeightsError(f"{folder} holds {len(files)} language models ({names}): name one of the files.")
-    if files:
-        return open_file(files[0], folder)
+    if model := open_in(folder):
+        return model
     config = folder / "config.json"
     if not config.is_file():
         raise WeightsError(

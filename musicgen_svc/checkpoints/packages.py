@@ -1,6 +1,7 @@
 """What the torch.save files of different tools have in common, once each tool's wrapping is off."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -51,20 +52,22 @@ def without_prefix(state: State) -> State | None:
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
-def as_lm(found: Found, origin: str) -> Checkpoint:
+def as_lm(found: Found, file: Path) -> Checkpoint:
     """
     Raises:
         WeightsError: its configuration is no MusicGen's, or its tensors do not tell it.
     """
+    origin = f"The {found.format} {file}"
     state = with_window(plain_attention(found.state))
     if found.config is None:
-        return Checkpoint(infer_config(state, origin), state, origin)
-    return Checkpoint(lm_config(found.config, origin), state, origin)
+        return Checkpoint(infer_config(state, origin), state, origin, (file,))
+    return Checkpoint(lm_config(found.config, origin), state, origin, (file,))
 
 
-def as_codec(found: Found, origin: str) -> Checkpoint:
+def as_codec(found: Found, file: Path) -> Checkpoint:
     """
     Raises:
         WeightsError: it has no configuration.
     """
-    return Checkpoint(codec_config(found.config, origin), plain_weight_norm(found.state), origin)
+    origin = f"The {found.format} {file}"
+    return Checkpoint(codec_config(found.config, origin), plain_weight_norm(found.state), origin, (file,))

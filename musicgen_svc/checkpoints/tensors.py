@@ -10,6 +10,9 @@ from safetensors import SafetensorError, safe_open
 from musicgen_svc.checkpoints.unpickle import load_pickle
 from musicgen_svc.errors import WeightsError
 
+TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
+"""What transformers calls a model's weights, the newer name first."""
+
 _MAX_JSON_BYTES = 64 << 20
 
 

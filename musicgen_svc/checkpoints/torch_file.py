@@ -1,5 +1,6 @@
 """Models in torch.save files, whichever tool wrote them: told apart by what is inside."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -19,15 +20,48 @@ _FINDERS = (find_export, find_dora, find_cog_trainer, find_lightning, find_bare)
 _PRETRAINED = "//pretrained/"
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What is known of the torch.save files in a folder."""
+
+    folder: Path
+    found: dict[Path, Found | CodecPointer]
+    error: WeightsError | None
+    """The last one: another tool's pickle need not matter."""
+
+    @property
+    def lms(self) -> dict[Path, Found]:
+        return {file: model for file, model in self.found.items() if isinstance(model, Found) and model.is_lm}
+
+    def codec(self) -> Checkpoint | CodecPointer | None:
+        """
+        Raises:
+            WeightsError: there are several, or none while one of the files cannot be read: it may be the one.
+        """
+        codecs = {
+            file: model
+            for file, model in self.found.items()
+            if isinstance(model, CodecPointer) or model.is_codec
+        }
+        if len(codecs) > 1:
+            names = ", ".join(file.name for file in codecs)
+            raise WeightsError(f"{self.folder} holds {len(codecs)} codecs ({names}); it must hold one.")
+        if self.error and not codecs:
+            raise self.error
+        for file, model in codecs.items():
+            return model if isinstance(model, CodecPointer) else as_codec(model, file)
+        return None
+
+
 class TorchFile(OpenedCheckpoint):
     """A language model in a torch.save file."""
 
-    def __init__(self, file: Path, lm: Checkpoint, found: Found, beside: Path | None) -> None:
+    def __init__(self, file: Path, found: Found, beside: Contents | None) -> None:
         """`beside`: the folder that was named, if it was not the file itself."""
-        self.path = beside or file
+        self.path = beside.folder if beside else file
         self.files = (file,)
         self.format = found.format
-        self._lm = lm
+        self._lm = as_lm(found, file)
         self._beside = beside
 
     def config(self) -> DictConfig:
@@ -45,7 +79,7 @@ class TorchFile(OpenedCheckpoint):
         public = str(named).startswith(_PRETRAINED)
         if self._beside is None and public:
             return CodecPointer(component_name(named))
-        if codec := _codec_in(self.files[0].parent):
+        if codec := (self._beside or _read_all(self.files[0].parent)).codec():
             return codec
         if public:
             return CodecPointer(component_name(named))
@@ -55,7 +89,7 @@ class TorchFile(OpenedCheckpoint):
         )
 
 
-def open_file(file: Path, beside: Path | None = None) -> TorchFile:
+def open_file(file: Path) -> TorchFile:
     """
     Raises:
         WeightsError: the file cannot be read safely, or is nothing that is known.
@@ -67,43 +101,29 @@ def open_file(file: Path, beside: Path | None = None) -> TorchFile:
             f"{file} is {what}; a MusicGen in a torch.save file is an audiocraft export, a dora checkpoint, "
             "a Cog trainer's file, a Lightning checkpoint or a bare state dict."
         )
-    return TorchFile(file, as_lm(found, f"The {found.format} {file}"), found, beside)
+    return TorchFile(file, found, None)
 
 
-def lm_files(folder: Path) -> list[Path]:
-    """The files in a folder that hold a language model.
+def open_in(folder: Path) -> TorchFile | None:
+    """The language model in a folder; None: it holds none in a torch.save file.
 
     Raises:
-        WeightsError: there is none, and one of its torch.save files cannot be read.
+        WeightsError: there are several, or there is none and one of the files cannot be read.
     """
-    found, error = _read_all(folder)
-    files = [file for file, model in found.items() if isinstance(model, Found) and model.is_lm]
-    if error and not files:
-        raise error
-    return files
-
-
-def _codec_in(folder: Path) -> Checkpoint | CodecPointer | None:
-    """
-    Raises:
-        WeightsError: there are several, or none while one of the files cannot be read: it may be the one.
-    """
-    found, error = _read_all(folder)
-    codecs = {
-        file: model for file, model in found.items() if isinstance(model, CodecPointer) or model.is_codec
-    }
-    if len(codecs) > 1:
-        names = ", ".join(file.name for file in codecs)
-        raise WeightsError(f"{folder} holds {len(codecs)} codecs ({names}); it must hold one.")
-    if error and not codecs:
-        raise error
-    for file, model in codecs.items():
-        return model if isinstance(model, CodecPointer) else as_codec(model, f"The {model.format} {file}")
+    contents = _read_all(folder)
+    if len(contents.lms) > 1:
+        names = ", ".join([file.name for file in contents.lms][:4])
+        raise WeightsError(
+            f"{folder} holds {len(contents.lms)} language models ({names}): name one of the files."
+        )
+    for file, found in contents.lms.items():
+        return TorchFile(file, found, contents)
+    if contents.error:
+        raise contents.error
     return None
 
 
-def _read_all(folder: Path) -> tuple[dict[Path, Found | CodecPointer], WeightsError | None]:
-    """What is known of the files in a folder, and the last error: another tool's pickle need not matter."""
+def _read_all(folder: Path) -> Contents:
     found, error = {}, None
     for file in sorted(folder.iterdir()):
         try:
@@ -111,7 +131,7 @@ def _read_all(folder: Path) -> tuple[dict[Path, Found | CodecPointer], WeightsEr
                 found[file] = model
         except WeightsError as exc:
             error = exc
-    return found, error
+    return Contents(folder, found, error)
 
 
 def _find(package: object) -> Found | CodecPointer | None:

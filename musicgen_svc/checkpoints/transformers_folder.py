@@ -23,7 +23,7 @@ from musicgen_svc.checkpoints.released import (
     with_window,
 )
 from musicgen_svc.checkpoints.spelling import State, parametrized_weight_norm
-from musicgen_svc.checkpoints.tensors import read_json, read_tensors, tensor_files
+from musicgen_svc.checkpoints.tensors import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
 from musicgen_svc.checkpoints.transformers_names import (
     AUDIO_ENCODER,
     TEXT_ENCODER,
@@ -37,7 +37,6 @@ MODEL_TYPES = ("musicgen", "musicgen_melody")
 TEXT_ENCODER_NAME = "text_encoder"
 """What the configuration calls a T5 of no released width: it is in no folder but this one."""
 
-_STEMS = ("model.safetensors", "pytorch_model.bin")
 _POSITIONS = "decoder.model.decoder.embed_positions.weights"  # a constant that older versions saved
 _TIED = ("shared.weight", "encoder.embed_tokens.weight")
 _CHROMA_HOP_S = 4096 / 32_000
@@ -55,7 +54,7 @@ class TransformersFolder(OpenedCheckpoint):
         self._melody = self._json.get("model_type") == "musicgen_melody"
         self.format = f"transformers folder ({self._json.get('model_type')})"
         self.path = folder
-        self.files = tensor_files(folder, _STEMS)
+        self.files = tensor_files(folder, TRANSFORMERS_FILES)
         self._origin = f"The {self.format} {folder}"
         self._tensors = read_tensors(self.files)
 
@@ -84,7 +83,7 @@ class TransformersFolder(OpenedCheckpoint):
         state = _under(AUDIO_ENCODER, self._tensors)
         if not state:
             return CodecPointer(component_name(ENCODEC))
-        return TransformersPart(self._section("audio_encoder"), parametrized_weight_norm(state), self._origin)
+        return self._part("audio_encoder", parametrized_weight_norm(state))
 
     def text_encoder(self) -> TransformersPart | None:
         state = _under(TEXT_ENCODER, self._tensors)
@@ -94,7 +93,12 @@ class TransformersFolder(OpenedCheckpoint):
         for kept, left_out in (_TIED, _TIED[::-1]):
             if kept in state:
                 state.setdefault(left_out, state[kept])
-        return TransformersPart(self._section("text_encoder"), state, self._origin)
+        return self._part("text_encoder", state)
+
+    def _part(self, name: str, state: State) -> TransformersPart:
+        return TransformersPart(
+            self._section(name), state, self._origin, (self.path / "config.json", *self.files)
+        )
 
     def _section(self, name: str) -> dict[str, Any]:
         section = self._json.get(name)

@@ -8,5 +8,4 @@ sampling.py     logits to tokens
 delays.py       columns to codes and back
 static.py       slots whose whole state lives on the device, for GPUs
 graphs.py       their step as one CUDA graph
-turns.py        threads that share an engine, in the order of asking
 """

@@ -97,6 +97,15 @@ class Decoder:
         rows = next((len(embedding) for embedding, _ in conditions.values()), 1)
         return self._lm.fuser(self.weights.new_zeros(rows, 0, self.dim), dict(conditions))  # type: ignore[no-any-return]
 
+    def extent(self, conditions: Conditions) -> tuple[int, int]:
+        """How long the prefix and the text are that `fuse` will make: the longest that they may be."""
+        how = self._lm.fuser.fuse2cond
+        prefix, text = (
+            sum(conditions[name][0].shape[1] for name in how[way] if name in conditions)
+            for way in ("prepend", "cross")
+        )
+        return prefix, max(text, 1)
+
     def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """[rows, S, D] -> keys and values of every layer, each [layers, rows, heads, S, head]."""
         pairs = []

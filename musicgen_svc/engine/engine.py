@@ -6,6 +6,13 @@ for the last bits of products that a library computes otherwise for more rows.
 
 `generate` is all that a caller needs, from any number of threads: whoever has the turn steps every
 open slot, so nobody waits for another's end. `open`, `step` and `close` are what it is written with.
+
+What fails in one request's own part, its prefill or its draw, is its own error. A step that fails as
+a whole ends every request in it, and leaves the engine empty: what it had written is no longer known.
+
+On a GPU any thread may take any turn. All of them launch on the device's default stream, so that work
+is done in the order of turns; a graph that one thread recorded is replayed by the others, which CUDA
+allows one at a time; grad mode, which belongs to a thread, is set wherever a turn begins.
 """
 
 import time
@@ -21,12 +28,9 @@ from musicgen_svc.engine.kv_cache import Ragged, RequestCache
 from musicgen_svc.engine.projections import Precision
 from musicgen_svc.engine.sampling import draw, mix
 from musicgen_svc.engine.static import UNKNOWN, Capacity, StaticBatch
-from musicgen_svc.engine.turns import Turns
 from musicgen_svc.request import SamplingParams
 from musicgen_svc.ticks import Tick, no_tick
-
-TURN_S = 0.1
-"""In which every thread has its turn to step everyone's slots, and reports."""
+from musicgen_svc.turns import TURN_S, Turns
 
 CHUNK = 16
 """On a GPU: steps between two looks of the host at the device."""
@@ -45,10 +49,15 @@ class Slot:
     cache: RequestCache | None = None  # its own, or:
     place: int = -1  # in the static batch
     logits: Tensor | None = None  # [K, card], guided: what the last column was drawn from; not if static
+    error: Exception | None = None  # that ended it before it was done
 
     @property
     def done(self) -> bool:
         return self.filled == self.columns.shape[1]
+
+    @property
+    def running(self) -> bool:
+        return not self.done and self.error is None
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -70,6 +79,10 @@ class Slot:
         self.filled += 1
 
 
+class StepError(Exception):
+    """A request ended by what its cause says, in a step that it may have shared with others."""
+
+
 class Engine:
     """Decodes with the weights of one language model, which it shares.
 
@@ -77,6 +90,7 @@ class Engine:
     static: keep every slot's state on the device, and draw there, as a GPU wants it; None: on a GPU.
         Forced off there only greedy requests run, since a generator draws on its own device alone.
     graphs: on a GPU, record the step and replay it; off, the same step runs operation by operation
+    turn: held whenever the device is used; others may use it too. None: nobody else does
     """
 
     def __init__(
@@ -87,15 +101,17 @@ class Engine:
         precision: Precision = "reference",
         static: bool | None = None,
         graphs: bool = True,
+        turn: Turns | None = None,
     ) -> None:
         assert slots >= 1 and not lm.training, (slots, lm.training)
+        self.precision = precision
         self.decoder = Decoder(lm, precision)
         self._static: StaticBatch | None = None
         if static if static is not None else self.decoder.device.type == "cuda":
             self._static = StaticBatch(self.decoder, Capacity(slots), graphs=graphs)
         self._open: list[Slot] = []
         self._places = Turns(slots)
-        self._turn = Turns(1)
+        self._turn = turn or Turns(1)
 
     def generate(
         self,
@@ -112,25 +128,42 @@ class Engine:
         Equals `LMModel.generate` for one request, token by token on a CPU in fp32, when `generator`
         and audiocraft's global one have the same seed. `tick` counts the columns to draw.
         """
-        total = length + max(self.decoder.delays) - (0 if prompt is None else prompt.shape[1])
-        with self._places.taken(lambda: tick(0, total)):
-            with self._turn.taken(lambda: tick(0, total)):
+        columns = length + max(self.decoder.delays)
+        total = columns - (0 if prompt is None else prompt.shape[1])
+
+        def waiting() -> None:
+            tick(0, total)
+
+        kind = None if self._has_room(conditions, columns) else object()
+        with self._places.taken(waiting, kind) as place:
+            with self._turn.taken(waiting) as turn:
+
+                def pulse() -> None:
+                    waiting()
+                    if turn.over:
+                        turn.pass_on(waiting)
+
                 slot = self.open(
                     conditions,
                     prompt=prompt,
                     length=length,
                     sampling=sampling,
                     generator=generator,
-                    pulse=lambda: tick(0, total),
+                    pulse=pulse,
                 )
+            if kind is not None:  # there is room for all, now that the buffers have grown
+                place.share(None)
             try:
-                while not slot.done:
+                while slot.running:
                     tick(*slot.progress)
                     with self._turn.taken(lambda: tick(*slot.progress)):
                         self._step_for_a_while(slot)
-                codes = slot.codes
+                if slot.error is not None:
+                    raise StepError("the decoding step failed") from slot.error
+                with self._turn.taken_next():
+                    codes = slot.codes
             finally:
-                with self._turn.taken(lambda: None):
+                with self._turn.taken_next():
                     self.close(slot)
         tick(total, total)
         return codes
@@ -171,7 +204,7 @@ class Engine:
             slot.cache = cache
             slot.take(logits)
         else:
-            self._static = self._room_for(self._static, columns.shape[1], cache, to_draw)
+            self._make_room(self._static, conditions, columns.shape[1])
             self._move_in(self._static, slot, cache, logits)
         self._open.append(slot)
         return slot
@@ -179,7 +212,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """One more column for every open slot that is not done."""
-        slots = [slot for slot in self._open if not slot.done]
+        slots = [slot for slot in self._open if slot.running]
         if not slots:
             return
         if self._static is not None:
@@ -195,34 +228,51 @@ class Engine:
         logits = self.decoder.logits(last, owners.to(last.device), attention)
         attention.advance()
         for slot, own in zip(slots, torch.split(logits, rows), strict=True):
-            slot.take(own)
+            try:
+                slot.take(own)
+            except Exception as exc:  # a temperature that no logits survive, say: not the others' fault
+                slot.error = exc
 
     def close(self, slot: Slot) -> None:
-        """Leaves, done or not."""
+        """Leaves, done or not; twice is once."""
+        if slot not in self._open:
+            return
         self._open.remove(slot)
         if self._static is not None:
             self._static.leave(slot.place)
 
     def _step_for_a_while(self, slot: Slot) -> None:
-        """Steps everyone until the turn is over or `slot` is done."""
-        end = time.monotonic() + TURN_S / len(self._open)
-        while not slot.done and time.monotonic() < end:
-            if self._static is None:
-                self.step()
-                continue
-            for _ in range(CHUNK):
-                self.step()
-            self._static.wait()
+        """Steps everyone until the turn is over or `slot` has ended."""
+        end = time.monotonic() + TURN_S / max(len(self._open), 1)
+        try:
+            while slot.running and time.monotonic() < end:
+                if self._static is None:
+                    self.step()
+                    continue
+                for _ in range(CHUNK):
+                    self.step()
+                self._static.wait()
+        except Exception as exc:
+            in_it, self._open = self._open, []
+            for failed in in_it:
+                failed.error = exc
+            if self._static is not None:
+                self._static.clear()
 
-    def _room_for(self, static: StaticBatch, columns: int, cache: RequestCache, to_draw: int) -> StaticBatch:
-        """The batch, or one with longer buffers for a request that no released model's window asks for."""
-        text = 1 if cache.text is None else cache.text[0].shape[3]
-        capacity = static.capacity.for_request(columns, cache.length + to_draw, text)
-        if capacity == static.capacity:
-            return static
-        assert not self._open, "buffers that are in use cannot grow"
-        with torch.inference_mode(False):  # its buffers are written to outside of it, too
-            return StaticBatch(self.decoder, capacity, graphs=static.graphs)
+    def _has_room(self, conditions: Conditions, columns: int) -> bool:
+        """Whether the buffers are large enough for a request; only ever false again without any."""
+        if self._static is None:
+            return True
+        prefix, text = self.decoder.extent(conditions)
+        return self._static.capacity.holds(columns, prefix + columns, text)
+
+    def _make_room(self, static: StaticBatch, conditions: Conditions, columns: int) -> None:
+        """Longer buffers for what no released model's window asks for; only while no request is in them."""
+        if not self._has_room(conditions, columns):
+            prefix, text = self.decoder.extent(conditions)
+            assert not self._open, "buffers that are in use cannot grow"
+            with torch.inference_mode(False):  # they are written to outside of it, too
+                static.grow(columns, prefix + columns, text)
 
     def _move_in(self, static: StaticBatch, slot: Slot, cache: RequestCache, logits: Tensor) -> None:
         slot.place = static.join(

@@ -2,6 +2,11 @@
 
 Recording and replaying is all this knows. What the function reads and writes must stay where it is
 in memory, and nothing in it may wait for the host.
+
+A recording belongs to no thread: any may replay it, if only one does so at a time. The recording
+itself binds two things that do belong to a thread, the current device and the capturing stream, and
+so it sets both. While one thread records, others may enqueue small work of their own on the default
+stream: torch allocates by stream, and the capture watches its own thread only.
 """
 
 from collections.abc import Callable, Hashable
@@ -25,6 +30,7 @@ class Graphed(Generic[Key]):
         self._function = function
         self._device = device
         self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
+        self._stream: torch.cuda.Stream | None = None  # one: libraries keep a workspace for each
         self.enabled = enabled and device.type == "cuda"
 
     def __call__(self, key: Key, rehearsal: Callable[[Callable[[], None]], None]) -> None:
@@ -39,14 +45,19 @@ class Graphed(Generic[Key]):
             rehearsal(lambda: self._record(key))
         self._graphs[key].replay()
 
+    def forget(self) -> None:
+        """Lets go of all recordings: what they read and write will be elsewhere."""
+        self._graphs.clear()
+
     def _record(self, key: Key) -> None:
-        beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(beside):
-            for _ in range(WARM_UP_CALLS):
+        with torch.cuda.device(self._device):  # a thread begins with the first one
+            beside = self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UP_CALLS):
+                    self._function(key)
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
                 self._function(key)
-        torch.cuda.current_stream(self._device).wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._function(key)
-        self._graphs[key] = graph
+            self._graphs[key] = graph

@@ -56,6 +56,9 @@ class Capacity:
     positions: int = 2048
     text: int = 512
 
+    def holds(self, columns: int, positions: int, text: int) -> bool:
+        return self == self.for_request(columns, positions, text)
+
     def for_request(self, columns: int, positions: int, text: int) -> "Capacity":
         """Large enough for a request too: itself, where that is so."""
         return Capacity(
@@ -99,7 +102,7 @@ class StaticBatch:
     """The state of `capacity.slots` slots, and the step that advances all of them."""
 
     def __init__(self, decoder: Decoder, capacity: Capacity, *, graphs: bool) -> None:
-        self._decoder, self.capacity, self.graphs = decoder, capacity, graphs
+        self._decoder = decoder
         device, slots = decoder.device, capacity.slots
         self.rows = torch.arange(2 * slots, device=device)
         self.conditional_rows = self.rows[::2]
@@ -108,26 +111,45 @@ class StaticBatch:
         def whole(value: int = 0) -> Tensor:
             return torch.full((slots,), value, device=device)
 
-        # One column more than a request has: where slots that are not running write.
-        self.columns = torch.zeros(
-            slots, decoder.codebooks, capacity.columns + 1, dtype=torch.long, device=device
-        )
         self.filled, self.end, self.before, self.seed = whole(1), whole(0), whole(0), whole(0)
         self.top_k, self.text_length = whole(1), whole(1)
         self.temperature, self.top_p, self.guidance = (torch.zeros(slots, device=device) for _ in range(3))
 
+        self._tenants: dict[int, Tenant] = {}
+        self._graphed: Graphed[Reach] = Graphed(self._step, device, enabled=graphs)
+        self._allocate(capacity)
+
+    def _allocate(self, capacity: Capacity) -> None:
+        decoder = self._decoder
+        device, slots = decoder.device, capacity.slots
         layers, heads = len(decoder.layers), decoder.heads
         head = decoder.dim // heads
 
         def buffer(rows: int, length: int) -> Tensor:
             return torch.zeros(layers, rows, heads, length, head, dtype=decoder.dtype, device=device)
 
+        # One column more than a request has: where slots that are not running write.
+        self.columns = torch.zeros(
+            slots, decoder.codebooks, capacity.columns + 1, dtype=torch.long, device=device
+        )
         self.keys, self.values = (buffer(2 * slots, capacity.positions) for _ in range(2))
         self.text_keys = buffer(slots, capacity.text) if decoder.has_text else None
         self.text_values = buffer(slots, capacity.text) if decoder.has_text else None
         decoder.reserve(capacity.positions)
-        self._tenants: dict[int, Tenant] = {}
-        self._graphed: Graphed[Reach] = Graphed(self._step, device, enabled=graphs)
+        self.capacity = self._last_made = capacity
+
+    def grow(self, columns: int, positions: int, text: int) -> None:
+        """Longer buffers, for such a request too, while nobody is in them.
+
+        Where there is no memory for them there are none at all: the next request has the last ones made
+        anew.
+        """
+        assert not self._tenants
+        self.capacity = Capacity(self.capacity.slots, 0, 0, 0)
+        self._graphed.forget()
+        self.columns = self.keys = self.values = self.columns.new_empty(0)  # both may not fit at once
+        self.text_keys = self.text_values = None
+        self._allocate(self._last_made.for_request(columns, positions, text))
 
     def position(self) -> Tensor:
         """[slots]: where each slot's newest token stands behind its prefix."""
@@ -168,8 +190,13 @@ class StaticBatch:
         return slot
 
     def leave(self, slot: int) -> None:
-        self.end[slot] = 0
         del self._tenants[slot]
+        self.end[slot] = 0
+
+    def clear(self) -> None:
+        """Everybody leaves, after a step that failed."""
+        self._tenants.clear()
+        self.end.zero_()
 
     def step(self) -> None:
         """One more column for every slot that is not done. Enqueued, not awaited."""

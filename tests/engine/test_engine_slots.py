@@ -1,8 +1,10 @@
 """What a slot generates does not depend on the others, whoever joins, leaves, fails or waits."""
 
 import threading
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from _random_models import Conditions, conditions, language_model
 from torch import Tensor, nn
 
 from musicgen_svc.compat import LMModel
-from musicgen_svc.engine.engine import Engine, Slot
-from musicgen_svc.engine.turns import Turns
+from musicgen_svc.engine.engine import Engine, Slot, StepError
+from musicgen_svc.engine.static import Capacity
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.request import SamplingParams
 from musicgen_svc.ticks import Tick, no_tick
@@ -62,8 +64,8 @@ def asks(kind: str = "text") -> list[Ask]:
     ]
 
 
-def alone(ask: Ask, kind: str = "text") -> Tensor:
-    return ask.generate_in(Engine(model(kind)))
+def alone(ask: Ask, kind: str = "text", static: bool = False) -> Tensor:
+    return ask.generate_in(Engine(model(kind), static=static))
 
 
 def finish(engine: Engine, slot: Slot) -> Tensor:
@@ -189,39 +191,152 @@ def test_another_architecture_is_refused_by_name() -> None:
         Engine(lm)
 
 
-def test_turns_come_in_the_order_of_asking_and_can_be_given_up() -> None:
-    turns = Turns(1)
-    order: list[str] = []
-    holding, release = threading.Event(), threading.Event()
+def together(engine: Engine, asked: list[Ask]) -> list[Any]:
+    """What each gets, tokens or an exception, from threads that are all in before the first one steps."""
+    results: list[Any] = [None] * len(asked)
+    all_in = threading.Barrier(len(asked))
+    deadline_s = time.monotonic() + 30
 
-    def hold() -> None:
-        with turns.taken(lambda: None):
-            holding.set()
-            release.wait()
+    def run(index: int, ask: Ask) -> None:
+        waited = False
 
-    def give_up() -> None:
-        raise TimeoutError
+        def tick(done: int, total: int) -> None:
+            nonlocal waited
+            if time.monotonic() > deadline_s:
+                raise TimeoutError
+            if done and not waited:  # the prefill has drawn the first column
+                waited = True
+                all_in.wait(20)
 
-    def queue(name: str) -> threading.Thread:
-        def run() -> None:
-            with turns.taken(lambda: None):
-                order.append(name)
+        try:
+            results[index] = ask.generate_in(engine, tick)
+        except Exception as exc:
+            results[index] = exc
 
-        before = len(turns._queue)
-        thread = threading.Thread(target=run)
+    threads = [threading.Thread(target=run, args=item) for item in enumerate(asked)]
+    for thread in threads:
         thread.start()
-        while len(turns._queue) == before:
-            pass
-        return thread
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    holding.wait()
-    first = queue("first")
-    with pytest.raises(TimeoutError), turns.taken(give_up):
-        pytest.fail("a turn that was never free")
-    second = queue("second")
-    release.set()
-    for thread in (holder, first, second):
+    for thread in threads:
         thread.join()
-    assert order == ["first", "second"] and not turns._queue
+    return results
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_shared_step_that_fails_ends_all_that_are_in_it_and_leaves_the_engine_whole(
+    static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model(), slots=3, static=static)
+    compute, steps = engine.decoder.logits, 0
+
+    def fail_at_the_fifth(tokens: Tensor, *rest: Any) -> Tensor:
+        nonlocal steps
+        steps += len(rest) == 2  # a prefill has a prefix and a pulse, too
+        if steps == 5:
+            raise torch.OutOfMemoryError("in the middle of it")
+        return compute(tokens, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.decoder, "logits", fail_at_the_fifth)
+        for end in together(engine, asks()[:3]):
+            assert isinstance(end, StepError) and isinstance(end.__cause__, torch.OutOfMemoryError), end
+    assert steps == 5 and not engine._open
+    for got, ask in zip(together(engine, asks()[:3]), asks(), strict=False):
+        assert torch.equal(got, alone(ask, static=static))
+
+
+def test_a_draw_that_fails_is_one_requests_own_error() -> None:
+    engine = Engine(model(), slots=3)
+    slots = [ask.open_in(engine) for ask in asks()[:3]]
+    slots[1].sampling = SamplingParams(temperature=float("nan"))  # no logits survive it
+    for _ in range(3):
+        engine.step()
+    assert isinstance(slots[1].error, RuntimeError) and slots[1].filled == slots[1].start + 1
+    for slot, ask in ((slots[0], asks()[0]), (slots[2], asks()[2])):
+        assert torch.equal(finish(engine, slot), alone(ask))
+
+
+def test_a_prefill_that_fails_is_one_requests_own_error() -> None:
+    engine = Engine(model(), slots=2)
+    other = asks()[0].open_in(engine)
+    with pytest.raises(RuntimeError, match="probability"):
+        replace(asks()[1], sampling=SamplingParams(temperature=float("nan"))).generate_in(engine)
+    assert engine._open == [other]
+    assert torch.equal(finish(engine, other), alone(asks()[0]))
+
+
+def test_a_long_prefill_lets_others_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every turn is over at once: the prefill is laid aside at each of its pulses."""
+    monkeypatch.setattr("musicgen_svc.turns.TURN_S", 0.0)
+    monkeypatch.setattr("musicgen_svc.engine.engine.TURN_S", 0.01)
+    engine = Engine(model(), slots=2)
+    first = replace(asks()[0], length=400)
+    seen: list[int] = []
+    started = threading.Event()
+
+    def tell(done: int, total: int) -> None:
+        if done:
+            started.set()
+
+    thread = threading.Thread(target=first.generate_in, args=(engine, tell))
+    thread.start()
+    started.wait()
+
+    def tick(done: int, total: int) -> None:
+        if done == 0 and engine._open:
+            seen.append(engine._open[0].filled)
+
+    assert torch.equal(asks()[1].generate_in(engine, tick), alone(asks()[1]))
+    thread.join()
+    assert len(set(seen)) > 2, "the other one went on between the pulses of the prefill"
+
+
+def test_a_request_for_longer_buffers_waits_until_they_are_empty_and_later_ones_behind_it() -> None:
+    engine = Engine(model(), slots=3, static=True)
+    wide = Ask(conditions(tokens=600), 30, sampling=SamplingParams(temperature=0))
+    order: list[str] = []
+    results: dict[str, Tensor] = {}
+    threads = []
+
+    def start(name: str, ask: Ask, in_queue: int) -> None:
+        def tick(done: int, total: int) -> None:
+            if done and name not in order:
+                order.append(name)
+            if name == "first" and len(engine._places._queue) < 3:
+                time.sleep(0.05)  # it is not done before the others have come
+
+        def run() -> None:
+            results[name] = ask.generate_in(engine, tick)
+
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+        while len(engine._places._queue) < in_queue:
+            pass
+
+    start("first", replace(asks()[0], length=600), 1)
+    start("wide", wide, 2)
+    start("later", asks()[1], 3)
+    for thread in threads:
+        thread.join()
+    assert order == ["first", "wide", "later"]
+    assert torch.equal(results["wide"], alone(wide))
+    assert torch.equal(results["later"], alone(asks()[1], static=True))
+    assert engine._static is not None and engine._static.capacity.text >= 600
+
+
+def test_buffers_that_could_not_grow_are_there_for_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model(), slots=2, static=True)
+    static = engine._static
+    assert static is not None
+    allocate = static._allocate
+
+    def scarce(capacity: Capacity) -> None:
+        if capacity.text > 512:
+            raise torch.OutOfMemoryError("of the buffers")
+        allocate(capacity)
+
+    monkeypatch.setattr(static, "_allocate", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        Ask(conditions(tokens=600), 30).generate_in(engine)
+    assert static.keys.numel() == 0, "old buffers and new ones at once may not fit"
+    assert torch.equal(asks()[1].generate_in(engine), alone(asks()[1], static=True))
+    assert static.capacity == Capacity(2)

@@ -3,6 +3,7 @@
 What only a GPU can show is marked `cuda`.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -148,6 +149,24 @@ def test_a_graph_generates_what_the_step_does(kind: str, sampling: SamplingParam
         codes.append([finished(engine, slot) for slot in slots])
     for recorded, launched in zip(*codes, strict=True):
         assert torch.equal(recorded, launched)
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_threads_take_turns_at_the_same_graphs() -> None:
+    """One of them records, all of them replay. Within one bucket every step has the same shapes."""
+    engine = Engine(model("text", "cuda"), slots=3)
+
+    def run(seed: int) -> Tensor:
+        return engine.generate(
+            given_for("text", seed, "cuda"), prompt=None, length=200 + seed, sampling=DRAWN,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(run, range(3)))
+    for seed, tokens in enumerate(together):
+        assert torch.equal(tokens, run(seed))
 
 
 @pytest.mark.cuda

@@ -58,7 +58,9 @@ class CogServer:
                     *self._arguments,
                 ],
                 cwd=self._cwd,
-                env={**os.environ, "PYTHONPATH": str(self._root), "PORT": "0", **self._environment},
+                env=os.environ
+                | {"PYTHONPATH": str(self._root), "PORT": "0", "COG_MAX_CONCURRENCY": "1"}
+                | self._environment,
                 stdin=subprocess.PIPE,  # closes with the test process, however that ends
                 stdout=out,
                 stderr=subprocess.STDOUT,

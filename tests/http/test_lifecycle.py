@@ -188,7 +188,7 @@ def test_out_of_memory_fails_the_request_and_not_the_service(server: CogServer) 
         error = sentence(server.predict(fields))
     assert "memory" in error, error
     output(server.predict(SHORT))
-    assert server.health()["status"] == "READY"
+    wait_for(lambda: server.health()["status"] == "READY", timeout_s=5)
 
 
 @pytest.fixture(scope="module")

@@ -196,6 +196,7 @@ def test_tags_hold_what_reproduces_the_file_and_neither_prompt_nor_time(server: 
         tags = recipe(reply, format)
         assert (tags["seed"], tags["top_k"], tags["temperature"], tags["guidance"]) == (4, 50, 0.5, 3)
         assert tags["model"] == "finetuned" and len(tags["model_sha256"]) == 64 and tags["version"]
+        assert tags["precision"] == "reference"
         content = output(reply)
         assert b"secret" not in content
         assert b"TDRC" not in content and b"ICRD" not in content and b"TDTG" not in content

@@ -11,7 +11,7 @@ import pytest
 from replies import output
 from server import ROOT, CogServer
 
-from musicgen_svc.settings import PREFIX, Settings
+from musicgen_svc.settings import Settings, variable
 
 README = (ROOT / "README.md").read_text()
 ADDRESS = "http://127.0.0.1:5000"
@@ -42,7 +42,7 @@ def test_the_python_example(server: CogServer, tmp_path: Path) -> None:
 
 def test_every_setting_stands_in_the_table_with_its_default() -> None:
     for field in dataclasses.fields(Settings):
-        row = re.search(rf"^\| `{PREFIX}{field.name.upper()}` \| (.*?) \|", README, flags=re.MULTILINE)
+        row = re.search(rf"^\| `{variable(field)}` \| (.*?) \|", README, flags=re.MULTILINE)
         assert row, field.name
         if field.default is not None:
             default = str(field.default).lower().removesuffix(".0")

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import _serve
 import pytest
 import requests
 import toy
-from server import CogServer
+from server import ROOT, CogServer
 from toy import needs_proc, processes_with, wait_for
 
 
@@ -156,3 +157,25 @@ def test_a_server_that_dies_by_itself_says_so_by_its_status(checkout: Path) -> N
         coglet = int(subprocess.check_output(["pgrep", "-P", str(server.process.pid)], text=True))
         os.kill(coglet, signal.SIGSEGV)
         assert server.process.wait(10) == 128 + signal.SIGSEGV
+
+
+def test_a_gpu_takes_as_many_at_once_as_the_image_does_and_a_cpu_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_once() -> str:
+        return _serve.environment(5000, tmp_path)["COG_MAX_CONCURRENCY"]
+
+    monkeypatch.delenv("COG_MAX_CONCURRENCY", raising=False)
+    monkeypatch.delenv("MUSICGEN_DEVICE", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert at_once() == "1"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho No devices were found; exit 6\n")
+    tool.chmod(0o755)
+    assert at_once() == "1"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
+    assert f"COG_MAX_CONCURRENCY={at_once()} " in (ROOT / "cog.yaml").read_text()
+    monkeypatch.setenv("MUSICGEN_DEVICE", "cpu")
+    assert at_once() == "1"
+    monkeypatch.setenv("COG_MAX_CONCURRENCY", "7")
+    assert at_once() == "7"

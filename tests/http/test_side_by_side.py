@@ -1,0 +1,125 @@
+"""Several clients at once: each gets what it gets alone, when its own work is done."""
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from replies import clip, output
+from server import CogServer, Json
+
+SHORT: dict[str, Any] = {"prompt": "a waltz", "duration": 1, "seed": 1}
+LONG: dict[str, Any] = {"prompt": "a waltz", "duration": 600, "seed": 1}
+
+CLIENTS: dict[str, dict[str, Any]] = {
+    "text": {"prompt": "rock", "duration": 12, "seed": 11, "temperature": 0.7, "output_format": "mp3"},
+    "melody": {"prompt": "jazz", "duration": 5, "seed": 12, "input_audio": clip(2), "top_k": 50},
+    "continuation": {
+        "duration": 3, "seed": 13, "input_audio": clip(4), "continuation": True, "continuation_start": 1,
+        "classifier_free_guidance": 7, "normalization_strategy": "peak",
+    },
+    "greedy": {"prompt": "slow piano", "duration": 8, "seed": 14, "temperature": 0},
+}  # fmt: skip
+SECONDS = {"text": 12, "melody": 5, "continuation": 6, "greedy": 8}
+
+
+@pytest.fixture(scope="module")
+def four(weights: Path) -> Iterator[CogServer]:
+    """Takes four predictions at once; `finetuned` is the tiny melody model."""
+    with CogServer(
+        COG_WEIGHTS=str(weights / "melody"), MUSICGEN_WEIGHTS_DIR=str(weights), OMP_NUM_THREADS="1",
+        COG_MAX_CONCURRENCY="4",
+    ) as running:  # fmt: skip
+        assert running.health()["status"] == "READY", running.log
+        yield running
+
+
+@pytest.fixture(scope="module")
+def alone(four: CogServer) -> dict[str, Json]:
+    """Each client's reply, with nobody beside it."""
+    return {name: four.predict(fields) for name, fields in CLIENTS.items()}
+
+
+def started(server: CogServer, fields: dict[str, Any], id: str) -> Any:
+    """A prediction that has its place in the queue of its model, and perhaps more."""
+    future = server.submit(fields, id)
+    while not future.done() and "%|" not in (server.state(id) or {"logs": "%|"})["logs"]:
+        time.sleep(0.02)
+    return future
+
+
+def check_that_nothing_of_others_is_in(reply: Json, name: str, alone: Json) -> None:
+    assert output(reply) == output(alone)
+    logs = reply["logs"]
+    assert re.findall(r"seed: (\d+)", logs) == [str(CLIENTS[name]["seed"])]
+    seen = [int(percent) for percent in re.findall(r"(\d+)%\|", logs)]
+    assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 100, seen
+    assert re.sub(r"\r *\d+%\|[^\r\n]*", "", logs).split("\n") == [f"seed: {CLIENTS[name]['seed']}", "", ""]
+    metrics = reply["metrics"]
+    assert metrics["audio_seconds"] == SECONDS[name] and metrics["seed"] == CLIENTS[name]["seed"]
+    assert metrics["steps"] == alone["metrics"]["steps"]
+    assert metrics.keys() == alone["metrics"].keys()
+
+
+def test_each_of_four_clients_gets_what_it_gets_alone(four: CogServer, alone: dict[str, Json]) -> None:
+    futures = {name: four.submit(fields, name) for name, fields in CLIENTS.items()}
+    for name, future in futures.items():
+        check_that_nothing_of_others_is_in(future.result(timeout=60), name, alone[name])
+
+
+def test_one_is_cancelled_and_the_rest_do_not_notice(four: CogServer, alone: dict[str, Json]) -> None:
+    leaver = started(four, LONG, "leaver")
+    names = ["text", "melody", "continuation"]
+    futures = {name: four.submit(CLIENTS[name], f"beside-{name}") for name in names}
+    time.sleep(0.5)
+    start = time.monotonic()
+    assert four.cancel("leaver") == 200
+    assert leaver.result(timeout=20)["status"] == "canceled"
+    assert time.monotonic() - start < 2
+    for name, future in futures.items():
+        check_that_nothing_of_others_is_in(future.result(timeout=60), name, alone[name])
+
+
+def test_a_fifth_is_told_to_come_back(four: CogServer) -> None:
+    futures = {f"busy-{index}": started(four, LONG, f"busy-{index}") for index in range(4)}
+    assert four.health()["status"] == "BUSY"
+    assert four.request("POST", "/predictions", {"input": SHORT}).status_code == 409
+    start = time.monotonic()
+    assert {four.cancel(id) for id in futures} == {200}
+    assert {future.result(timeout=20)["status"] for future in futures.values()} == {"canceled"}
+    assert time.monotonic() - start < 3
+    output(four.predict(SHORT))
+
+
+def test_none_waits_for_anothers_end(four: CogServer) -> None:
+    long = started(four, LONG, "long")
+    decode = {"model_version": "encode-decode", "input_audio": clip(1), "seed": 1}
+    for fields in (SHORT, SHORT | {"input_audio": clip(1)}, decode):
+        reply = four.predict(fields)
+        output(reply)
+        assert reply["metrics"]["queue"] < 2
+    assert not long.done()
+    four.cancel("long")
+    assert long.result(timeout=20)["status"] == "canceled"
+
+
+def test_different_models_take_turns_by_request_in_the_order_of_asking(four: CogServer) -> None:
+    asked = {
+        "first": SHORT | {"duration": 40},
+        "other": SHORT | {"model_version": "small"},
+        "absent": SHORT | {"model_version": "large"},
+        "later": SHORT,
+    }
+    expected = {name: output(four.predict(asked[name])) for name in ("later", "other")}
+    futures, ended = {}, []
+    for name, fields in asked.items():
+        futures[name] = started(four, fields, name)
+        futures[name].add_done_callback(lambda _, name=name: ended.append(name))
+    replies = {name: future.result(timeout=60) for name, future in futures.items()}
+    assert ended == ["absent", "first", "other", "later"], "what cannot be is said at once"
+    assert "large" in replies["absent"]["error"]
+    for name, content in expected.items():
+        assert output(replies[name]) == content
+        assert replies[name]["metrics"]["queue"] > 0.2

@@ -1,0 +1,227 @@
+"""Models within a memory budget: what is alive, and when."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _random_models import language_model
+from omegaconf import DictConfig, OmegaConf
+
+from musicgen_svc.building import build_codec, build_transformers_codec, codec_in
+from musicgen_svc.catalog import read_catalog
+from musicgen_svc.checkpoints import Checkpoint, open_checkpoint
+from musicgen_svc.engine import projections
+from musicgen_svc.engine.engine import Engine
+from musicgen_svc.errors import InputError, WeightsError
+from musicgen_svc.loader import Loader, Model
+from musicgen_svc.memory import GB
+from musicgen_svc.model import engine_bytes
+from musicgen_svc.settings import Settings
+from musicgen_svc.store import Item
+from musicgen_svc.weights import Weights
+
+CPU = torch.device("cpu")
+MakeLoader = Callable[..., Loader]
+
+
+@pytest.fixture
+def loader(weights: Path) -> MakeLoader:
+    """`finetuned` is the stereo model, or another."""
+
+    def make(budget: int | None = None, given: str = "stereo") -> Loader:
+        settings = Settings() if budget is None else Settings(memory_budget_gb=budget / GB)
+        return Loader(Weights.at(weights, read_catalog(), str(weights / given)), CPU, settings)
+
+    return make
+
+
+@pytest.fixture
+def sizes(loader: MakeLoader) -> dict[str, int]:
+    """What each takes when nothing else is resident; `demucs` and `mbd` by themselves."""
+    found = {}
+    for name in ("small", "melody", "finetuned"):
+        models = loader()
+        model = models.model(name)
+        found[name] = models._store.used
+        if name == "small":
+            models.diffusion(model.place, model.codec)
+            found["mbd"] = models._store.used - found[name]
+        if name == "melody":
+            model.conditioner.melody(torch.zeros(1, 32_000))
+            found["demucs"] = models._store.used - found[name]
+    models = loader()
+    models.codec()
+    found["codec"] = models._store.used
+    models.model("small"), models.model("melody")
+    found["shared"] = found["small"] + found["melody"] - models._store.used
+    return found
+
+
+def modules_bytes(model: Model) -> int:
+    """Of all weights of a model, each memory once."""
+    lm = model.engine.decoder._lm
+    text = model.conditioner.conditioners["description"]
+    modules = [lm, model.codec._mono, text._t5[0]]  # type: ignore[union-attr,index]
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]  # type: ignore[union-attr,operator]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+@pytest.mark.parametrize("name", ["small", "finetuned", "melody"])
+@pytest.mark.parametrize("given", ["stereo", "hf-codec"])
+def test_a_models_size_is_known_before_it_is_loaded(loader: MakeLoader, name: str, given: str) -> None:
+    """But for the conditioners' projections and some constants."""
+    models = loader(given=given)
+    model = models.model(name)
+    known = sum(t.nbytes for t in (*model.conditioner.parameters(), *model.conditioner.buffers()))
+    assert 0 <= modules_bytes(model) - models._store.used - known < 1000
+
+
+def test_the_least_recently_used_is_gone_before_the_newcomer_comes_in(
+    loader: MakeLoader, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A, B, A, C with room for two."""
+    models = loader(sizes["small"] + sizes["finetuned"] - sizes["shared"])
+    engines: dict[str, weakref.ref[Engine]] = {}
+    alive_at_build: list[set[str]] = []
+    build = Item.build
+
+    def alive() -> set[str]:
+        return {name for name, engine in engines.items() if engine() is not None}
+
+    def watched(item: Item[Any]) -> Any:
+        if item.kind == "model":
+            alive_at_build.append(alive())
+        return build(item)
+
+    monkeypatch.setattr(Item, "build", watched)
+    for name in ("small", "melody", "small", "finetuned"):
+        engines[name] = weakref.ref(models.model(name).engine)
+    assert alive_at_build == [set(), {"small"}, {"small"}], "the second A was there, and B gone before C"
+    assert alive() == {"small", "finetuned"}
+    assert models._store.used <= models._store._residency.budget
+
+
+def test_a_part_goes_when_no_resident_model_uses_it_and_its_room_is_needed(loader: MakeLoader) -> None:
+    hf = loader(given="hf-codec")
+    hf.start()
+    alone = hf._store.used
+    models = loader(alone, "hf-codec")
+    codec = weakref.ref(models.model("small").codec._mono)
+    text = weakref.ref(models.model("small").conditioner.conditioners["description"]._t5[0])  # type: ignore[index,union-attr,arg-type]
+    models.model("finetuned")
+    assert models._store.used == alone
+    assert codec() is None, "its codec is another one"
+    assert text() is not None, "T5 is the same"
+
+
+def test_a_model_larger_than_the_budget_is_refused_before_anything_is_loaded(
+    loader: MakeLoader, sizes: dict[str, int]
+) -> None:
+    models = loader(sizes["finetuned"] - 1)
+    with pytest.raises(
+        WeightsError,
+        match=r"model_version 'finetuned' with its codec and T5 takes .* GB .* the budget is .* GB: "
+        "take a smaller model, or raise MUSICGEN_MEMORY_BUDGET_GB",
+    ):
+        models.start()
+    assert models._store.used == 0
+    models = loader(sizes["finetuned"])
+    assert models.start().name == "finetuned"
+
+
+def test_a_refused_model_costs_nobody_its_place(loader: MakeLoader, sizes: dict[str, int]) -> None:
+    models = loader(sizes["small"] - 1)
+    melody = models.model("melody")
+    with pytest.raises(WeightsError, match="'small' with its codec and T5 takes"):
+        models.model("small")
+    assert models.model("melody") is melody
+    with pytest.raises(WeightsError, match="'melody' with its codec, T5 and Demucs takes"):
+        loader(sizes["melody"] + sizes["demucs"] - 1).model("melody")
+
+
+def test_what_is_loaded_for_a_request_leaves_its_model_alone(
+    loader: MakeLoader, sizes: dict[str, int]
+) -> None:
+    models = loader(sizes["small"])
+    other = weakref.ref(models.model("small").engine)
+    melody = models.model("melody")
+    melody.conditioner.melody(torch.zeros(1, 32_000))
+    assert models.model("melody") is melody and other() is None
+    models = loader(sizes["small"] + sizes["mbd"] - 1)
+    small = models.model("small")
+    with pytest.raises(
+        InputError, match=r"multi_band_diffusion is true, but MultiBand Diffusion beside the model takes"
+    ):
+        models.diffusion(small.place, small.codec)
+    assert models.model("small") is small
+
+
+def test_encode_decode_takes_a_models_room_if_there_is_no_other(
+    loader: MakeLoader, sizes: dict[str, int]
+) -> None:
+    models = loader(sizes["small"] + sizes["mbd"] - 1)
+    engine = weakref.ref(models.model("small").engine)
+    place, codec = models.codec()
+    assert engine() is not None, "the codec is shared"
+    models.diffusion(place, codec)
+    assert engine() is None
+    assert models.codec()[1]._mono is codec._mono, "in use, and so still there"
+
+
+def test_what_decodes_keeps_nothing_alive(loader: MakeLoader, sizes: dict[str, int]) -> None:
+    """MultiBand Diffusion is handed out with a codec, which may belong to a model that is let go."""
+    models = loader(sizes["small"] + sizes["mbd"], "hf-codec")
+    small = models.model("small")
+    codec = weakref.ref(small.codec._mono)
+    assert models.diffusion(small.place, small.codec) is models.diffusion(small.place, small.codec)
+    del small
+    models.model("finetuned")
+    gc.collect()
+    assert codec() is None
+
+
+@pytest.mark.parametrize("spelling", ["audiocraft", "transformers"])
+def test_a_codecs_weights_are_the_files_own_pages(weights: Path, spelling: str) -> None:
+    if spelling == "audiocraft":
+        source = open_checkpoint(weights / "small").codec()
+        assert isinstance(source, Checkpoint)
+        module: Any = build_codec(source, CPU)
+    else:
+        source = codec_in(weights / "encodec_32khz")
+        module = build_transformers_codec(source, CPU).model
+    own = module.state_dict()
+    assert own and all(tensor.data_ptr() == source.state[name].data_ptr() for name, tensor in own.items())
+    assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+@pytest.mark.parametrize("kind", ["text", "melody"])
+def test_the_engines_buffers_on_a_gpu_are_counted(kind: str) -> None:
+    engine = Engine(language_model(kind, dim=64, layers=3, heads=4), slots=2, static=True)
+    batch = engine._static
+    assert batch is not None
+    buffers = [t for t in (batch.keys, batch.values, batch.text_keys, batch.text_values) if t is not None]
+    counted = engine_bytes(_config(kind), torch.device("cuda"), slots=2, precision="reference")
+    assert 2 * counted == sum(buffer.nbytes for buffer in buffers), "half of it in fp16"
+    assert engine_bytes(_config(kind), CPU, slots=2, precision="reference") == 0
+
+
+@pytest.mark.parametrize("kind", ["text", "melody"])
+def test_what_a_faster_precision_packs_is_counted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+    pack = projections._bfloat16
+    monkeypatch.setattr(
+        projections, "_bfloat16", lambda weight: packed.append(2 * weight.numel()) or pack(weight)
+    )
+    Engine(language_model(kind, dim=64, layers=3, heads=4), precision="bfloat16")
+    counted = engine_bytes(_config(kind), CPU, slots=1, precision="bfloat16")
+    assert sum(packed) == counted
+
+
+def _config(kind: str) -> DictConfig:
+    lm = {"num_layers": 3, "dim": 64, "hidden_scale": 4, "n_q": 4, "card": 2048}
+    cross = ["description"] if kind == "text" else []
+    return OmegaConf.create({"transformer_lm": lm, "fuser": {"cross": cross}})
