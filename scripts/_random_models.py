@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from musicgen_svc.compat import ConditionFuser, ConditioningAttributes, DelayedPatternProvider, LMModel
+from musicgen_svc.meta import on_meta
 from musicgen_svc.request import SamplingParams
 
 MONO, STEREO = (0, 1, 2, 3), (0, 0, 1, 1, 2, 2, 3, 3)
@@ -57,7 +58,7 @@ def language_model(
 
     `dtype` is that of the layers, as in audiocraft: embeddings, heads and the last norm stay fp32.
     """
-    with torch.device("meta"):
+    with on_meta():
         lm = LMModel(
             DelayedPatternProvider(len(delays), list(delays)),
             Given(),
@@ -67,7 +68,9 @@ def language_model(
             activation="gelu", dropout=0.1, causal=True, memory_efficient=True,
             cross_attention=kind == "text", attribute_dropout={}, dtype=dtype, device="meta",
         )  # fmt: skip
-    lm = lm.to_empty(device=device).eval().requires_grad_(False)
+    empty = {name: torch.empty(x.shape, dtype=x.dtype, device=device) for name, x in lm.state_dict().items()}
+    lm.load_state_dict(empty, assign=True)
+    lm = lm.eval().requires_grad_(False)
     draw = torch.Generator(device).manual_seed(seed)
     for name, parameter in lm.named_parameters():
         if "norm" in name:

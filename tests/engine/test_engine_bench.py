@@ -1,56 +1,194 @@
-"""`scripts/bench` measures both loops, says what it compared, and fails where tokens differ."""
+"""`scripts/bench` measures all sides, says what it compared, and fails where tokens differ."""
 
+import itertools
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import _bench
+import _bench_beside
 import pytest
 import torch
+from _bench_agreement import Agreement
+from _bench_report import Row
+from _bench_workload import Workload
+from _random_models import SIZES
 
 from musicgen_svc.engine import engine
 
+Report = Callable[..., dict[str, Any]]
+
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Runs on a tiny model; the report is where this says."""
-    monkeypatch.setitem(_bench.SIZES, "small", {"kind": "text", "dim": 64, "layers": 2, "heads": 4})
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Report:
+    """`bench(options)`: what the command reports, on a tiny model. Its exit status is under "status"."""
+    for name, size in list(SIZES.items()):
+        monkeypatch.setitem(SIZES, name, size | {"dim": 64, "layers": 2, "heads": 4})
     monkeypatch.setattr(_bench, "copy_bandwidth", lambda device: 10.0)
-    path = tmp_path / "report.json"
     monkeypatch.setattr(
-        sys, "argv", ["bench", "--seconds", "0.4", "--slots", "1,2", "--engine-only", "--json", str(path)]
+        _bench_beside, "T5_BASE", {"d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}
     )
-    return path
+    monkeypatch.setattr(
+        _bench_beside,
+        "ENCODEC",
+        {"num_filters": 4, "hidden_size": 16, "codebook_dim": 16, "codebook_size": 2048},
+    )
+    monkeypatch.setattr(_bench_beside, "UNET", {"hidden": 4, "growth": 2, "codec_dim": 16})
+
+    def run(*options: str) -> dict[str, Any]:
+        path = tmp_path / "report.json"
+        monkeypatch.setattr(sys, "argv", ["bench", *options, "--json", str(path)])
+        status = _bench.main()
+        return json.loads(path.read_text()) | {"status": status}
+
+    return run
 
 
 def test_a_report_has_every_pair_of_every_number_of_slots(
-    report: Path, capsys: pytest.CaptureFixture[str]
+    bench: Report, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _bench.main() == 0
-    rows = json.loads(report.read_text())["rows"]
-    assert [row["slots"] for row in rows] == [1, 2]
-    for row in rows:
+    found = bench("--seconds", "0.4", "--slots", "1,2", "--engine-only")
+    assert (found["status"], found["failed"]) == (0, [])
+    assert [row["slots"] for row in found["rows"]] == [1, 2]
+    for row in found["rows"]:
         pairs = zip(row["audiocraft_steps_per_s"], row["engine_steps_per_s"], row["ratio"], strict=True)
         for theirs, ours, ratio in pairs:
             assert ratio == pytest.approx(row["slots"] * ours / theirs) and theirs > 0
         assert len(row["ratio"]) == 3 and row["tokens"] == "equal"
+        assert row["per_step"] is None and row["growth"] is None  # no GPU; too short
     assert "ratio min / median / max" in capsys.readouterr().out
 
 
-def test_tokens_that_differ_fail_the_command(report: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_is_measured_in_the_same_pairs(
+    bench: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row,) = bench("--seconds", "0.2", "--pairs", "2", "--vs", "transformers", "--engine-only")["rows"]
+    figures = zip(
+        row["transformers_steps_per_s"], row["engine_steps_per_s"], row["ratio_to_transformers"], strict=True
+    )
+    for theirs, ours, ratio in figures:
+        assert ratio == pytest.approx(ours / theirs) and theirs > 0
+    assert len(row["ratio_to_transformers"]) == 2
+    assert "ratio to transformers" in capsys.readouterr().out
+
+
+def test_transformers_is_not_asked_for_a_melody(bench: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench("--model", "melody", "--vs", "transformers")
+    assert "melody was given, a model with text alone is expected" in capsys.readouterr().err
+
+
+def test_what_stands_beside_the_engine_is_timed(bench: Report) -> None:
+    found = bench("--seconds", "0.4", "--pairs", "1", "--mbd")["beside"]
+    assert found.keys() == {"t5_s", "encodec_decode_s", "mbd_decode_s"}
+    assert min(found.values()) > 0
+
+
+def test_tokens_that_differ_fail_the_command(bench: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = engine.draw
     monkeypatch.setattr(engine, "draw", lambda *a: (draw(*a) + 1) % 2048)
-    assert _bench.main() == 1
-    assert "differ from frame 0" in [row["tokens"] for row in json.loads(report.read_text())["rows"]]
+    found = bench("--seconds", "0.4", "--engine-only")
+    assert found["status"] == 1
+    assert [row["tokens"] for row in found["rows"]] == ["differ from frame 0"]
+    assert "not audiocraft's: differ from frame 0" in found["failed"][0]
 
 
-def test_bytes_read_are_the_weights_and_the_mean_cache() -> None:
-    lm = _bench.language_model(dim=64, layers=2, card=100)
-    given = [_bench.conditions(dim=64)]
-    work = _bench.Workload(lm, given, 47, _bench.SamplingParams(), torch.device("cpu"))
-    layer = 64 * 64 * (4 + 2 + 8)  # self-attention, what is left of cross-attention, feed-forward
-    norms = 2 * (2 * 3 * 64) + 2 * 64
-    weights = 2 * layer + 4 * 100 * 64 + norms
-    cache = 2 * 2 * 2 * 64 * (50 / 2)  # keys and values, rows, layers, dim, half of the columns
-    assert _bench.bytes_per_step(work, 1) == 4 * (weights + cache)
-    assert _bench.bytes_per_step(work, 3) == 4 * (weights + 3 * cache)
+def test_a_figure_that_is_missed_fails_the_command(bench: Report) -> None:
+    bounds = ("--at-least", "steps=1e9", "--at-least", "ratio=0")
+    found = bench("--seconds", "0.2", "--pairs", "1", "--engine-only", *bounds)
+    assert found["status"] == 1
+    (sentence,) = found["failed"]
+    assert "median of steps" in sentence and "at least 1e+09" in sentence
+
+
+def test_the_others_may_decode_less(bench: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        Workload,
+        "audiocraft",
+        lambda self, whole=Workload.audiocraft: asked.append(self.frames) or whole(self),
+    )
+    found = bench("--seconds", "0.6", "--audiocraft-seconds", "0.3", "--engine-only")
+    assert asked == [4, 15, 15, 15] and found["others_seconds"] == 0.3
+    assert found["rows"][0]["tokens"] == "equal"
+
+
+def test_too_little_agreement_fails_the_command() -> None:
+    row = Row(1, audiocraft_steps_per_s=[1.0], engine_steps_per_s=[1.0], tokens="drawn otherwise")
+    args = SimpleNamespace(precision="reference", at_least=[])
+    for top1, sentences in ((0.97, 0), (0.5, 1)):
+        row.agreement = Agreement(64, top1, 3)
+        assert len(_bench.failures([row], torch.device("cuda"), args)) == sentences
+
+
+# --- scripts/gpu_check --------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+PYTHON = """#!/usr/bin/env bash
+# Stands for Python: notes each call, and fails where the file to write is named as FAILING says.
+[ "$1" != -c ] || exit "$NO_GPU"
+echo "$*" >>"$CALLS"
+echo "${!#}" >"${!#}"
+[[ ${!#} != */$FAILING.* ]]
+"""
+
+
+@pytest.fixture
+def gpu_check(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[list[str]]]]:
+    """`gpu_check(failing)`: the script with a stand-in for Python -> how it ended, and its calls."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(PYTHON)
+    (tmp_path / "bin" / "python").chmod(0o755)
+
+    def run(failing: str = "-", no_gpu: int = 0) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        ended = subprocess.run(
+            [ROOT / "scripts" / "gpu_check", tmp_path / "rows"],
+            env=os.environ
+            | {"MUSICGEN_NO_VENV": "1", "CALLS": str(calls), "FAILING": failing, "NO_GPU": str(no_gpu)}
+            | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        return ended, [line.split() for line in calls.read_text().splitlines()]
+
+    return run
+
+
+def test_only_what_failed_is_run_again(gpu_check: Any, tmp_path: Path) -> None:
+    ended, calls = gpu_check(failing="medium-1")
+    assert (ended.returncode, len(calls)) == (1, 10)
+    assert ended.stdout.splitlines()[-1] == "Failed: medium-1"
+    assert (tmp_path / "rows" / "medium-1.failed.json").is_file()  # what was measured is kept
+
+    ended, calls = gpu_check()
+    assert ended.returncode == 0 and [call[-1] for call in calls] == [f"{tmp_path}/rows/medium-1.json.part"]
+    assert len(list((tmp_path / "rows").iterdir())) == 10  # and no longer what had failed
+
+    ended, calls = gpu_check()
+    assert (ended.returncode, calls) == (0, [])
+
+
+def test_without_a_gpu_nothing_is_measured(gpu_check: Any) -> None:
+    ended, calls = gpu_check(no_gpu=1)
+    assert (ended.returncode, calls) == (1, [])
+
+
+def test_every_row_of_a_gpu_can_be_measured(gpu_check: Any, bench: Report) -> None:
+    """Each row's own options, but for the device and the lengths."""
+    (tests, *rows), seen = gpu_check()[1], set()
+    assert tests[:4] == ["-m", "pytest", "-m", "cuda"] and "tests/engine/test_engine_static.py" in tests
+    for call in rows:
+        options = " ".join(call[1:-2])
+        for here, there in (("cuda", "cpu"), ("--seconds 30", "--seconds 0.2"), ("--pairs 3", "--pairs 1")):
+            assert here in options
+            options = options.replace(here, there)
+        found = bench(*options.split())
+        assert found["rows"][0]["tokens"] == "equal"
+        seen.add((found["model"], found["rows"][0]["slots"]))
+    assert seen == set(itertools.product(SIZES, (1, 16)))

@@ -1,0 +1,115 @@
+"""What `scripts/bench` has decoded, by each side, and what reading it costs at least."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from _random_models import Conditions, audiocraft_generates
+from torch import Tensor
+
+from musicgen_svc.compat import LMModel
+from musicgen_svc.engine.engine import CHUNK, Engine
+from musicgen_svc.engine.projections import Precision
+from musicgen_svc.request import SamplingParams
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Workload:
+    lm: LMModel
+    given: Sequence[Conditions]
+    frames: int
+    sampling: SamplingParams
+    device: torch.device
+
+    @property
+    def columns(self) -> int:
+        """Steps of the language model."""
+        return self.frames + max(self.lm.pattern_provider.delays)
+
+    def of(self, frames: int) -> "Workload":
+        return replace(self, frames=frames)
+
+    def audiocraft(self, seed: int = 0) -> Tensor:
+        autocast = torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda")
+        with autocast:
+            return audiocraft_generates(
+                self.lm, self.given[0], prompt=None, length=self.frames, sampling=self.sampling, seed=seed
+            )
+
+    def engine(self, engine: Engine, slots: int, chunks_s: list[float] | None = None) -> list[Tensor]:
+        """Request i has condition and seed i; they run side by side from the first step on.
+
+        The host waits for the device as often as the service does. `chunks_s` is given the seconds of
+        every CHUNK steps.
+        """
+        opened = [
+            engine.open(
+                self.given[i], prompt=None, length=self.frames, sampling=self.sampling,
+                generator=torch.Generator().manual_seed(i),
+            )
+            for i in range(slots)
+        ]  # fmt: skip
+        try:
+            synchronize(self.device)
+            since = time.perf_counter()
+            while not all(slot.done for slot in opened):
+                for _ in range(CHUNK):
+                    engine.step()
+                synchronize(self.device)
+                now = time.perf_counter()
+                if chunks_s is not None and not opened[0].done:  # the last one may be a part
+                    chunks_s.append(now - since)
+                since = now
+            return [slot.codes for slot in opened]
+        finally:
+            for slot in opened:
+                engine.close(slot)
+
+    def bytes_per_step(self, slots: int, precision: Precision = "reference") -> float:
+        """What a step cannot avoid reading: weights once, the cache at its mean length."""
+        lm = self.lm
+        read = sum(p.numel() for name, p in lm.named_parameters() if not name.startswith("emb."))
+        if lm.transformer.layers[0].cross_attention is not None:
+            read -= len(lm.transformer.layers) * 2 * lm.dim**2  # the text's keys and values are computed once
+        prefix = sum(
+            tensor.shape[1]
+            for name, (tensor, _) in self.given[0].items()
+            if lm.fuser.cond2fuse[name] == "prepend"
+        )
+        cached = (prefix + self.columns / 2) * self.bytes_per_position(slots)
+        return read * (2 if precision == "bfloat16" else self._itemsize) + cached
+
+    def bytes_per_position(self, slots: int) -> int:
+        """Of the cache: keys and values of both rows in every layer."""
+        return slots * 2 * 2 * len(self.lm.transformer.layers) * self.lm.dim * self._itemsize
+
+    @property
+    def _itemsize(self) -> int:
+        """Of the layers' dtype, which keys and values have too."""
+        size: int = self.lm.transformer.layers[0].linear1.weight.element_size()
+        return size
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def copy_bandwidth(device: torch.device, megabytes: int = 512) -> float:
+    """GB/s, read and written together, of the best of five copies."""
+    source = torch.ones(megabytes * 2**20 // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = min(timed(lambda: target.copy_(source), device)[1] for _ in range(5))
+    return 2 * source.numel() * 4 / seconds / GB

@@ -1,0 +1,183 @@
+"""What `scripts/bench` measures beside speed, and that all sides do the same work."""
+
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import _bench
+import _bench_beside
+import _bench_launches
+import pytest
+import torch
+from _bench_agreement import LEAST_TOP1, with_audiocraft
+from _bench_growth import growth
+from _bench_workload import Workload
+from _random_models import audiocraft_generates, conditions, language_model
+from torch.autograd import DeviceType
+
+from musicgen_svc.engine import engine
+from musicgen_svc.engine.engine import Engine
+from musicgen_svc.meta import on_meta
+from musicgen_svc.request import SamplingParams
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def _work(frames: int = 47, *, device: str = "cpu", **size: Any) -> Workload:
+    lm = language_model(dim=64, layers=2, device=device, **size)
+    for embedding in lm.emb:  # so that one token changes those that follow
+        embedding.weight.mul_(20)
+    given = {name: (x.to(device), mask.to(device)) for name, (x, mask) in conditions(dim=64).items()}
+    return Workload(lm, [given], frames, SamplingParams(), torch.device(device))
+
+
+def test_transformers_does_the_same_work() -> None:
+    """The same weights, guidance and number of frames: greedily the same tokens."""
+    from _bench_transformers import TransformersMusicgen
+
+    work, greedy = _work(20), SamplingParams(temperature=0)
+    ours = audiocraft_generates(work.lm, work.given[0], prompt=None, length=20, sampling=greedy, seed=0)
+    theirs = TransformersMusicgen(work.lm).generate(work.given[0], length=20, sampling=greedy, seed=0)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_shorter_piece_is_compared_as_far_as_it_can_be() -> None:
+    long, short = _work(30), _work(15)
+    (tokens,) = long.engine(Engine(long.lm), 1)
+    expected = short.audiocraft()
+    assert not torch.equal(tokens[:, :15], expected)  # whose last frames saw the end coming
+    assert _bench.compared(tokens, expected, long) == "equal"
+    expected[2, 11] += 1
+    assert _bench.compared(tokens, expected, long) == "differ from frame 11"
+
+
+def test_multiband_diffusion_has_the_released_size() -> None:
+    with on_meta():
+        unet = _bench_beside.builders.get_diffusion_model(_bench_beside.band_config())
+    widths = [layer.conv.out_channels for layer in unet.encoders]
+    assert widths == [48, 192, 768, 3072] and unet.conv_codec.in_channels == 128
+
+
+def test_bytes_read_are_the_weights_and_the_mean_cache() -> None:
+    work = _work(47, card=100)
+    layer = 64 * 64 * (4 + 2 + 8)  # self-attention, what is left of cross-attention, feed-forward
+    norms = 2 * (2 * 3 * 64) + 2 * 64
+    weights = 2 * layer + 4 * 100 * 64 + norms
+    position = 2 * 2 * 2 * 64  # keys and values, rows, layers, dim
+    assert work.bytes_per_position(3) == 4 * 3 * position
+    assert work.bytes_per_step(1) == 4 * (weights + position * 50 / 2)  # half of the columns
+    assert work.bytes_per_step(3) == 4 * (weights + 3 * position * 50 / 2)
+    assert work.bytes_per_step(1, "bfloat16") == 2 * weights + 4 * position * 50 / 2
+
+
+# --- step times by position ---------------------------------------------------------------------
+
+
+def test_steps_that_take_equally_long_do_not_grow() -> None:
+    found = growth([[0.16] * 90, [0.16] * 90], steps=16, position_s=0)
+    assert found is not None
+    assert found.early_s == found.late_s == pytest.approx(0.01)
+    assert abs(found.early_step - 100) <= 16 and found.late_step == 90 * 16 - 24
+    assert found.ratio_beyond_cache == pytest.approx(1)
+
+
+def test_what_the_cache_explains_is_left_out_of_the_growth() -> None:
+    chunks = [16 * (0.010 + 1e-6 * (16 * i + 8)) for i in range(90)]
+    found, blamed = (growth([chunks], steps=16, position_s=s) for s in (0, 1e-6))
+    assert found is not None and blamed is not None
+    assert found.ratio > 1.1
+    assert found.ratio_beyond_cache == pytest.approx(found.ratio)
+    assert blamed.ratio_beyond_cache == pytest.approx(1)
+
+
+def test_a_short_piece_says_nothing_of_growth() -> None:
+    assert growth([[0.1] * 8], steps=16, position_s=0) is None
+
+
+def test_a_decode_gives_the_seconds_of_its_full_chunks() -> None:
+    work, seconds = _work(100), list[float]()
+    work.engine(Engine(work.lm), 1, seconds)
+    assert len(seconds) == 102 // engine.CHUNK and min(seconds) > 0
+
+
+# --- launches and syncs -------------------------------------------------------------------------
+
+
+def _events(**names: int) -> list[SimpleNamespace]:
+    """So many events of each name, on the host; `gpu_NAME`: on the device."""
+    return [
+        SimpleNamespace(
+            name=name.removeprefix("gpu_"),
+            device_type=DeviceType.CUDA if name.startswith("gpu_") else DeviceType.CPU,
+        )
+        for name, times in names.items()
+        for _ in range(times)
+    ]
+
+
+def test_launches_syncs_and_kernels_are_told_apart() -> None:
+    events = _events(
+        cudaLaunchKernel=5, cuLaunchKernelEx=2, cudaGraphLaunch=1, cudaMemcpyAsync=3, cudaMemsetAsync=1,
+        cudaStreamSynchronize=2, cudaDeviceSynchronize=1, cudaEventSynchronize=1, cudaMemcpy=1,
+        cudaMalloc=9, cudaStreamWaitEvent=9, cudaEventRecord=9, synchronize=9, mm=9,
+        gpu_gemm=7, gpu_cudaLaunchKernel=1, gpu_Memcpy=4, gpu_Memset=1,
+    )  # fmt: skip
+    assert _bench_launches.count(events) == _bench_launches.Counts(launches=13, syncs=5, kernels=8)
+
+
+def test_a_steps_share_leaves_out_what_a_run_has_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def profiled(run: Callable[[], object]) -> list[SimpleNamespace]:
+        run()
+        return _events(cudaLaunchKernel=100 + 3 * runs[-1], cudaStreamSynchronize=runs[-1] // 8 + 1)
+
+    monkeypatch.setattr(_bench_launches, "profiled", profiled)
+    assert _bench_launches.per_step(runs.append) == {"launches": 3, "syncs": 1 / 8, "kernels": 0}
+    assert runs == [24, 8, 24]  # what is recorded once is recorded before
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_a_recorded_step_is_hardly_a_launch() -> None:
+    work = _work(device="cuda", dtype=torch.float16)
+    engines = [Engine(work.lm, graphs=on) for on in (True, False)]
+    recorded, launched = (
+        _bench_launches.per_step(lambda frames, e=e: work.of(frames).engine(e, 1)) for e in engines
+    )
+    assert 1 <= recorded["launches"] < 4 and recorded["syncs"] <= 1 / engine.CHUNK
+    assert launched["launches"] > 20 and recorded["kernels"] > 20
+
+
+# --- agreement ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_engine_agrees_with_audiocraft(static: bool) -> None:
+    work = _work()
+    found = with_audiocraft(work, Engine(work.lm, static=static), frames=12)
+    assert (found.top1, found.first_divergence, found.frames) == (1, None, 12)
+
+
+def test_a_single_wrong_token_is_found_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, calls = engine.draw, itertools.count(1)
+
+    def wrong_once(*args: Any) -> torch.Tensor:
+        drawn = draw(*args)
+        if next(calls) == 6:  # column 6: frame 5 of the first codebook, frame 4 of the second ...
+            drawn[1] = (drawn[1] + 1) % 2048
+        return drawn
+
+    monkeypatch.setattr(engine, "draw", wrong_once)
+    work = _work()
+    found = with_audiocraft(work, Engine(work.lm), frames=12)
+    assert found.first_divergence == 4
+    assert found.top1 == pytest.approx(1 - 1 / 48)  # it reads on with audiocraft's token
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_the_engine_agrees_with_audiocraft_on_a_gpu() -> None:
+    work = _work(device="cuda", dtype=torch.float16)
+    assert with_audiocraft(work, Engine(work.lm), frames=64).top1 > LEAST_TOP1
