@@ -76,6 +76,8 @@ def language_model(
         if "norm" in name:
             parameter.normal_(0, 0.1, generator=draw)
             parameter.add_(1 if name.endswith("weight") else 0)
+        elif name.startswith("emb."):  # as loud as positions are: another token must be another input
+            parameter.normal_(0, 0.7, generator=draw)
         else:  # heads twice as wide, so that logits differ as much as a trained model's
             gain = 2 if name.startswith("linears") else 0.7
             parameter.normal_(0, gain / math.sqrt(parameter.shape[1]), generator=draw)
