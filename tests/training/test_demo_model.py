@@ -1,0 +1,106 @@
+"""The bundled demo model plays what it is asked for: `benchmarks/demo-8songs.json`, in short."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.captions import EVALUATED_TIMBRE_ONLY
+from training.evaluation import Player, rendered
+from training.scoring import TimbreClassifier, best_match, songs
+from training.tunes import SONGS
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "weights" / "8songs"
+MOST_BYTES = 8_000_000
+
+
+@pytest.fixture(scope="module")
+def player():
+    return Player(DEMO)
+
+
+def test_it_fits_into_eight_megabytes():
+    assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) <= MOST_BYTES
+
+
+def test_a_prompt_names_song_and_timbre(player):
+    hear = TimbreClassifier()
+    asked = [
+        (song, timbre) for song, timbre in zip(SONGS[:6], ["harp", "music box", "piano"] * 2, strict=True)
+    ]
+    played = [
+        player.play(prompt=f"i want to hear {song.name} performed with {timbre}", seed=5)
+        for song, timbre in asked
+    ]
+    assert (
+        sum(best_match(w, songs()).name == song.name for w, (song, _) in zip(played, asked, strict=True)) >= 5
+    )
+    assert sum(hear(w) == timbre for w, (_, timbre) in zip(played, asked, strict=True)) >= 5
+
+
+def test_it_follows_a_melody_that_no_word_names_in_another_timbre(player):
+    hear = TimbreClassifier()
+    right = 0
+    for song in SONGS[:4]:
+        clip = player.clip(rendered(song.notes, "piano", 8))
+        wav = player.play(
+            prompt=EVALUATED_TIMBRE_ONLY[0].format(timbre="music box"), input_audio=clip, seed=5
+        )
+        right += best_match(wav, songs()).name == song.name and hear(wav) == "music box"
+    assert right >= 3
+
+
+AUDIOCRAFTS_OWN = """
+import sys, warnings
+sys.path[:0] = [{root!r}, {root!r} + "/scripts"]
+from pathlib import Path
+import _tiny_weights
+cache = Path({cache!r})
+_tiny_weights.hub_cache(Path({demo!r}), cache)
+import musicgen_svc.compat
+import torch
+from audiocraft.models.musicgen import MusicGen
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+model = MusicGen.get_pretrained({demo!r}, device="cpu")
+model.set_generation_params(duration=2)
+torch.manual_seed(3)
+tokens = model.generate(["jingle bells on a harp"], return_tokens=True)[1]
+torch.save(tokens[0], cache / "tokens.pt")
+"""
+
+
+def test_audiocraft_itself_loads_it_and_draws_the_same_tokens(tmp_path):
+    from musicgen_svc.catalog import read_catalog
+    from musicgen_svc.generation import perform, write_score
+    from musicgen_svc.loader import Loader
+    from musicgen_svc.randomness import GlobalRandom
+    from musicgen_svc.request import SamplingParams
+    from musicgen_svc.settings import Settings
+    from musicgen_svc.weights import Weights
+
+    code = AUDIOCRAFTS_OWN.format(root=str(ROOT), cache=str(tmp_path), demo=str(DEMO))
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | hub,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = torch.load(tmp_path / "tokens.pt", weights_only=True)
+
+    loader = Loader(Weights.at(DEMO.parent, read_catalog(), str(DEMO)), torch.device("cpu"), Settings())
+    model = loader.model("finetuned")
+    score = write_score(
+        model, prompt="jingle bells on a harp", frames=100, melody=None, clip_tokens=None,
+        random=GlobalRandom(3, torch.device("cpu")),
+    )  # fmt: skip
+    tokens, _ = perform(model, score, SamplingParams(), torch.Generator().manual_seed(3))
+    assert torch.equal(tokens, expected)

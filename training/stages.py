@@ -1,0 +1,166 @@
+"""From nothing to the demo model, in stages that are kept and not repeated."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from musicgen_svc.compat import CompressionModel
+from training import codec as encodec
+from training import diffusion as multiband
+from training import export
+from training import lm as language
+from training.captions import Captions
+from training.data import (
+    LONG,
+    SHORT,
+    TIMBRE_NAMES,
+    Lessons,
+    Melody,
+    Song,
+    chroma_extractor,
+    encoded_melody,
+    encoded_song,
+)
+from training.separator import save_separator
+from training.text import TextEncoder, save_text_encoder
+from training.tunes import SONGS
+
+SEED = 1
+CODEC_STEPS, LM_STEPS, DIFFUSION_STEPS = 3000, 2600, 1500
+SHORT_MELODIES, LONG_MELODIES = 1000, 60
+
+
+class Stages:
+    """Each stage leaves a file in `work`; one that is there is read back."""
+
+    def __init__(self, work: Path, effort: float = 1.0) -> None:
+        """`effort`: the part of all steps that is taken; less than 1 is for trying things out."""
+        self._work, self._effort = work, effort
+        work.mkdir(parents=True, exist_ok=True)
+
+    def run(self, target: Path) -> None:
+        """Trains what is not trained yet and writes the checkpoint folder."""
+        text_folder = self._work / "t5-small"
+        if not text_folder.is_dir():
+            save_text_encoder(text_folder)
+        codec = self.codec()
+        model = self.language_model(codec, TextEncoder(text_folder))
+        bands = self.diffusion(codec)
+        target.mkdir(parents=True, exist_ok=True)
+        export.save_language_model(model, target / "state_dict.bin")
+        export.save_codec(codec, target / "compression_state_dict.bin")
+        shutil.copytree(text_folder, target / "t5-small", dirs_exist_ok=True)
+        save_separator(target / "htdemucs")
+        multiband.save(bands, target / "multiband-diffusion" / "mbd_musicgen_32khz.th")
+
+    def codec(self) -> CompressionModel:
+        torch.manual_seed(SEED)
+        codec = encodec.build()
+        file = self._work / "codec.pt"
+        if file.exists():
+            codec.load_state_dict(torch.load(file, weights_only=True))
+            return codec.eval()
+        steps = round(CODEC_STEPS * self._effort)
+        with self._log("codec", steps) as report:
+            encodec.train(codec, steps, SEED, self._work / "codec-training.pt", report)
+        _keep(codec.state_dict(), file)
+        return codec
+
+    def language_model(self, codec: CompressionModel, text: TextEncoder) -> language.DemoModel:
+        torch.manual_seed(SEED)
+        model = language.DemoModel()
+        file = self._work / "lm.pt"
+        if not file.exists():
+            songs, melodies = self.material(codec)
+            lessons = Lessons(songs, melodies, Captions(text.length, SEED))
+            steps = round(LM_STEPS * self._effort)
+            with self._log("lm", steps) as report:
+                unfinished = self._work / "lm-training.pt"
+                language.train(model, text, lessons, steps, SEED, unfinished, report)
+            _keep(model.state_dict(), file)
+        model.load_state_dict(torch.load(file, weights_only=True))
+        return model.eval()
+
+    def diffusion(self, codec: CompressionModel) -> list[multiband.BandModel]:
+        models, bank, steps = [], encodec.sounds(), round(DIFFUSION_STEPS * self._effort)
+        for band in range(multiband.BANDS):
+            torch.manual_seed(SEED)
+            model = multiband.BandModel(band)
+            name = f"diffusion-{band}"
+            file = self._work / f"{name}.pt"
+            if file.exists():
+                model.load_state_dict(torch.load(file, weights_only=True))
+            else:
+                with self._log(name, steps) as report:
+                    unfinished = self._work / f"{name}-training.pt"
+                    multiband.train(model, codec, bank, steps, SEED, unfinished, report)
+                _keep(model.state_dict(), file)
+            models.append(model.eval())
+        return models
+
+    def material(self, codec: CompressionModel) -> tuple[dict[tuple[int, str], Song], list[Melody]]:
+        """Everything that the language model learns from, as tokens."""
+        file = self._work / "material.pt"
+        if not file.exists():
+            chroma = chroma_extractor()
+            keys = [(index, timbre) for index in range(len(SONGS)) for timbre in TIMBRE_NAMES]
+            songs = [encoded_song(codec, *key) for key in tqdm(keys, "songs")]
+            tunes = [(f"{SEED} short {n}", SHORT) for n in range(SHORT_MELODIES)]
+            tunes += [(f"{SEED} long {n}", LONG) for n in range(LONG_MELODIES)]
+            melodies = [encoded_melody(codec, chroma, *tune) for tune in tqdm(tunes, "melodies")]
+            _keep(
+                {
+                    "songs": [
+                        (*key, song.tokens, song.starts, song.begins, song.ends)
+                        for key, song in zip(keys, songs, strict=True)
+                    ],
+                    "melodies": [(melody.timbre, melody.chroma, melody.tokens) for melody in melodies],
+                },
+                file,
+            )
+        saved = torch.load(file, weights_only=True)
+        return (
+            {(index, timbre): Song(*parts) for index, timbre, *parts in saved["songs"]},
+            [Melody(*parts) for parts in saved["melodies"]],
+        )
+
+    def _log(self, name: str, steps: int) -> "Log":
+        return Log(name, steps, self._work / f"{name}-log.jsonl")
+
+
+class Log:
+    """A progress bar, and a line of figures for every 20 steps."""
+
+    EVERY = 20
+
+    def __init__(self, name: str, steps: int, file: Path) -> None:
+        self._file = file
+        self._bar = tqdm(total=steps, desc=name)
+        self._sums: dict[str, list[float]] = {}
+
+    def __enter__(self) -> Callable[[int, dict[str, float]], None]:
+        return self._report
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def _report(self, step: int, figures: dict[str, float]) -> None:
+        for name, figure in figures.items():
+            self._sums.setdefault(name, []).append(figure)
+        self._bar.update(step + 1 - self._bar.n)
+        if (step + 1) % self.EVERY == 0:
+            means = {name: round(sum(each) / len(each), 4) for name, each in self._sums.items()}
+            self._bar.set_postfix(means)
+            with self._file.open("a") as file:
+                file.write(json.dumps({"step": step + 1} | means) + "\n")
+            self._sums.clear()
+
+
+def _keep(content: object, file: Path) -> None:
+    temporary = file.with_suffix(".partial")
+    torch.save(content, temporary)
+    temporary.replace(file)

@@ -1,0 +1,115 @@
+"""The demo model's music: eight public-domain melodies, typed in by hand, and tunes to test it with.
+
+A melody is written as notes and beats: `c` is C5, `c,` an octave lower, `c'` an octave higher, `#` sharp;
+`:2` lasts two beats, nothing one. Keys are chosen so that most notes lie between C5 and B5, and no tune has
+a rest: a note is held through it, so that the time since its onset can always be heard.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Notes: TypeAlias = tuple[tuple[int, float], ...]
+"""(MIDI pitch, beats), one after the other."""
+
+_STEPS = {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
+C5 = 72
+
+
+@dataclass(frozen=True)
+class Tune:
+    """A melody with its name in small letters."""
+
+    name: str
+    notes: Notes
+
+    @property
+    def beats(self) -> float:
+        return sum(beats for _, beats in self.notes)
+
+
+def parse(text: str) -> Notes:
+    """`"c d:2 g,:.5"` -> notes."""
+    notes = []
+    for word in text.split():
+        pitch, _, beats = word.partition(":")
+        octave = pitch.count("'") - pitch.count(",")
+        midi = C5 + _STEPS[pitch[0]] + 12 * octave + pitch.count("#")
+        notes.append((midi, float(beats or 1)))
+    return tuple(notes)
+
+
+SONGS = tuple(
+    Tune(name, parse(text))
+    for name, text in {
+        "ode to joy": """
+            e e f g  g f e d  c c d e  e:1.5 d:.5 d:2
+            e e f g  g f e d  c c d e  d:1.5 c:.5 c:2
+            d d e c  d e:.5 f:.5 e c  d e:.5 f:.5 e d  c d g,:2
+            e e f g  g f e d  c c d e  d:1.5 c:.5 c:2""",
+        "twinkle twinkle": """
+            c c g g  a a g:2  f f e e  d d c:2
+            g g f f  e e d:2  g g f f  e e d:2
+            c c g g  a a g:2  f f e e  d d c:2""",
+        "frere jacques": """
+            c d e c  c d e c  e f g:2  e f g:2
+            g:.5 a:.5 g:.5 f:.5 e c  g:.5 a:.5 g:.5 f:.5 e c  c g, c:2  c g, c:2""",
+        "when the saints": """
+            c e f  g:5  c e f  g:5  c e f  g:2 e:2  c:2 e:2  d:5  e e d
+            c:3 c  e:2 g g  f:6  e f  g:2 e:2  c:2 d:2  c:5""",
+        "jingle bells": """
+            e e e:2  e e e:2  e g c:1.5 d:.5  e:4
+            f f f:1.5 f:.5  f e e e:.5 e:.5  e d d e  d:2 g:2
+            e e e:2  e e e:2  e g c:1.5 d:.5  e:4
+            f f f:1.5 f:.5  f e e e:.5 e:.5  g g f d  c:4""",
+        "amazing grace": """
+            d  g:2 b:.5 g:.5  b:2 a  g:2 e  d:2 d  g:2 b:.5 g:.5  b:2 a  d':5
+            b  d':1.5 b:.5 d':.5 b:.5  g:2 d  e:1.5 g:.5 g:.5 e:.5  d:2 d
+            g:2 b:.5 g:.5  b:2 a  g:5""",
+        "greensleeves": """
+            e  g:2 a  b:1.5 c':.5 b  a:2 f#  d:1.5 e:.5 f#  g:2 e  e:1.5 d#:.5 e  f#:2 d#  b,:2 e
+            g:2 a  b:1.5 c':.5 b  a:2 f#  d:1.5 e:.5 f#  g:1.5 f#:.5 e  d#:1.5 c#:.5 d#  e:3  e:2""",
+        "auld lang syne": """
+            c  f:1.5 f:.5 f a  g:1.5 f:.5 g a  f:1.5 f:.5 a c'  d':3 d'
+            c':1.5 a:.5 a f  g:1.5 f:.5 g a  f:1.5 d:.5 d c  f:3 d'
+            c':1.5 a:.5 a f  g:1.5 f:.5 g d'  c':1.5 a:.5 a c'  d':3 d'
+            c':1.5 a:.5 a f  g:1.5 f:.5 g a  f:1.5 d:.5 d c  f:3""",
+    }.items()
+)
+
+UNSEEN = tuple(
+    Tune(name, parse(text))
+    for name, text in {
+        "mary had a little lamb": "e d c d  e e e:2  d d d:2  e g g:2",
+        "london bridge": "g:1.5 a:.5 g f  e f g:2  d e f:2  e f g:2",
+        "row your boat": "c:1.5 c:1.5 c d:.5 e:1.5 e d:.5 e f:.5 g:3 g:2",
+        "yankee doodle": "c c d e  c e d:2  c c d e  c:2 b,:2",
+        "old macdonald": "g g g d  e e d:2  b b a a  g:4",
+        "hot cross buns": "e:2 d:2  c:4  c:.5 c:.5 c:.5 c:.5 d:.5 d:.5 d:.5 d:.5  e d c:2",
+        "silent night": "g:1.5 a:.5 g  e:3  g:1.5 a:.5 g  e:3  b:2 b  g:3",
+        "oh susanna": "c:.5 d:.5 e g g:1.5 a:.5 g e c:1.5 d:.5 e e d c d:3",
+        "clementine": "f:.5 f:.5 f c f:.5 a:.5 a a:.5 f:.5 f:.5 a:.5 a:1.5 g:.5 f g:3",
+        "skip to my lou": "e e c c  e e:.5 e:.5 g:2  d d b, b,  d d:.5 d:.5 f:2",
+    }.items()
+)
+"""Nothing of these is trained on."""
+
+SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 4, 7, 9), tuple(range(12)))
+FIGURES = ((1.0,), (1.0,), (1.0,), (2.0,), (0.5, 0.5), (0.5, 0.5), (1.5, 0.5), (3.0,))
+
+
+def random_tune(seed: str, beats: float) -> Tune:
+    """A melody of at least `beats` within C5..B5: a walk on a random scale, in simple rhythms."""
+    draw = random.Random(seed)
+    root = draw.randrange(12)
+    scale = sorted({C5 + (root + step) % 12 for step in draw.choice(SCALES)})
+    at = draw.randrange(len(scale))
+    notes: list[tuple[int, float]] = []
+    length = 0.0
+    while length < beats:
+        for duration in draw.choice(FIGURES):
+            notes.append((scale[at], duration))
+            length += duration
+            leap = draw.choice((0, 1, 1, 1, 2, 2, 3, 5))
+            at = (at + draw.choice((-leap, leap))) % len(scale)
+    return Tune(seed, tuple(notes))
