@@ -73,14 +73,15 @@ def note(text: str) -> None:
 
 
 @contextlib.contextmanager
-def own_server(more: dict[str, str]) -> Iterator[Client]:
+def own_server() -> Iterator[Client]:
     """A server on a free loopback port, gone when the block ends, whatever happens."""
     folder = Path(tempfile.mkdtemp(prefix="musicgen-"))
     log = folder / "server.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / "_serve.py"), "--stop-at-eof"],
-            env=os.environ | {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "console"} | more,
+            env=os.environ
+            | {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "console", "COG_MAX_CONCURRENCY": "1"},
             stdin=subprocess.PIPE,  # closes with us, even if we are killed, and then the server stops
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -107,23 +108,6 @@ def _await_url(process: "subprocess.Popen[bytes]", log: Path) -> str:
             return found.group()
         time.sleep(0.05)
     raise FailedError(f"The server did not start: {sentence(log.read_text(errors='replace'))}")
-
-
-def stand_in_weights(values: Json) -> dict[str, str]:
-    """The variable that names a tiny random model as `finetuned`, where nothing else could be used."""
-    if os.environ.get("COG_WEIGHTS"):
-        return {}
-    given = os.environ.get("MUSICGEN_WEIGHTS_DIR") or ""
-    folder = Path(given) if given and Path(given).exists() else ROOT / (given or "weights")  # as the server
-    present = {file.parent.name for file in folder.glob("*/state_dict.bin")}
-    if present & {"finetuned", "8songs"} or (
-        present and values.get("model_version", "finetuned") != "finetuned"
-    ):
-        return {}
-    note("No weights yet: using a tiny random model, which makes noise. See README, 'Real weights'.")
-    from _tiny_weights import ensure  # needs torch, which nothing else here does
-
-    return {"COG_WEIGHTS": str(ensure(ROOT) / "melody")}
 
 
 def set_up(client: Client) -> None:
@@ -260,7 +244,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             schema = json.loads(SCHEMA.read_text())
             values = request_input(args.input, schema)
-            client = stack.enter_context(own_server(stand_in_weights(values)))
+            client = stack.enter_context(own_server())
             set_up(client)
         reply = predict(client, values, schema)
         body, suffix = fetch(reply["output"])

@@ -14,7 +14,6 @@ Same source, same bytes: every part is made under its own seed, on one thread.
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -44,8 +43,10 @@ HUB = {
 
 
 def home(root: Path) -> Path:
-    """Where `ensure(root)` puts the folder: named after this file's content."""
-    return root / ".cache" / f"tiny-weights-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
+    """Where `ensure(root)` puts the folder: named after the content of what makes it."""
+    makers = (Path(__file__), root / "training" / "separator.py")
+    made_by = hashlib.sha256(b"".join(maker.read_bytes() for maker in makers))
+    return root / ".cache" / f"tiny-weights-{made_by.hexdigest()[:12]}"
 
 
 def ensure(root: Path) -> Path:
@@ -68,12 +69,14 @@ def build(folder: Path) -> None:
     """Writes everything into `folder`."""
     from transformers.utils import logging
 
+    from training.separator import save_separator
+
     logging.disable_progress_bar()
     for name in ("small", "melody", "stereo", "hf-codec", "multiband-diffusion"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with _seeded(1):
         _save_t5(folder / "t5-small")
-        _save_demucs(folder / "htdemucs")
+        save_separator(folder / "htdemucs")
     with _seeded(2):
         codec = _codec_checkpoint()
     with _seeded(3):
@@ -91,6 +94,8 @@ def build(folder: Path) -> None:
 def hub_cache(weights: Path, cache: Path) -> None:
     """Lays `weights` out in `cache` as a Hugging Face cache, for audiocraft, which loads by name."""
     for folder, repository in HUB.items():
+        if not (weights / folder).is_dir():
+            continue
         home = cache / f"models--{repository.replace('/', '--')}"
         (home / "refs").mkdir(parents=True, exist_ok=True)
         (home / "refs" / "main").write_text(REVISION)
@@ -425,48 +430,6 @@ def _save_t5(folder: Path) -> None:
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _save_demucs(folder: Path) -> None:
-    """A Demucs that passes what it hears to the stem `other`, sample by sample.
-
-    Every tap of a block of four goes through ReLU(x) − ReLU(−x); the skip connection doubles it.
-    """
-    from demucs.demucs import Demucs
-    from safetensors.torch import save
-
-    kwargs = {
-        "sources": ["drums", "bass", "other", "vocals"],
-        "audio_channels": 2,
-        "channels": 16,
-        "depth": 1,
-        "rewrite": False,
-        "lstm_layers": 0,
-        "kernel_size": 4,
-        "stride": 4,
-        "gelu": False,
-        "glu": False,
-        "dconv_mode": 0,
-        "normalize": False,
-        "resample": False,
-        "rescale": 0,
-        "samplerate": 44_100,
-        "segment": 10,
-    }
-    state = {key: torch.zeros_like(tensor) for key, tensor in Demucs(**kwargs).state_dict().items()}
-    other = 2 * kwargs["sources"].index("other")
-    for row in range(16):
-        channel, tap, sign = row // 8, row // 2 % 4, 1 - 2 * (row % 2)
-        state["encoder.0.0.weight"][row, channel, tap] = sign
-        state["decoder.0.0.weight"][row, other + channel, tap] = sign / 2
-    folder.mkdir(parents=True, exist_ok=True)
-    kwargs["segment"] = {"_type": "fraction", "numerator": 39, "denominator": 5}
-    metadata = {"klass": "demucs.demucs.Demucs", "args": "[]", "kwargs": json.dumps(kwargs)}
-    file = save(state, metadata)
-    end = 8 + int.from_bytes(file[:8], "little")
-    header = json.dumps(json.loads(file[8:end]), sort_keys=True).encode()  # the library's own order is random
-    (folder / "955717e8.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + file[end:])
-    (folder / "htdemucs.yaml").write_text("models: ['955717e8']\n")
 
 
 def _diffusion_checkpoint() -> dict[Any, Any]:

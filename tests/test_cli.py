@@ -445,38 +445,6 @@ def test_an_impossible_output_is_refused_before_the_work(tmp_path: Path, name: s
 # Weights that are not there
 
 
-@pytest.mark.parametrize(
-    ("present", "wanted", "stands_in"),
-    [
-        ([], {}, True),
-        ([], {"model_version": "finetuned"}, True),
-        ([], {"model_version": "small"}, True),  # or the server would not start, and say so
-        (["small"], {}, True),
-        (["small"], {"model_version": "small"}, False),
-        (["finetuned"], {}, False),
-        (["8songs"], {}, False),
-    ],
-)
-def test_a_random_model_stands_in_only_where_there_is_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    present: list[str], wanted: Json, stands_in: bool,
-) -> None:  # fmt: skip
-    import _tiny_weights
-
-    monkeypatch.setattr(_predict, "ROOT", tmp_path)
-    monkeypatch.setattr(_tiny_weights, "ensure", lambda root: root / "tiny")
-    monkeypatch.delenv("COG_WEIGHTS", raising=False)
-    monkeypatch.delenv("MUSICGEN_WEIGHTS_DIR", raising=False)
-    for name in present:
-        (tmp_path / "weights" / name).mkdir(parents=True)
-        (tmp_path / "weights" / name / "state_dict.bin").touch()
-    variables = _predict.stand_in_weights(wanted)
-    said = capsys.readouterr().err
-    assert variables == ({"COG_WEIGHTS": str(tmp_path / "tiny" / "melody")} if stands_in else {})
-    assert said.count("\n") == stands_in
-    assert ("No weights yet" in said) == stands_in
-
-
 # The whole command
 
 

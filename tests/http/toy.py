@@ -27,9 +27,6 @@ def checkout(folder: Path) -> Path:
     for name in KEPT:
         shutil.copy(ROOT / "musicgen_svc" / name, folder / "musicgen_svc")
     shutil.copy(SERVICE, folder / "musicgen_svc" / "service.py")
-    (folder / "scripts" / "_tiny_weights.py").write_text(
-        "from pathlib import Path\n\n\ndef ensure(root: Path) -> Path:\n    return root / 'tiny'\n"
-    )
     return folder
 
 
