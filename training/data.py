@@ -2,9 +2,7 @@
 
 import random
 from bisect import bisect, bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,7 +26,6 @@ SNIPPET = 24
 CLIPS = 400  # frames of a song at which a clip may begin or end: anywhere, as a listener may cut
 LEAST_GIVEN, MOST_GIVEN = 78, 620  # frames of a clip that is gone on with
 TIMBRE_NAMES = tuple(TIMBRES)
-Tick: TypeAlias = Callable[[int], object]
 
 
 @dataclass(frozen=True)
