@@ -20,7 +20,7 @@ class Predictor(BaseRunner):
         self.service = Service(Settings.from_environment(os.environ))
         self.service.start(weights)
 
-    def healthcheck(self) -> bool:
+    async def healthcheck(self) -> bool:  # async: on the loop, where Cog needs no thread for it
         return self.service.healthy()
 
     async def run(

@@ -13,6 +13,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+# Servers and commands start some forty Pythons, and uv installs no bytecode: half of a start with torch
+# is compiling. Each module is compiled once, even where the machine's settings say that none is kept.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["PYTHONPYCACHEPREFIX"] = str(ROOT / ".cache" / "bytecode")
+sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
+
 import _tiny_weights  # noqa: E402
 
 # audiocraft loads T5, Demucs and transformers' EnCodec by name. The Hugging Face libraries read these

@@ -197,7 +197,7 @@ def test_an_interrupted_run_ends_at_once_and_the_next_one_resumes(hub: Hub, fold
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=5)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert re.fullmatch(r"Interrupted: [^\n]+\.\n", stderr)
     resumes(hub, folder, content)

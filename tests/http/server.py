@@ -1,7 +1,9 @@
 """A real Cog server for a test: coglet and its worker, started as `scripts/serve` starts them."""
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +18,10 @@ from typing import Any
 import requests
 
 ROOT = Path(__file__).resolve().parents[2]
-FREED_S = 2.0
+STACKS = Path(__file__).with_name("stacks")
+ANSWER_S = 120.0
+"""How long any answer may take before the server counts as hung: many times the slowest request here."""
+FREED_S = 10.0
 SETTLED = ("READY", "SETUP_FAILED")
 
 Json = dict[str, Any]
@@ -34,7 +39,7 @@ class CogServer:
         *arguments: str,
         root: Path = ROOT,
         cwd: Path | None = None,
-        setup_s: float = 120.0,
+        setup_s: float = 240.0,
         **environment: str,
     ) -> None:
         """`arguments` go to scripts/serve, `environment` beside our own; `root`: the checkout to serve."""
@@ -45,10 +50,13 @@ class CogServer:
         self._environment = environment
         self._last_log = ""
         self.url = ""
+        self.answer_s = ANSWER_S
 
     def __enter__(self) -> "CogServer":
         self._folder = tempfile.TemporaryDirectory(prefix="serve-test-")
         self._log = Path(self._folder.name) / "log"
+        self._stacks = Path(self._folder.name) / "stacks"
+        self._stacks.mkdir()
         with self._log.open("wb") as out:
             self.process = subprocess.Popen(
                 [
@@ -59,7 +67,12 @@ class CogServer:
                 ],
                 cwd=self._cwd,
                 env=os.environ
-                | {"PYTHONPATH": str(self._root), "PORT": "0", "COG_MAX_CONCURRENCY": "1"}
+                | {
+                    "PYTHONPATH": f"{self._root}{os.pathsep}{STACKS}",
+                    "STACKS_FOLDER": str(self._stacks),
+                    "PORT": "0",
+                    "COG_MAX_CONCURRENCY": "1",
+                }
                 | self._environment,
                 stdin=subprocess.PIPE,  # closes with the test process, however that ends
                 stdout=out,
@@ -87,7 +100,7 @@ class CogServer:
             if self.url and self.health()["status"] in SETTLED:
                 return
             time.sleep(0.05)
-        raise RuntimeError(f"Set-up took longer than {self._setup_s} s:\n{self.log}")
+        raise RuntimeError(f"Set-up took longer than {self._setup_s} s:\n{self.log}\n{self._threads()}")
 
     @property
     def log(self) -> str:
@@ -95,9 +108,38 @@ class CogServer:
         return self._log.read_text(errors="replace") if self._log.exists() else self._last_log
 
     def request(self, method: str, path: str, json: Any = None, **more: Any) -> requests.Response:
+        """One request. A server that gives no answer is stopped, so that the tests behind fail at once."""
         with requests.Session() as session:
             session.trust_env = False  # a proxy does not know our loopback
-            return session.request(method, self.url + path, json=json, **{"timeout": 300, **more})
+            try:
+                return session.request(
+                    method, self.url + path, json=json, **{"timeout": self.answer_s, **more}
+                )
+            except requests.Timeout:
+                if "timeout" in more:
+                    raise
+                seen = f"{self.log}\n{self._threads()}"
+        self.process.terminate()
+        time.sleep(0.5)
+        self.process.terminate()  # told twice, it does not wait for what runs
+        raise AssertionError(f"No answer to {method} {path} within {self.answer_s} s:\n{seen}")
+
+    def _threads(self) -> str:
+        """What each thread of the server is at: Python's stacks, then what the kernel knows of it."""
+        pids = [self.process.pid, *descendants(self.process.pid)]
+        for pid in pids:
+            if (self._stacks / str(pid)).exists():
+                os.kill(pid, signal.SIGUSR1)
+        time.sleep(1)
+        shown = []
+        for pid in pids:
+            stacks = self._stacks / str(pid)
+            shown.append(f"Process {pid}\n{stacks.read_text() if stacks.exists() else ''}")
+            for task in Path(f"/proc/{pid}/task").glob("*"):
+                with contextlib.suppress(OSError):
+                    name, waits = ((task / file).read_text().strip() for file in ("comm", "wchan"))
+                    shown.append(f"  {task.name} {name}: {waits}")
+        return "\n".join(shown)
 
     def health(self) -> Json:
         return self._json(self.request("GET", "/health-check"))
@@ -140,12 +182,15 @@ class CogServer:
         """The HTTP status: 200, or 404 for a prediction that does not run."""
         return self.request("POST", f"/predictions/{id}/cancel").status_code
 
-    def stop(self, timeout_s: float = 20.0) -> int:
+    def stop(self, timeout_s: float = 40.0) -> int:
         """Stops the server if it still runs; its exit status. Twice is once."""
         self.process.terminate()
         try:
             status = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
+            for pid in descendants(self.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.kill()
             status = self.process.wait()
         assert self.process.stdin
@@ -159,3 +204,12 @@ class CogServer:
         answer = response.json()
         assert isinstance(answer, dict)
         return answer
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below one; none where there is no /proc."""
+    below: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that ended meanwhile
+            below += map(int, task.read_text().split())
+    return below + [pid for child in below for pid in descendants(child)]

@@ -72,7 +72,7 @@ ROWS = [
     Row("a wav whose header lies", audio(wav_that_lies(tone(440, 1, 44_100), 44_100, 2**31 - 1)), FINE),
     Row("a float wav with NaN", audio(float_wav(float("nan"))), ["input_audio", "finite"]),
     Row("a float wav with infinity", audio(float_wav(float("inf"))), ["input_audio", "finite"]),
-    Row("20 minutes", audio(encode(np.zeros((1, 20 * 60 * 8000), np.float32), 8000, "opus")),
+    Row("20 minutes", audio(encode(np.zeros((1, 20 * 60 * 8000), np.float32), 8000, "flac")),
         ["input_audio", "15 minutes"]),
     Row("bad base64", text(input_audio="data:audio/wav;base64,%%%"), ["nput"]),
     Row("a path on the server", text(input_audio="/etc/hostname"), ["input_audio", "/etc/hostname", "URL"]),
@@ -102,7 +102,8 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_bad_input_is_answered_and_the_next_request_works(server: CogServer, row: Row) -> None:
     check(server, row.fields, row.expected)
-    output(server.predict(text(seed=1)))
+    if row.expected != REFUSED:  # by Cog, and the worker has not heard of it
+        output(server.predict(text(seed=1)))
 
 
 def check(server: CogServer, fields: dict[str, Any], expected: str | int | list[str]) -> None:
@@ -164,7 +165,7 @@ def test_a_url_that_hangs_can_be_cancelled(server: CogServer) -> None:
         hanging = server.submit(fields, "hangs")
         assert server.cancel("hangs") == 200
         silent.close()
-        assert hanging.result(timeout=30)["status"] in ("canceled", "failed")
+        assert hanging.result(timeout=60)["status"] in ("canceled", "failed")
     output(server.predict(text(seed=1)))
 
 

@@ -40,7 +40,7 @@ def test_text_is_exactly_as_long_as_asked(server: CogServer, duration: int, form
     assert rate == RATE and sound.shape == (1, duration * RATE)
 
 
-@pytest.mark.parametrize("duration", [30, 31, 65])
+@pytest.mark.parametrize("duration", [30, 65])
 def test_text_beyond_the_window_is_exactly_as_long_as_asked(server: CogServer, duration: int) -> None:
     reply = server.predict({"prompt": "a waltz", "duration": duration, "model_version": "small"})
     sound, _ = samples(reply)

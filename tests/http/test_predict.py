@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -86,20 +85,27 @@ def test_a_server_that_runs_is_used_and_left_running(checkout: Path, tmp_path: P
         assert server.health()["status"] == "UNHEALTHY"
 
 
+def test_a_server_whose_device_is_lost_says_that_it_is_unhealthy(checkout: Path) -> None:
+    with CogServer(root=checkout) as server:
+        assert server.health()["status"] == "READY"
+        assert server.predict({"prompt": "device lost"})["status"] == "failed"
+        assert server.health()["status"] == "UNHEALTHY"
+
+
 @needs_proc
 def test_progress_is_shown_and_ctrl_c_ends_everything(
     checkout: Path, tmp_path: Path, temporary: Path
 ) -> None:
     process = start(checkout, tmp_path, "-i", "prompt=slow", TMPDIR=str(temporary))
-    wait_for(lambda: list(temporary.rglob("half-written")))
-    time.sleep(1.5)
-    began = time.monotonic()
+    assert process.stderr
+    shown = ""
+    while "generate" not in shown:
+        assert process.poll() is None, shown
+        shown += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert time.monotonic() - began < 10
     assert err.splitlines()[-1] == "Interrupted."
-    assert "generate" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["temporary"]
     assert processes_with(str(temporary)) == []
     assert list(temporary.iterdir()) == []
@@ -110,5 +116,5 @@ def test_a_killed_command_leaves_no_server(checkout: Path, tmp_path: Path, tempo
     process = start(checkout, tmp_path, "-i", "prompt=slow", TMPDIR=str(temporary))
     wait_for(lambda: list(temporary.rglob("half-written")))
     process.kill()
-    process.communicate()
-    wait_for(lambda: not processes_with(str(temporary)), limit_s=10)
+    process.communicate(timeout=60)
+    wait_for(lambda: not processes_with(str(temporary)))

@@ -27,14 +27,16 @@ def block(language: str, holding: str) -> str:
 
 def test_the_curl_example(server: CogServer, tmp_path: Path) -> None:
     example = block("bash", "curl").replace(ADDRESS, server.url)
-    shown = subprocess.run(["bash", "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["bash", "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
+    )
     output(json.loads(shown.stdout))
 
 
 def test_the_python_example(server: CogServer, tmp_path: Path) -> None:
     example = block("python", ADDRESS).replace(ADDRESS, server.url)
     shown = subprocess.run(
-        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
     )
     assert (tmp_path / "output.wav").read_bytes()[:4] == b"RIFF"
     assert "'seed': 7" in shown.stdout

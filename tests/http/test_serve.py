@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,15 +59,15 @@ def test_coglet_reads_the_schema_as_it_is_meant(
 def test_the_console_has_words_and_not_coglets_json(server: CogServer) -> None:
     server.predict({"prompt": "refused"}, id="a-refusal")
     server.predict({"prompt": "fine", "seed": 99}, id="a-success")
-    assert "[a-refusal] Prediction failed: prompt is 'refused'; it must be another.\n" in server.log
-    assert "[a-success] seed: 99\n" in server.log
-    assert "Ready after" in server.log
+    refused = "[a-refusal] Prediction failed: prompt is 'refused'; it must be another.\n"
+    wait_for(lambda: refused in server.log and "[a-success] seed: 99\n" in server.log)
+    wait_for(lambda: "Ready after" in server.log)
     assert "{" not in server.log
     assert "\033" not in server.log
 
 
 def test_our_warnings_are_shown_and_third_parties_are_not(server: CogServer) -> None:
-    assert "UserWarning: ours" in server.log
+    wait_for(lambda: "UserWarning: ours" in server.log)
     assert "theirs" not in server.log
 
 
@@ -82,6 +81,7 @@ def test_a_taken_port_is_one_sentence(checkout: Path) -> None:
             env={**os.environ, "PYTHONPATH": str(checkout), "PORT": str(port)},
             capture_output=True,
             text=True,
+            timeout=60,
         )
     assert ended.returncode == 1
     assert ended.stderr == (
@@ -91,17 +91,16 @@ def test_a_taken_port_is_one_sentence(checkout: Path) -> None:
 
 def test_a_failed_set_up_says_why_and_the_server_stays_to_say_so(checkout: Path) -> None:
     with CogServer(root=checkout, COG_WEIGHTS="broken") as server:
-        time.sleep(0.3)
+        wait_for(lambda: "Setup failed: COG_WEIGHTS is 'broken', where there is no state_" in server.log)
         assert server.health()["status"] == "SETUP_FAILED"
-        assert "Setup failed: COG_WEIGHTS is 'broken', where there is no state_dict.bin." in server.log
-        assert server.log.count("no state_dict.bin") == 1
         assert server.stop() == 0
+        assert server.log.count("no state_dict.bin") == 1
 
 
 def test_paths_are_relative_to_the_user_and_not_to_the_checkout(checkout: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with CogServer(root=checkout, cwd=tmp_path, COG_WEIGHTS="mine") as server:
-        assert f"weights: {tmp_path / 'mine'}\n" in server.log
+        wait_for(lambda: f"weights: {tmp_path / 'mine'}\n" in server.log)
 
 
 @needs_proc
@@ -111,27 +110,25 @@ def test_nothing_stays_behind_when_stopped_during_a_request(checkout: Path, tmp_
         answer = server.submit({"prompt": "slow", "input_audio": clip}, id="slow-request")
         wait_for(lambda: list(tmp_path.rglob("half-written")))
         assert len(processes_with(str(tmp_path))) >= 4  # ours, coglet, the worker and its child
-        start = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - start < 10
         assert processes_with(str(tmp_path)) == []
         assert list(tmp_path.iterdir()) == []
         assert not Path("/tmp/coglet/predictions/slow-request").exists()
         with pytest.raises(requests.ConnectionError):
-            answer.result(timeout=5)
+            answer.result(timeout=30)
 
 
 @needs_proc
-def test_ctrl_c_twice_does_not_wait_for_open_requests(checkout: Path, tmp_path: Path) -> None:
-    with CogServer(root=checkout, TMPDIR=str(tmp_path)) as server:
+def test_ctrl_c_twice_does_not_wait_for_open_requests(tmp_path: Path) -> None:
+    checkout = toy.checkout(tmp_path / "checkout", open_requests_s=600)
+    (tmp_path / "temporary").mkdir()
+    with CogServer(root=checkout, TMPDIR=str(tmp_path / "temporary")) as server:
         server.submit({"prompt": "slow"}, id="impatient")
         wait_for(lambda: list(tmp_path.rglob("half-written")))
-        start = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         wait_for(lambda: "Stopping" in server.log)
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(10) == 0
-        assert time.monotonic() - start < 4
+        assert server.process.wait(60) == 0
         assert processes_with(str(tmp_path)) == []
 
 
@@ -140,7 +137,7 @@ def test_it_stops_when_whoever_started_it_is_gone(checkout: Path, tmp_path: Path
     with CogServer(root=checkout, TMPDIR=str(tmp_path)) as server:
         assert server.process.stdin
         server.process.stdin.close()
-        assert server.process.wait(10) == 0
+        assert server.process.wait(60) == 0
         assert processes_with(str(tmp_path)) == []
         assert list(tmp_path.iterdir()) == []
 
@@ -156,7 +153,20 @@ def test_a_server_that_dies_by_itself_says_so_by_its_status(checkout: Path) -> N
     with CogServer(root=checkout) as server:
         coglet = int(subprocess.check_output(["pgrep", "-P", str(server.process.pid)], text=True))
         os.kill(coglet, signal.SIGSEGV)
-        assert server.process.wait(10) == 128 + signal.SIGSEGV
+        assert server.process.wait(60) == 128 + signal.SIGSEGV
+
+
+def test_a_server_that_hangs_is_shown_thread_by_thread_and_stopped(checkout: Path) -> None:
+    """What the harness of these tests does for whoever reads their log."""
+    with CogServer(root=checkout) as server:
+        server.answer_s = 1.0
+        with pytest.raises(
+            AssertionError, match=r'(?s)No answer to POST.*/service\.py", line \d+ in predict'
+        ):
+            server.predict({"prompt": "deadlock"})
+        assert server.process.wait(60) == 0
+        with pytest.raises(requests.ConnectionError):
+            server.health()
 
 
 def test_a_gpu_takes_as_many_at_once_as_the_image_does_and_a_cpu_one(

@@ -4,6 +4,7 @@ What a prompt does is said in the toy; everything that is not the service's own 
 seconds, and in states that the real one cannot be brought into at will.
 """
 
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -16,14 +17,20 @@ SERVICE = Path(__file__).with_name("toy_service.py")
 KEPT = ("__init__.py", "errors.py", "settings.py", "storage.py")
 
 
-def checkout(folder: Path) -> Path:
-    """Makes it in `folder`, which is returned."""
+def checkout(folder: Path, open_requests_s: float = 1.0) -> Path:
+    """Makes it in `folder`, which is returned. A server that is told to stop waits so long for requests."""
     (folder / "scripts").mkdir(parents=True)
     (folder / "musicgen_svc").mkdir()
     for name in ("predict.py", "openapi_schema.json"):
         shutil.copy(ROOT / name, folder)
     for script in ("_serve.py", "_predict.py", "_client.py", "_inputs.py"):
         shutil.copy(ROOT / "scripts" / script, folder / "scripts")
+    serve = folder / "scripts" / "_serve.py"
+    text, found = re.subn(
+        r"(?m)^OPEN_REQUESTS_S = .*", f"OPEN_REQUESTS_S = {open_requests_s}", serve.read_text()
+    )
+    assert found == 1
+    serve.write_text(text)
     for name in KEPT:
         shutil.copy(ROOT / "musicgen_svc" / name, folder / "musicgen_svc")
     shutil.copy(SERVICE, folder / "musicgen_svc" / "service.py")
@@ -45,7 +52,7 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], object], limit_s: float = 20.0) -> None:
+def wait_for(condition: Callable[[], object], limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

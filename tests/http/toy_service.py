@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from musicgen_svc.settings import Settings
 class Service:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._healthy = True
 
     def start(self, weights: str | None) -> None:
         print(f"weights: {weights}")
@@ -25,7 +27,7 @@ class Service:
             raise WeightsError("COG_WEIGHTS is 'broken', where there is no state_dict.bin.")
 
     def healthy(self) -> bool:
-        return True
+        return self._healthy
 
     async def predict(self, fields: dict[str, object], record_metric: Callable[[str, object], None]) -> Path:
         prompt = str(fields["prompt"])
@@ -36,6 +38,13 @@ class Service:
             raise InputError("prompt is 'refused'; it must be another.")
         if prompt == "crash":
             os._exit(1)
+        if prompt == "device lost":
+            self._healthy = False
+            raise InputError("The device is lost.")
+        if prompt == "deadlock":
+            stuck = threading.Lock()
+            stuck.acquire()
+            stuck.acquire()
         if prompt == "slow":  # with a child, and deaf to everything but SIGKILL
             subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
             (folder / "half-written").touch()
@@ -43,7 +52,7 @@ class Service:
                 print(
                     f"\r{percent:3d}%|##        | generate [00:01<00:09]", end="", file=sys.stderr, flush=True
                 )
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.2 if percent < 20 else 60)  # nobody is to see its end
         for name, seconds in {"load": 0.5, "generate": 1.25}.items():
             record_metric(name, seconds)
         record_metric("audio_seconds", fields["duration"])
