@@ -23,10 +23,21 @@ class Separator:
         self._bag = bag
         self._sample_rate = sample_rate
         self._stems = [bag.sources.index(stem) for stem in MELODIC_STEMS]
+        # Those that normalize scale what they make by the deviation of what they hear: none, in silence.
+        self._leaves_silence = all(getattr(model, "normalize", True) for model in bag.models)
 
     @torch.inference_mode()
     def __call__(self, audio: torch.Tensor, tick: Tick = no_tick) -> torch.Tensor:
-        """[B, 1, T] -> [B, 1, T], at the separator's rate. Draws one time shift from `random`."""
+        """[B, 1, T] -> [B, 1, T], at the separator's rate. Draws one time shift a model from `random`."""
+        sounds = audio.flatten(1).any(dim=1)  # [B]
+        if not self._leaves_silence or not sounds.any():  # it draws in any case
+            return self._separated(audio, tick)
+        stems = self._separated(audio[sounds], tick)
+        melody = stems.new_zeros(len(audio), *stems.shape[1:])
+        melody[sounds] = stems
+        return melody
+
+    def _separated(self, audio: torch.Tensor, tick: Tick) -> torch.Tensor:
         from demucs.apply import apply_model
         from demucs.audio import convert_audio
 

@@ -77,12 +77,6 @@ def test_tokens_are_audiocrafts(
     )
 
 
-def test_a_whole_window_is_audiocrafts() -> None:
-    lm = language_model(dim=32, layers=2, heads=2, card=CARD)
-    given = conditions(dim=32)
-    assert_equal_to_audiocraft(lm, given, frames=0, length=1500, sampling=SamplingParams())
-
-
 @pytest.mark.parametrize("length", [1, 2, 4])
 def test_lengths_shorter_than_the_delays(length: int) -> None:
     lm = model("text", "stereo")

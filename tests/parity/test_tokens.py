@@ -1,18 +1,24 @@
 """The tokens of our pipeline are those of audiocraft's own MusicGen, from the same 32 kHz samples."""
 
 import random
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from demucs.apply import BagOfModels
+from demucs.demucs import Demucs
 
 from musicgen_svc.catalog import read_catalog
-from musicgen_svc.generation import perform, write_score
+from musicgen_svc.conditioning import MELODY
+from musicgen_svc.generation import Score, perform, write_score
 from musicgen_svc.loader import Loader
 from musicgen_svc.randomness import GlobalRandom
 from musicgen_svc.request import SamplingParams
+from musicgen_svc.separation import Separator
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights import Weights
 
@@ -43,13 +49,13 @@ def tune(seconds: float, channels: int = 1, pitch_hz: float = 220.0) -> torch.Te
 
 
 def ours(
-    loader: Loader, name: str, seed: int, *, prompt: str | None, seconds: int, sampling: SamplingParams,
+    loader: Loader, name: str, seed: int, *, prompt: str | None, seconds: float, sampling: SamplingParams,
     melody: torch.Tensor | None = None, clip: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     model = loader.model(name if name in ("small", "melody") else "finetuned")
     stream = GlobalRandom(seed, CPU)
     score = write_score(
-        model, prompt=prompt, frames=50 * seconds, melody=melody,
+        model, prompt=prompt, frames=round(50 * seconds), melody=melody,
         clip_tokens=None if clip is None else model.codec.encode(clip), random=stream,
     )  # fmt: skip
     return perform(model, score, sampling, torch.Generator().manual_seed(seed))[0]
@@ -82,7 +88,6 @@ TEXT_CASES = [
     ("stereo", "happy piano", 2, SamplingParams(top_k=50)),
     ("melody", "happy piano", 2, SamplingParams()),
     ("hf-codec", "drums", 1, SamplingParams(top_k=1)),
-    ("small", "rock", 31, SamplingParams(temperature=0.7)),
 ]
 
 
@@ -94,6 +99,82 @@ def test_text(
     expected = audiocrafts(pretrained(name), 5, prompt=prompt, seconds=seconds, sampling=sampling)
     tokens = ours(loaders(name), name, 5, prompt=prompt, seconds=seconds, sampling=sampling)
     assert torch.equal(tokens, expected)
+
+
+LONG = SamplingParams(temperature=0.7)
+
+
+@pytest.fixture(scope="module")
+def long_pieces(pretrained: Pretrained) -> dict[int, torch.Tensor]:
+    """By seconds, audiocraft's own tokens of one request in several lengths.
+
+    Both begin with the same 30 s: a window that starts out as one before, random state and all, is not
+    run again.
+    """
+    model, prompt = pretrained("small"), "rock"
+    generate = model.lm.generate
+    known: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def remembered(context: torch.Tensor | None, conditions: Any, max_gen_len: int, **more: Any) -> Any:
+        seen = None if context is None else context.numpy().tobytes()
+        key = seen, max_gen_len, torch.get_rng_state().numpy().tobytes()
+        if key not in known:
+            tokens = generate(context, conditions, max_gen_len=max_gen_len, **more)
+            known[key] = tokens, torch.get_rng_state()
+        tokens, state = known[key]
+        torch.set_rng_state(state)
+        return tokens
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.lm, "generate", remembered)
+        patch.setattr(model, "generate_audio", lambda tokens: tokens)  # no test listens to it
+        pieces = {
+            seconds: audiocrafts(model, 5, prompt=prompt, seconds=seconds, sampling=LONG)
+            for seconds in (45, 65)
+        }
+    assert len(known) == 2 + 2
+    return pieces
+
+
+@pytest.mark.parametrize("seconds", [45, 65])
+def test_text_over_two_windows_and_over_three(
+    loaders: Callable[[str], Loader], long_pieces: dict[int, torch.Tensor], seconds: int
+) -> None:
+    tokens = ours(loaders("small"), "small", 5, prompt="rock", seconds=seconds, sampling=LONG)
+    assert tokens.shape[1] == 50 * seconds
+    assert torch.equal(tokens, long_pieces[seconds])
+
+
+def test_three_at_once_get_what_audiocraft_gives_each_alone(weights: Path, pretrained: Pretrained) -> None:
+    asked = [
+        ("rock guitar", 1, 5, SamplingParams()),
+        ("a slow sad song", 3, 6, SamplingParams(top_k=0, temperature=1.3, guidance=7)),
+        ("jazz", 2, 7, SamplingParams(top_p=0.9, guidance=1)),
+    ]
+    model = Loader(Weights.at(weights, read_catalog(), None), CPU, Settings(slots=3)).model("small")
+    scores = [
+        write_score(model, prompt=prompt, frames=50 * seconds, melody=None, clip_tokens=None,
+                    random=GlobalRandom(seed, CPU))
+        for prompt, seconds, seed, _ in asked
+    ]  # fmt: skip
+    all_in = threading.Barrier(3)
+
+    def play(score: Score, request: tuple[str, int, int, SamplingParams]) -> torch.Tensor:
+        waited = False
+
+        def tick(done: int, total: int) -> None:
+            nonlocal waited
+            if done and not waited:
+                waited = True
+                all_in.wait(60)
+
+        return perform(model, score, request[3], torch.Generator().manual_seed(request[2]), tick)[0]
+
+    with ThreadPoolExecutor(3) as threads:
+        played = list(threads.map(play, scores, asked))
+    for tokens, (prompt, seconds, seed, sampling) in zip(played, asked, strict=True):
+        expected = audiocrafts(pretrained("small"), seed, prompt=prompt, seconds=seconds, sampling=sampling)
+        assert torch.equal(tokens, expected)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +194,37 @@ def test_melody(
     assert torch.equal(tokens, expected)
 
 
+def test_a_melody_beside_which_no_silence_is_separated(
+    loaders: Callable[[str], Loader], pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """audiocraft asks a Demucs that normalizes for the melody of the null row, too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        demucs = Demucs(
+            ["drums", "bass", "other", "vocals"],
+            channels=8,
+            depth=2,
+            lstm_layers=0,
+            resample=False,
+            segment=5,
+        )
+    bag = BagOfModels([demucs]).eval()
+    model, name = pretrained("melody"), MELODY
+    monkeypatch.setitem(model.lm.condition_provider.conditioners[name].__dict__, "demucs", bag)
+    conditioner = loaders("melody").model("melody").conditioner.conditioners[name]
+    separator = Separator(bag, RATE)
+    monkeypatch.setattr(conditioner, "_separate", separator)
+    sampling, clip = SamplingParams(guidance=7), tune(12.0)
+    expected = audiocrafts(model, 4, prompt="rock", seconds=2, sampling=sampling, melody=clip)
+    rows: list[int] = []
+    demucs.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    tokens = ours(loaders("melody"), "melody", 4, prompt="rock", seconds=2, sampling=sampling, melody=clip)
+    assert torch.equal(tokens, expected)
+    assert set(rows) == {1}
+    heard = conditioner(clip)[0][0]
+    assert heard.unique(dim=0).shape[0] > 3, "one note throughout proves nothing"
+
+
 def test_melodies_are_heard(loaders: Callable[[str], Loader]) -> None:
     sampling = SamplingParams(temperature=0)
     heard = [
@@ -129,14 +241,17 @@ def test_melodies_are_heard(loaders: Callable[[str], Loader]) -> None:
         ("stereo", 2.0, 1, None),
         ("melody", 1.5, 1, "jazz"),
         ("small", 12.3, 19, "slow"),
+        ("small", 20.0, 9.98, "rock"),
+        ("small", 20.0, 10, "rock"),
     ],
 )
 def test_continuation(
     loaders: Callable[[str], Loader], pretrained: Pretrained,
-    name: str, clip_s: float, seconds: int, prompt: str | None,
+    name: str, clip_s: float, seconds: float, prompt: str | None,
 ) -> None:  # fmt: skip
+    """Within the window, a frame short of it, exactly as long, and longer."""
     sampling, clip = SamplingParams(), tune(clip_s, 2 if name == "stereo" else 1)
-    frames = -(-clip.shape[1] // 640) + 50 * seconds
+    frames = -(-clip.shape[1] // 640) + round(50 * seconds)
     total_s = (frames + 0.25) / 50  # audiocraft cuts to whole frames, and its seconds are floats
     expected = audiocrafts(pretrained(name), 3, prompt=prompt, seconds=total_s, sampling=sampling, clip=clip)
     tokens = ours(loaders(name), name, 3, prompt=prompt, seconds=seconds, sampling=sampling, clip=clip)

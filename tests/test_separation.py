@@ -1,0 +1,72 @@
+"""Demucs is not asked what is in silence, and whoever asks cannot tell."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from demucs.apply import BagOfModels
+from demucs.demucs import Demucs
+from torch import Tensor
+
+from musicgen_svc.separation import Separator
+
+RATE_HZ = 32_000
+
+
+def separator(normalize: bool = True) -> Separator:
+    """A small one with random weights, and biases that are heard even in silence."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Demucs(
+            ["drums", "bass", "other", "vocals"], channels=4, depth=2, lstm_layers=0, resample=False,
+            segment=2, normalize=normalize,
+        )  # fmt: skip
+    return Separator(BagOfModels([model]).eval(), RATE_HZ)
+
+
+def separated(
+    separate: Separator, audio: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Tensor, set[int], Any]:
+    """The stems, how many rows Demucs heard at a time, and where `random` stands behind it."""
+    rows: set[int] = set()
+    forward = Demucs.forward
+    monkeypatch.setattr(Demucs, "forward", lambda self, mix: (rows.add(len(mix)), forward(self, mix))[1])
+    random.seed(3)
+    return separate(audio), rows, random.getstate()
+
+
+@pytest.fixture
+def both() -> Tensor:
+    """[2, 1, T]: noise, and silence."""
+    noise = torch.randn(1, 3 * RATE_HZ + 11, generator=torch.Generator().manual_seed(1)) / 5
+    return torch.stack([noise, torch.zeros_like(noise)])
+
+
+def test_a_silent_row_comes_out_as_from_demucs_and_costs_nothing(
+    both: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    separate = separator()
+    found, rows, state = separated(separate, both, monkeypatch)
+    assert rows == {1}
+    monkeypatch.setattr(separate, "_leaves_silence", False)
+    asked, all_rows, state_of_both = separated(separate, both, monkeypatch)
+    assert all_rows == {2}
+    assert state == state_of_both
+    assert torch.equal(found[1], asked[1]) and found[1].count_nonzero() == 0
+    torch.testing.assert_close(found[0], asked[0], atol=1e-6, rtol=0)
+    assert asked[0].std() > 0.001
+
+
+def test_a_demucs_that_hears_something_in_silence_is_asked(
+    both: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, rows, _ = separated(separator(normalize=False), both, monkeypatch)
+    assert rows == {2}
+    assert found[1].abs().max() > 0.001
+
+
+def test_silence_alone_draws_as_sound_does(both: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _, state = separated(separator(), both[1:], monkeypatch)
+    assert found.count_nonzero() == 0
+    assert state == separated(separator(), both[:1], monkeypatch)[2]
