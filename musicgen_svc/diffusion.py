@@ -10,13 +10,16 @@ window comes out as audiocraft's own `tokens_to_wav` gives it. What is ours:
   pieces with their full reach, so that memory is bounded in everything but the samples themselves.
 - Channels. Each is decoded by itself, from the same noise: equal channels stay equal.
 - Equalization. Per channel, and a band that the models left silent stays silent.
+- On a GPU the U-Nets compute in fp16 where autocast deems it safe; the chain and its noise stay in fp32.
+  The schedule's numbers lie on the host, which decides by them and so need not ask the device.
 
 This file knows no text, no files but the checkpoint, and draws from torch's global generator, which
 is the caller's to pin.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +39,7 @@ from musicgen_svc.ticks import Tick, no_tick
 
 OVERLAP_S = 2.0  # of two windows, where they are long enough
 PIECE_S = 2.0  # of the signal that a bank of filters works on at once
+AHEAD = 2  # evaluations by which the host may be ahead of a GPU: it never starves, and progress is true
 EQUALIZER_BANDS = 32
 SILENCE = 1e-9  # standard deviation of a band below which there is nothing to equalize
 
@@ -86,7 +90,7 @@ def _build_band(package: dict[str, Any], sample_rate: int, device: torch.device)
     processor.load_state_dict(package["processor_state"])
     return Band(
         unet=unet.to(device, torch.float32).eval().requires_grad_(False),
-        schedule=NoiseSchedule(**config.schedule, device=device),
+        schedule=NoiseSchedule(**config.schedule, device="cpu"),
         processor=processor.to(device).eval(),
         sample_rate=sample_rate,
         dimension=unet.conv_codec.in_channels,
@@ -96,8 +100,13 @@ def _build_band(package: dict[str, Any], sample_rate: int, device: torch.device)
 class MultiBandDiffusion:
     """The decoder. `window_s` bounds what a U-Net sees at once, and with it the memory."""
 
-    def __init__(self, bands: list[Band], codec: Codec, window_s: float = 60.0) -> None:
+    def __init__(
+        self, bands: list[Band], codec: Codec, window_s: float = 60.0, half: bool | None = None
+    ) -> None:
         """
+        Args:
+            half: whether U-Nets run under fp16 autocast; None: on a GPU.
+
         Raises:
             WeightsError: the bands were trained for a codec of another rate.
         """
@@ -108,6 +117,7 @@ class MultiBandDiffusion:
             )
         self._bands, self._codec = bands, codec
         self._device = next(bands[0].unet.parameters()).device
+        self._half = self._device.type == "cuda" if half is None else half
         self._window = max(4, int(window_s * codec.sample_rate / codec.hop))
         self._overlap = min(int(OVERLAP_S * codec.sample_rate / codec.hop), self._window // 4)
         self._piece = int(PIECE_S * codec.sample_rate)
@@ -127,7 +137,7 @@ class MultiBandDiffusion:
         self._check(*latents.shape[:2])
         windows = plan(tokens.shape[-1], self._window, self._overlap)
         evaluations = sum(len(band.steps) - 1 for band in self._bands)
-        count = _Count(tick, len(latents) * evaluations * len(windows))
+        count = _Count(tick, len(latents) * evaluations * len(windows), self._device)
         reference = self._codec.decode(tokens, count.unchanged).float()  # [C, T]
         forked = [self._device] if self._device.type == "cuda" else []
         channels = []
@@ -154,7 +164,7 @@ class MultiBandDiffusion:
         for band in self._bands:
             with _reporting(band.unet, count):
                 end = band.schedule.generate_subsampled(
-                    model=_Windowed(band.unet, windows, self._codec.hop, count),
+                    model=_Windowed(band.unet, windows, self._codec.hop, count, half=self._half),
                     initial=torch.randn_like(out),
                     step_list=band.steps,
                     condition=condition,
@@ -225,16 +235,21 @@ class _Estimate:
 class _Windowed:
     """A U-Net over any length: its windows' estimates, crossfaded with a constant sum of gains."""
 
-    def __init__(self, unet: nn.Module, windows: list[tuple[int, int]], hop: int, count: "_Count") -> None:
-        self._unet, self._windows, self._hop, self._count = unet, windows, hop, count
+    def __init__(
+        self, unet: nn.Module, windows: list[tuple[int, int]], hop: int, count: "_Count", *, half: bool
+    ) -> None:
+        self._unet, self._windows, self._hop, self._count, self._half = unet, windows, hop, count, half
 
     def __call__(self, x: torch.Tensor, step: int, condition: torch.Tensor) -> _Estimate:
         """x: [1, 1, F * hop], condition: [1, D, F]."""
         out = torch.zeros_like(x)
+        steps = torch.full((len(x),), step, device=x.device)  # of a number the U-Net makes one that waits
         known = 0  # frames that already have an estimate
         for start, stop in self._windows:
             part = slice(start * self._hop, stop * self._hop)
-            estimate = self._unet(x[..., part], step, condition=condition[..., start:stop]).sample
+            with torch.autocast(x.device.type, torch.float16) if self._half else nullcontext():
+                answer = self._unet(x[..., part], steps, condition=condition[..., start:stop])
+            estimate = answer.sample.to(x.dtype)
             shared = (known - start) * self._hop
             if shared > 0:
                 rise = (torch.arange(shared, device=x.device) + 0.5) / shared
@@ -249,10 +264,17 @@ class _Windowed:
 class _Count:
     """Counts evaluations of the U-Nets, where nearly all the time goes."""
 
-    def __init__(self, tick: Tick, total: int) -> None:
-        self._tick, self._done, self._total = tick, 0, total
+    def __init__(self, tick: Tick, total: int, device: torch.device) -> None:
+        self._tick, self._done, self._total, self._device = tick, 0, total, device
+        self._enqueued: deque[torch.cuda.Event] = deque()
 
     def __call__(self) -> None:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
+            self._enqueued.append(event)
+            if len(self._enqueued) > AHEAD:
+                self._enqueued.popleft().synchronize()
         self._done += 1
         self.unchanged()
 

@@ -1,5 +1,6 @@
 """MultiBand Diffusion: audiocraft's own result for a mono piece, and beyond it length, stereo and silence."""
 
+import copy
 import dataclasses
 import os
 import re
@@ -15,8 +16,9 @@ from torch import nn
 
 from musicgen_svc.codec import Codec
 from musicgen_svc.compat import SampleProcessor
-from musicgen_svc.diffusion import Band, MultiBandDiffusion, in_pieces, load_bands, plan
+from musicgen_svc.diffusion import AHEAD, Band, MultiBandDiffusion, _Count, in_pieces, load_bands, plan
 from musicgen_svc.errors import Stopped, WeightsError
+from musicgen_svc.ticks import no_tick
 
 CPU = torch.device("cpu")
 CARD, HOP, RATE = 400, 640, 32_000
@@ -125,7 +127,7 @@ class _Watched(nn.Module):
         super().__init__()
         self._unet, self._seen = unet, seen
 
-    def forward(self, x: torch.Tensor, step: int, condition: torch.Tensor) -> Any:
+    def forward(self, x: torch.Tensor, step: torch.Tensor, condition: torch.Tensor) -> Any:
         self._seen.append(x.shape[-1])
         return self._unet(x, step, condition=condition)
 
@@ -142,7 +144,7 @@ class _Constant(nn.Module):
         super().__init__()
         self._anchor = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: torch.Tensor, step: int, condition: torch.Tensor) -> _Answer:
+    def forward(self, x: torch.Tensor, step: torch.Tensor, condition: torch.Tensor) -> _Answer:
         return _Answer(condition.mean() + torch.zeros_like(x))
 
 
@@ -298,6 +300,109 @@ def test_a_tick_that_raises_ends_it_within_one_evaluation(
         _decode(diffusion, _tokens(4, 6), tick=tick)
     assert len(seen) == stop_at
     assert _decode(diffusion, _tokens(4, 6)).isfinite().all()
+
+
+class _Typed(nn.Module):
+    """Notes what kinds of tensors a U-Net is given and what its convolutions make of them."""
+
+    def __init__(self, unet: nn.Module, seen: set[Any]) -> None:
+        super().__init__()
+        self._unet, self._seen = unet, seen
+        for part in unet.modules():
+            if isinstance(part, nn.Conv1d):
+                part.register_forward_hook(lambda _, __, made: seen.add(made.dtype))
+
+    def forward(self, x: torch.Tensor, step: torch.Tensor, condition: torch.Tensor) -> Any:
+        self._seen.add((x.dtype, step.dtype, step.device.type))
+        return self._unet(x, step, condition=condition)
+
+
+def test_the_unets_compute_in_half_and_the_chain_does_not(
+    file: Path, mono: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; autocast does on a CPU what it does there, where oneDNN leaves it to torch."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    seen: set[Any] = set()
+    band = load_bands(file, CPU)[0]
+    bands = [dataclasses.replace(band, unet=_Typed(band.unet, seen))]
+    half, whole = (
+        _decode(MultiBandDiffusion(bands, mono, half=half), _tokens(4, 6)) for half in (True, None)
+    )
+    assert seen == {torch.float16, torch.float32, (torch.float32, torch.long, "cpu")}
+    assert half.dtype == torch.float32
+    error = (half - whole).std() / whole.std()
+    assert 0 < error < 0.05
+
+
+def test_nothing_in_the_chain_asks_the_device(file: Path) -> None:
+    """On the meta device a tensor has no numbers: whoever wants one to go on fails."""
+
+    class Shape:
+        sample_rate, hop, channels = RATE, HOP, 1
+
+    meta = torch.device("meta")
+    band = load_bands(file, meta)[0]
+    diffusion = MultiBandDiffusion([band], Shape())  # type: ignore[arg-type]
+    latents = torch.empty(1, band.dimension, 2, device=meta)
+    windows, count = [(0, 2)], _Count(no_tick, 1, meta)
+    with torch.no_grad():
+        assert diffusion._diffuse(latents, windows, count).shape == (1, 1, 2 * HOP)
+        with pytest.raises(RuntimeError, match="meta"):
+            waits = dataclasses.replace(band, schedule=_moved(band.schedule, meta))
+            MultiBandDiffusion([waits], Shape())._diffuse(latents, windows, count)  # type: ignore[arg-type]
+
+
+def _moved(schedule: Any, device: torch.device) -> Any:
+    """The schedule with its numbers where audiocraft has them."""
+    moved = copy.copy(schedule)
+    moved.betas = schedule.betas.to(device)
+    return moved
+
+
+def test_the_host_is_only_a_little_ahead_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+
+    class Event:
+        made = 0
+
+        def __init__(self) -> None:
+            Event.made += 1
+            self._number = Event.made
+
+        def record(self, stream: str) -> None:
+            assert stream == "the stream"
+
+        def synchronize(self) -> None:
+            waited.append(self._number)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream")
+    done: list[int] = []
+    count = _Count(lambda at, _: done.append(at), 9, torch.device("cuda"))
+    for evaluation in range(1, 6):
+        count()
+        assert waited == list(range(1, evaluation - AHEAD + 1))
+    assert done == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_it_never_waits_and_sounds_the_same(file: Path, mono: Codec) -> None:
+    gpu = torch.device("cuda")
+    latents = mono.latents(_tokens(4, 40)).float()[:1].to(gpu)
+    wavs = []
+    for half in (None, False):
+        diffusion = MultiBandDiffusion(load_bands(file, gpu), mono, half=half)
+        with torch.no_grad():
+            for mode in ("default", "error"):  # the first one chooses algorithms
+                torch.manual_seed(7)
+                torch.cuda.set_sync_debug_mode(mode)
+                try:
+                    wavs.append(diffusion._diffuse(latents, [(0, 25), (15, 40)], _Count(no_tick, 1, gpu)))
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+    half, whole = wavs[1], wavs[3]
+    assert 0 < (half - whole).std() < 0.05 * whole.std()
 
 
 class _Malice:
