@@ -72,7 +72,7 @@ class MelodyConditioner(nn.Module):
         if melody is None:
             stems = torch.zeros(2, 1, 1, device=device)
         else:
-            # The null row is silence of the melody's length, separated and analysed like the melody.
+            # The null row is silence of the melody's length, and treated like the melody.
             batch = torch.stack([melody, torch.zeros_like(melody)]).to(device)
             with torch.autocast(device.type, enabled=False):
                 stems = self._separate(batch, tick)

@@ -80,13 +80,14 @@ class Loader:
         self._fitting: set[tuple[FileState, str]] = set()
 
     def start(self) -> Model:
-        """Loads `finetuned`, or where there is none, the first base model that is present.
+        """Loads somebody's own `finetuned`, else the first base model that is present, else the demo model.
 
         Raises:
-            WeightsError: there is neither, or what is there does not load or is larger than the budget.
+            WeightsError: there is none of them, or it does not load or is larger than the budget.
         """
+        own = self._weights.finetuned and not self._weights.is_demo
         base = self._weights.base_models()
-        return self.model(FINETUNED if self._weights.finetuned or not base else base[0])
+        return self.model(FINETUNED if own or not base else base[0])
 
     def model(self, name: str) -> Model:
         """The model called `name`, in place of others if need be.

@@ -9,7 +9,8 @@ from musicgen_svc.errors import WeightsError
 from musicgen_svc.settings import Settings
 
 FINETUNED = "finetuned"
-DEMO = "8songs"
+DEMO = Path(__file__).resolve().parent.parent / "weights" / "8songs"
+"""The model that comes with the service, wherever the other weights are."""
 UNPACKED = ".unpacked"
 FETCHED = ".fetched"
 
@@ -36,11 +37,13 @@ class Weights:
     folder: Path
     catalog: Catalog
     finetuned: Path | None
-    """The checkpoint of `finetuned`, a file or a folder, if there is one."""
+    """The checkpoint of `finetuned`, a file or a folder, if there is one: the demo model at least."""
+    is_demo: bool = False
+    """Whether that is the demo model."""
 
     @classmethod
-    def at(cls, folder: Path, catalog: Catalog, given: str | None) -> "Weights":
-        """`given`: the path in COG_WEIGHTS, which comes before `finetuned` and `8songs` in `folder`.
+    def at(cls, folder: Path, catalog: Catalog, given: str | None, demo: Path = DEMO) -> "Weights":
+        """`given`: the path in COG_WEIGHTS, which comes before `finetuned` in `folder` and the demo model.
 
         Raises:
             WeightsError: a checkpoint was given and is not there.
@@ -51,8 +54,11 @@ class Weights:
             if not path.exists():
                 raise WeightsError(f"COG_WEIGHTS is {given!r}, where there is nothing.")
             return cls(folder, catalog, path)
-        present = [folder / name for name in (FINETUNED, DEMO) if _holds_something(folder / name)]
-        return cls(folder, catalog, present[0] if present else None)
+        if _holds_something(folder / FINETUNED):
+            return cls(folder, catalog, folder / FINETUNED)
+        if _holds_something(demo):
+            return cls(folder, catalog, demo, is_demo=True)
+        return cls(folder, catalog, None)
 
     def base_models(self) -> list[str]:
         """The base models that are present, in the manifest's order."""

@@ -14,7 +14,7 @@ from musicgen_svc.conditioning import TEXT, TextConditioner
 from musicgen_svc.errors import InputError, WeightsError
 from musicgen_svc.loader import Loader, Model
 from musicgen_svc.settings import Settings
-from musicgen_svc.weights import Weights
+from musicgen_svc.weights import DEMO, Weights
 
 CPU = torch.device("cpu")
 
@@ -34,6 +34,14 @@ def test_start_loads_the_finetune_or_else_the_first_base_model(weights: Path, ow
     assert loader(weights).start().name == "small"
 
 
+def test_the_demo_model_is_there_wherever_the_weights_are(weights: Path, tmp_path: Path) -> None:
+    assert loader(tmp_path).start().place == DEMO
+    beside = loader(weights)
+    assert beside.start().name == "small" and beside.model("finetuned").place == DEMO
+    shutil.copytree(weights / "small", tmp_path / "finetuned")
+    assert Weights.at(tmp_path, read_catalog(), None).finetuned == tmp_path / "finetuned"
+
+
 def test_the_precision_of_the_settings_is_the_engines(weights: Path) -> None:
     place = Weights.at(weights, read_catalog(), None)
     chosen = Loader(place, CPU, Settings(precision="bfloat16")).model("small")
@@ -45,7 +53,7 @@ def test_the_precision_of_the_settings_is_the_engines(weights: Path) -> None:
 
 def test_start_without_any_weights_says_where_they_belong(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"finetuned.*COG_WEIGHTS.*no model is present"):
-        loader(tmp_path).start()
+        Loader(Weights.at(tmp_path, read_catalog(), None, demo=tmp_path / "none"), CPU, Settings()).start()
 
 
 def test_an_absent_model_is_named_with_the_command_that_gets_it(weights: Path) -> None:
