@@ -44,7 +44,8 @@ def engine_bytes(config: DictConfig, device: torch.device, *, slots: int, precis
     """What an engine keeps beside the model that it decodes with.
 
     On a GPU keys and values of every slot's two rows and of its text, in fp16; and what a faster
-    precision packs: the matrices of the layers and the heads, in bfloat16.
+    precision packs: the matrices of the layers and the heads, in two bytes a number at most. What the
+    model lets go of for it is not taken off, as both are there for a moment.
     """
     lm = config.transformer_lm
     # Of attention to a text only query and output: its keys and values are computed once a request.

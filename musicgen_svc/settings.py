@@ -29,10 +29,14 @@ class Settings:
     """Longest piece that MultiBand Diffusion decodes at once; longer ones are crossfaded."""
     lora_strength: float = 1.0
     """How much of a LoRA adapter is merged into its base model; 1: as it was trained."""
-    precision: str = field(default="reference", metadata={"choices": ("reference", "bfloat16")})
-    """`bfloat16`: the language model's products in bfloat16, faster, and other music than `reference`."""
+    precision: str = field(
+        default="reference", metadata={"choices": ("reference", "float16", "bfloat16", "int8")}
+    )
+    """Of the language model's matrices, see `engine/projections.py`."""
     cuda_graphs: bool = False
     """On a GPU: record the decoding step once and replay it, instead of launching each operation."""
+    gpu_kernels: bool = False
+    """On a GPU: decode with Triton kernels of our own, once they have proven equal at start."""
     tag_prompt: bool = False
     """Whether the prompt is written into the output's tags."""
     slots: int = field(default=1, metadata={"variable": "COG_MAX_CONCURRENCY"})

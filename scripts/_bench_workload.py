@@ -16,6 +16,9 @@ from musicgen_svc.request import SamplingParams
 
 GB = 1e9
 
+WEIGHT_BYTES = {"float16": 2, "bfloat16": 2, "int8": 1}
+"""Of one number, where it does not have the layers' dtype."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -81,7 +84,7 @@ class Workload:
             if lm.fuser.cond2fuse[name] == "prepend"
         )
         cached = (prefix + self.columns / 2) * self.bytes_per_position(slots)
-        return read * (2 if precision == "bfloat16" else self._itemsize) + cached
+        return read * WEIGHT_BYTES.get(precision, self._itemsize) + cached
 
     def bytes_per_position(self, slots: int) -> int:
         """Of the cache: keys and values of both rows in every layer."""
@@ -92,6 +95,13 @@ class Workload:
         """Of the layers' dtype, which keys and values have too."""
         size: int = self.lm.transformer.layers[0].linear1.weight.element_size()
         return size
+
+
+def stored_in_float16(lm: LMModel) -> LMModel:
+    """The same model with every number rounded as a checkpoint in float16 has it: all released ones are."""
+    for parameter in lm.parameters():
+        parameter.copy_(parameter.half())
+    return lm
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

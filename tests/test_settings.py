@@ -22,7 +22,7 @@ def test_every_setting_is_read_in_its_own_type() -> None:
         "MUSICGEN_DIFFUSION_WINDOW_S": "20", "MUSICGEN_TAG_PROMPT": "true", "MUSICGEN_PRECISION": "bfloat16",
         "MUSICGEN_CUDA_GRAPHS": "1", "MUSICGEN_LORA_STRENGTH": "0.5", "COG_MAX_CONCURRENCY": "4",
         "MUSICGEN_MEMORY_BUDGET_GB": "7.5", "MUSICGEN_WEIGHTS_HOSTS": "a.org,b.org",
-        "MUSICGEN_WEIGHTS_MAX_GB": "1.5",
+        "MUSICGEN_WEIGHTS_MAX_GB": "1.5", "MUSICGEN_GPU_KERNELS": "0",
     }  # fmt: skip
     assert len(environment) == len(dataclasses.fields(Settings))
     expected = Settings(
@@ -36,6 +36,7 @@ def test_every_setting_is_read_in_its_own_type() -> None:
         0.5,
         "bfloat16",
         True,
+        False,
         True,
         4,
         7.5,

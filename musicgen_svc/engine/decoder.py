@@ -1,9 +1,9 @@
 """A forward of our own over the weights of audiocraft's `LMModel`.
 
-The weights are shared with the model, not copied. The arithmetic is audiocraft's: embeddings and
-positions in the embeddings' dtype, a residual stream and LayerNorms in fp32, products and attention
-in the layers' dtype. On a CPU all of these are fp32; on a GPU audiocraft makes the layers alone fp16,
-and autocast does the rest. What differs is what is read: keys and values stay where they are, the
+The weights are shared with the model, or packed, see `projections.py`. The arithmetic is audiocraft's:
+embeddings and positions in the embeddings' dtype, a residual stream and LayerNorms in fp32, products and
+attention in the layers' dtype. On a CPU all of these are fp32; on a GPU audiocraft makes the layers alone
+fp16, and autocast does the rest. What differs is what is read: keys and values stay where they are, the
 text's are computed once per request, and rows that cannot change the result are left out.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from musicgen_svc.compat import DelayedPatternProvider, LMModel
 from musicgen_svc.engine.kv_cache import Attention
+from musicgen_svc.engine.operations import PLAIN, Operations
 from musicgen_svc.engine.projections import Precision, Projection, projection
 from musicgen_svc.errors import WeightsError
 
@@ -26,21 +27,23 @@ Conditions: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
 Pulse: TypeAlias = Callable[[], None]
 """Called a few times per layer; may raise to abandon a long prefill."""
 
-Norm: TypeAlias = Callable[[Tensor], Tensor]
+AddNorm: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""The residual stream in fp32, and what the block before adds to it -> their sum; and its norm, in the
+layers' dtype. A block's result is added where the next norm reads the sum anyway."""
 
 
 @dataclass(frozen=True)
 class Layer:
     """One transformer layer: every weight bound to the operation that reads it."""
 
-    norm: Norm
+    norm: AddNorm
     qkv: Projection
     out: Projection
-    cross_norm: Norm | None
+    cross_norm: AddNorm | None
     cross_query: Projection | None
     cross_key_value: Tensor | None  # [2 * D, D], read once per request
     cross_out: Projection | None
-    ff_norm: Norm
+    ff_norm: AddNorm
     ff_in: Projection
     ff_out: Projection
 
@@ -48,11 +51,20 @@ class Layer:
 class Decoder:
     """Tokens and what came before -> logits.
 
+    exclusive: nobody else computes with the model, which lets go of each matrix that is packed here
+
     Raises:
         WeightsError: the model is built in a way that no released MusicGen is.
     """
 
-    def __init__(self, lm: LMModel, precision: Precision = "reference") -> None:
+    def __init__(
+        self,
+        lm: LMModel,
+        precision: Precision = "reference",
+        operations: Operations = PLAIN,
+        *,
+        exclusive: bool = False,
+    ) -> None:
         check_architecture(lm)
         self._lm = lm
         self.delays: tuple[int, ...] = tuple(lm.pattern_provider.delays)
@@ -62,9 +74,20 @@ class Decoder:
         self.heads: int = lm.transformer.layers[0].self_attn.num_heads
         self.weights: Tensor = lm.emb[0].weight
         self._activation: Callable[[Tensor], Tensor] = lm.transformer.layers[0].activation
-        self.layers = [_layer(layer, precision) for layer in lm.transformer.layers]
-        self._out_norm = _norm(lm.out_norm)
+        self.operations = operations
+
+        def norm(module: nn.LayerNorm) -> AddNorm:
+            return _add_norm(module, operations, self.dtype)
+
+        self.layers: list[Layer] = []
+        for layer in lm.transformer.layers:
+            self.layers.append(_layer(layer, precision, norm))
+            if exclusive:  # here, so that there are never two of the whole model
+                _let_go(layer)
+        self._out_norm = norm(lm.out_norm)
         self._logits = projection(_merged_heads(lm).to(self.dtype), precision)
+        if exclusive:
+            _let_go(lm.linears)
         self._table = torch.empty(0)
         self.reserve(2048)
 
@@ -134,34 +157,38 @@ class Decoder:
         if prefix is not None:
             x = torch.cat([prefix.float(), x], dim=1)
         x = x + self._table[attention.positions]
+        delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            x = self._forward(x, index, layer, attention, pulse)
-        hidden = self._out_norm(x[:, -1]).to(self.dtype)
+            x, delta = self._forward(x, delta, index, layer, attention, pulse)
+        assert delta is not None
+        _, hidden = self._out_norm(x[:, -1], delta[:, -1])
         return self._logits(hidden).view(len(hidden), self.codebooks, self.card)
 
-    def _forward(self, x: Tensor, index: int, layer: Layer, attention: Attention, pulse: Pulse) -> Tensor:
-        """[rows, T, D] -> the same."""
-        query, key, value = self._split(layer.qkv(layer.norm(x).to(self.dtype)), 3)
+    def _forward(
+        self, x: Tensor, delta: Tensor | None, index: int, layer: Layer, attention: Attention, pulse: Pulse
+    ) -> tuple[Tensor, Tensor]:
+        """[rows, T, D] twice, the stream and what is still to be added to it -> the same."""
+        x, normed = layer.norm(x, delta)
+        query, key, value = self._split(layer.qkv(normed), 3)
         pulse()
-        x = x + layer.out(_joined(attention.attend(index, query, key, value)))
+        delta = layer.out(_joined(attention.attend(index, query, key, value)))
         pulse()
-        if layer.cross_query is not None:
-            x = self._cross(x, index, layer, attention)
+        if layer.cross_norm is not None and (attention.cross_rows is None or len(attention.cross_rows)):
+            x, normed = layer.cross_norm(x, delta)
+            delta = self._cross(normed, index, layer, attention)
             pulse()
-        inner = self._activation(layer.ff_in(layer.ff_norm(x).to(self.dtype)))
+        x, normed = layer.ff_norm(x, delta)
+        inner = self._activation(layer.ff_in(normed))
         pulse()
-        return x + layer.ff_out(inner)
+        return x, layer.ff_out(inner)
 
-    def _cross(self, x: Tensor, index: int, layer: Layer, attention: Attention) -> Tensor:
-        """Adds what the text says to the rows that have one; the rest would add exactly zero."""
-        assert layer.cross_norm and layer.cross_query and layer.cross_out
+    def _cross(self, normed: Tensor, index: int, layer: Layer, attention: Attention) -> Tensor:
+        """[rows, T, D] -> what the text says to the rows that have one, exactly zero to the rest."""
+        assert layer.cross_query and layer.cross_out
         rows = attention.cross_rows
-        if rows is not None and len(rows) == 0:
-            return x
-        own = x if rows is None else x[rows]
-        (query,) = self._split(layer.cross_query(layer.cross_norm(own).to(self.dtype)), 1)
+        (query,) = self._split(layer.cross_query(normed if rows is None else normed[rows]), 1)
         heard = layer.cross_out(_joined(attention.cross(index, query)))
-        return x + heard if rows is None else x.index_add(0, rows, heard.to(x.dtype))
+        return heard if rows is None else torch.zeros_like(normed).index_copy_(0, rows, heard)
 
     def _split(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[rows, T, parts * D] -> parts times [rows, heads, T, head]."""
@@ -218,31 +245,38 @@ def check_architecture(lm: LMModel) -> None:
             )
 
 
-def _layer(layer: Any, precision: Precision) -> Layer:
+def _layer(layer: Any, precision: Precision, norm: Callable[[nn.LayerNorm], AddNorm]) -> Layer:
     cross = layer.cross_attention
     dim = layer.linear1.in_features
 
     def bound(weight: Tensor) -> Projection:
-        return projection(weight, precision)
+        return projection(weight.detach(), precision)
 
     return Layer(
-        norm=_norm(layer.norm1),
+        norm=norm(layer.norm1),
         qkv=bound(layer.self_attn.in_proj_weight),
         out=bound(layer.self_attn.out_proj.weight),
-        cross_norm=None if cross is None else _norm(layer.norm_cross),
+        cross_norm=None if cross is None else norm(layer.norm_cross),
         cross_query=None if cross is None else bound(cross.in_proj_weight[:dim]),
         cross_key_value=None if cross is None else cross.in_proj_weight[dim:],
         cross_out=None if cross is None else bound(cross.out_proj.weight),
-        ff_norm=_norm(layer.norm2),
+        ff_norm=norm(layer.norm2),
         ff_in=bound(layer.linear1.weight),
         ff_out=bound(layer.linear2.weight),
     )
 
 
-def _norm(module: nn.LayerNorm) -> Norm:
+def _let_go(module: nn.Module) -> None:
+    """Empties a module's matrices. Whatever reads one as it is holds it by itself."""
+    for parameter in module.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.new_empty(0)
+
+
+def _add_norm(module: nn.LayerNorm, operations: Operations, dtype: torch.dtype) -> AddNorm:
     """LayerNorm in fp32; of its weights only fp16 ones are copied."""
     weight, bias = module.weight.float(), module.bias.float()
-    return lambda x: F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+    return lambda x, delta: operations.add_norm(x, delta, weight, bias, module.eps, dtype)
 
 
 def _merged_heads(lm: LMModel) -> Tensor:

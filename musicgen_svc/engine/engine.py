@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from musicgen_svc.compat import LMModel
+from musicgen_svc.engine.choice import operations_for
 from musicgen_svc.engine.decoder import Conditions, Decoder, Pulse
 from musicgen_svc.engine.delays import deinterleave, first_column, interleave
 from musicgen_svc.engine.kv_cache import Ragged, RequestCache
@@ -84,13 +85,16 @@ class StepError(Exception):
 
 
 class Engine:
-    """Decodes with the weights of one language model, which it shares.
+    """Decodes with the weights of one language model.
 
     slots: how many requests decode at once; more wait their turn
     static: keep every slot's state on the device, and draw there, as a GPU wants it; None: on a GPU.
         Forced off there only greedy requests run, since a generator draws on its own device alone.
     graphs: on a GPU, record the step and replay it; off, the same step runs operation by operation
+    kernels: decode with Triton kernels of our own; None: on a GPU, where they work. True: or fail.
+        Only where the state is static
     turn: held whenever the device is used; others may use it too. None: nobody else does
+    exclusive: see `Decoder`
     """
 
     def __init__(
@@ -101,13 +105,18 @@ class Engine:
         precision: Precision = "reference",
         static: bool | None = None,
         graphs: bool = True,
+        kernels: bool | None = None,
         turn: Turns | None = None,
+        exclusive: bool = False,
     ) -> None:
         assert slots >= 1 and not lm.training, (slots, lm.training)
         self.precision = precision
-        self.decoder = Decoder(lm, precision)
+        if static is None:
+            static = lm.emb[0].weight.device.type == "cuda"
+        operations = operations_for(lm, kernels if static else False)
+        self.decoder = Decoder(lm, precision, operations, exclusive=exclusive)
         self._static: StaticBatch | None = None
-        if static if static is not None else self.decoder.device.type == "cuda":
+        if static:
             self._static = StaticBatch(self.decoder, Capacity(slots), graphs=graphs)
         self._open: list[Slot] = []
         self._places = Turns(slots)

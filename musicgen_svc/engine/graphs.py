@@ -1,7 +1,8 @@
 """The only CUDA-graph code: a function without arguments, recorded once per key and then replayed.
 
 Recording and replaying is all this knows. What the function reads and writes must stay where it is
-in memory, and nothing in it may wait for the host.
+in memory, and nothing in it may wait for the host. What it only needs on the way lies in memory that
+all recordings share, since nothing of it outlives a replay.
 
 A recording belongs to no thread: any may replay it, if only one does so at a time. The recording
 itself binds two things that do belong to a thread, the current device and the capturing stream, and
@@ -10,7 +11,7 @@ stream: torch allocates by stream, and the capture watches its own thread only.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -31,6 +32,7 @@ class Graphed(Generic[Key]):
         self._device = device
         self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
         self._stream: torch.cuda.Stream | None = None  # one: libraries keep a workspace for each
+        self._pool: Any = None
         self.enabled = enabled and device.type == "cuda"
 
     def __call__(self, key: Key, rehearsal: Callable[[Callable[[], None]], None]) -> None:
@@ -48,6 +50,7 @@ class Graphed(Generic[Key]):
     def forget(self) -> None:
         """Lets go of all recordings: what they read and write will be elsewhere."""
         self._graphs.clear()
+        self._pool = None  # goes with the last graph in it
 
     def _record(self, key: Key) -> None:
         with torch.cuda.device(self._device):  # a thread begins with the first one
@@ -58,6 +61,7 @@ class Graphed(Generic[Key]):
                     self._function(key)
             torch.cuda.current_stream().wait_stream(beside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"):
                 self._function(key)
+            self._pool = graph.pool()
             self._graphs[key] = graph

@@ -3,7 +3,7 @@
 `RequestCache` holds one request's. `Ragged` lets several requests of different lengths, whose
 rows lie one after the other in the batch, attend each to its own, over the used length only.
 
-The static counterpart, whose lengths live on the device, is in `graphs.py`.
+The static counterpart, whose lengths live on the device, is in `static.py`.
 """
 
 from collections.abc import Sequence

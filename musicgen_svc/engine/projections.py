@@ -1,7 +1,9 @@
-"""x @ W.T for the few rows of a decoding step, where reading W is all that costs.
+"""x @ W.T for the few rows of a decoding step, where reading W is nearly all that costs.
 
-On a CPU oneDNN is asked for by name: for 2 rows of fp32 it streams the weights three to four times
-as fast as the GEMM that `F.linear` chooses, from the same memory, without packing.
+On a CPU kernels are asked for by name, since `F.linear` chooses a GEMM made for many rows. For two
+rows of fp32 oneDNN streams the weights three to four times as fast, from the same memory, without
+packing. FBGEMM's have the weights packed once, in fewer bytes, and stream those as fast: half
+precision, which fp32 activations are multiplied with in fp32, and int8, with 8-bit activations.
 """
 
 from collections.abc import Callable
@@ -11,9 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Precision = Literal["reference", "bfloat16"]
-"""`reference`: the weights as they were loaded, shared with the model. `bfloat16`: a second, packed
-copy in half of fp32's memory; changes what is generated, within what `scripts/bench` reports."""
+Precision = Literal["reference", "float16", "bfloat16", "int8"]
+"""How the layers' matrices are kept and multiplied; `scripts/bench` reports what each changes.
+
+`reference`: as they were stored, multiplied in the model's precision. On a CPU that is fp32: a matrix whose
+    numbers all fit float16, as in a checkpoint stored so, is packed as that, any other one is shared
+    with the model as it is.
+`float16`: the same, with what does not fit rounded. Layers on a GPU are float16 already.
+`bfloat16`: a second copy in bfloat16, multiplied in bfloat16.
+`int8`: a second copy in eight bits, with one scale per output channel. FBGEMM rounds the input to eight
+    bits as well, each row by itself; elsewhere the weight is multiplied out first, which is not fast.
+"""
 
 Projection = Callable[[Tensor], Tensor]
 """[..., in] -> [..., out], in the dtype of the input."""
@@ -23,6 +33,14 @@ def projection(weight: Tensor, precision: Precision) -> Projection:
     """The product with one bias-free weight [out, in]."""
     if precision == "bfloat16":
         return _bfloat16(weight)
+    if precision == "int8":
+        return _int8(weight)
+    if precision == "float16" or (_fbgemm(weight) and torch.equal(weight, _rounded(weight))):
+        return _float16(weight)
+    return _plain(weight)
+
+
+def _plain(weight: Tensor) -> Projection:
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C._has_mkldnn:
         return lambda x: _onednn(x, weight)
     return lambda x: F.linear(x, weight)
@@ -38,3 +56,42 @@ def _bfloat16(weight: Tensor) -> Projection:
         return lambda x: F.linear(x.to(torch.bfloat16), rounded).to(x.dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(rounded, 2)
     return lambda x: _onednn(x.to(torch.bfloat16), packed).to(x.dtype)
+
+
+def _float16(weight: Tensor) -> Projection:
+    if not _fbgemm(weight):
+        rounded = _rounded(weight)
+        return _plain(weight if torch.equal(rounded, weight) else rounded)
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    multiply = torch.ops.quantized.linear_dynamic_fp16
+    return lambda x: multiply(x, packed)
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    return weight.to(torch.float16).to(weight.dtype)
+
+
+def _int8(weight: Tensor) -> Projection:
+    scales = (weight.float().abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny)  # [out]
+    if not _fbgemm(weight):
+        rounded = (weight.float() / scales[:, None]).round().to(torch.int8)
+        return lambda x: F.linear(x, (rounded * scales[:, None]).to(x.dtype))
+    zeros = torch.zeros(len(scales), dtype=torch.long)
+    quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(quantized, None)
+    # Without VNNI two products are added up in 16 bits first: seven bits of the input fit there.
+    steps, zero = (127, 128) if torch.cpu._is_vnni_supported() else (63, 64)
+    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+
+    def product(x: Tensor) -> Tensor:
+        # One scale per row: with one for all, what a request generates would depend on the others.
+        loudest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min_(1e-30)
+        return multiply(x / loudest, 1 / steps, zero, packed).mul_(loudest)  # type: ignore[no-any-return]
+
+    return product
+
+
+def _fbgemm(weight: Tensor) -> bool:
+    """Whether `torch.ops.quantized` is FBGEMM's, which knows fp32 inputs alone."""
+    known = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return known and torch.backends.quantized.engine in ("x86", "fbgemm")

@@ -70,7 +70,7 @@ def draw_counted(
     greedy = temperature < GREEDY_BELOW
     safe = torch.where(greedy, 1.0, temperature)[column]
     probabilities = torch.softmax((logits / safe).to(logits.dtype), dim=-1, dtype=torch.float32)
-    probabilities, order = probabilities.sort(dim=-1, descending=True)
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
 
     last = (top_k.clamp(1, card) - 1)[column].expand(batch, codebooks, 1)
     in_top_k = (probabilities >= probabilities.gather(-1, last)) | (top_k <= 0)[column]

@@ -1,21 +1,20 @@
 """A fixed number of slots whose whole state lives on the device, for steps that never ask the host.
 
 Each slot owns two rows, its CFG pair; where one would do (see `rows_that_matter`) both hold the same.
-A slot without a request computes along and keeps nothing. Draws are keyed by the request's seed and
-its column (`sampling.draw_counted`), so a request is the same in any slot.
+A step computes the leading slots, up to the last one that is running; one among them that is not
+computes along and keeps nothing. Draws are keyed by the request's seed and its column
+(`sampling.draw_counted`), so a request is the same in any slot.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.graphs import Graphed
 from musicgen_svc.engine.kv_cache import RequestCache
-from musicgen_svc.engine.sampling import draw_counted, mix
 from musicgen_svc.request import SamplingParams
 
 UNKNOWN = -1
@@ -23,13 +22,14 @@ UNKNOWN = -1
 
 CACHE_BUCKET = 256
 TEXT_BUCKET = 64
-"""Attention reads whole buckets: one graph per number of them in use."""
+"""Attention that costs its reach is given whole buckets: one graph per number of them in use."""
 
 
 @dataclass(frozen=True)
 class Reach:
     """How much of the buffers a step reads."""
 
+    slots: int
     positions: int
     text: int
 
@@ -38,12 +38,13 @@ class Reach:
 class Tenant:
     """What the host knows of a slot without asking the device."""
 
-    reach: Reach  # of its next step
+    positions: int  # that its next step reads
+    text: int
     left: int  # columns to draw
 
     def count(self) -> None:
         """One more column is drawn, one more position will be read."""
-        self.reach = Reach(self.reach.positions + 1, self.reach.text)
+        self.positions += 1
         self.left -= 1
 
 
@@ -67,35 +68,29 @@ class Capacity:
 
 
 class StaticAttention:
-    """Attention over the first `reach` of the buffers, masked to what each slot has used."""
+    """Attention over what each row of the leading slots has used of the buffers."""
+
+    cross_rows = None
+    """A row without a text hears nothing, which costs less than to leave it out."""
 
     def __init__(self, batch: "StaticBatch", reach: Reach) -> None:
-        self._batch, self._reach = batch, reach
-        last = batch.position().repeat_interleave(2)  # [rows]
+        self._batch, self._rows = batch, slice(2 * reach.slots)
+        last = batch.position()[: reach.slots, None].expand(-1, 2).flatten()  # [rows]
         self.positions = last[:, None]
-        self.cross_rows = batch.conditional_rows if batch.text_keys is not None else None
-        seen = torch.arange(reach.positions, device=last.device) <= last[:, None]
-        self._seen = seen[:, None, None, :]
-        heard = torch.arange(reach.text, device=last.device) < batch.text_length[:, None]
-        self._heard = heard[:, None, None, :]
+        attention = batch.operations.attention
+        self._attend = attention(last + 1, reach.positions)
+        self._hear = attention(batch.text_length[self._rows], reach.text)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[rows, heads, 1, head] each."""
-        keys, values = self._batch.keys[layer], self._batch.values[layer]
-        rows = self._batch.rows
-        keys[rows, :, self.positions[:, 0]] = key[:, :, 0]
-        values[rows, :, self.positions[:, 0]] = value[:, :, 0]
-        used = slice(0, self._reach.positions)
-        return F.scaled_dot_product_attention(
-            query, keys[:, :, used], values[:, :, used], attn_mask=self._seen
-        )
+        keys, values = self._batch.keys[layer, self._rows], self._batch.values[layer, self._rows]
+        return self._attend(query, keys, values, (key, value))
 
     def cross(self, layer: int, query: Tensor) -> Tensor:
-        """[slots, heads, 1, head]: the conditional rows; the null text adds nothing."""
+        """[rows, heads, 1, head]: both of a slot's look at its one text; the null row sees none of it."""
         assert self._batch.text_keys is not None and self._batch.text_values is not None
-        keys = self._batch.text_keys[layer, :, :, : self._reach.text]
-        values = self._batch.text_values[layer, :, :, : self._reach.text]
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self._heard)
+        slots = slice(len(query) // 2)
+        return self._hear(query, self._batch.text_keys[layer, slots], self._batch.text_values[layer, slots])
 
 
 class StaticBatch:
@@ -103,16 +98,16 @@ class StaticBatch:
 
     def __init__(self, decoder: Decoder, capacity: Capacity, *, graphs: bool) -> None:
         self._decoder = decoder
+        self.operations = decoder.operations
         device, slots = decoder.device, capacity.slots
-        self.rows = torch.arange(2 * slots, device=device)
-        self.conditional_rows = self.rows[::2]
-        self._slot_of_row = self.rows // 2
+        self._slot_of_row = torch.arange(2 * slots, device=device) // 2
 
         def whole(value: int = 0) -> Tensor:
             return torch.full((slots,), value, device=device)
 
         self.filled, self.end, self.before, self.seed = whole(1), whole(0), whole(0), whole(0)
-        self.top_k, self.text_length = whole(1), whole(1)
+        self.top_k = whole(1)
+        self.text_length = torch.zeros(2 * slots, dtype=torch.long, device=device)  # [rows]
         self.temperature, self.top_p, self.guidance = (torch.zeros(slots, device=device) for _ in range(3))
 
         self._tenants: dict[int, Tenant] = {}
@@ -172,7 +167,7 @@ class StaticBatch:
         slot = min(set(range(self.capacity.slots)) - self._tenants.keys())
         length = columns.shape[1]
         text = 1 if cache.text is None else cache.text[0].shape[3]
-        tenant = Tenant(Reach(cache.length, text), left=length - start)
+        tenant = Tenant(cache.length, text, left=length - start)
         assert length <= self.capacity.columns, (length, self.capacity)
         assert cache.length + tenant.left <= self.capacity.positions, (cache.length, self.capacity)
         assert text <= self.capacity.text, (text, self.capacity)
@@ -200,10 +195,14 @@ class StaticBatch:
 
     def step(self) -> None:
         """One more column for every slot that is not done. Enqueued, not awaited."""
-        running = [tenant for tenant in self._tenants.values() if tenant.left]
-        reach = Reach(max(t.reach.positions for t in running), max(t.reach.text for t in running))
+        running = {slot: tenant for slot, tenant in self._tenants.items() if tenant.left}
+        reach = Reach(
+            max(running) + 1,
+            max(tenant.positions for tenant in running.values()),
+            max(tenant.text for tenant in running.values()),
+        )
         self._graphed(self._bucketed(reach), self._without_a_trace)
-        for tenant in running:
+        for tenant in running.values():
             tenant.count()
 
     def wait(self) -> None:
@@ -212,53 +211,61 @@ class StaticBatch:
             torch.cuda.current_stream(self.keys.device).synchronize()
 
     def _bucketed(self, reach: Reach) -> Reach:
+        """What is computed for it, so that few graphs serve all: 1, 2, 4, 8 ... slots, and whole buckets."""
+
         def up(n: int, bucket: int, limit: int) -> int:
             return min(-(-n // bucket) * bucket, limit)
 
+        slots = min(1 << (reach.slots - 1).bit_length(), self.capacity.slots)
+        if self.operations.reads_lengths:
+            return Reach(slots, self.capacity.positions, self.capacity.text)
         return Reach(
+            slots,
             up(reach.positions, CACHE_BUCKET, self.capacity.positions),
             up(reach.text, TEXT_BUCKET, self.capacity.text),
         )
 
     def _step(self, reach: Reach) -> None:
-        last = self.columns.gather(2, self._at(self.filled - 1))  # [slots, K, 1]
-        logits = self._decoder.logits(last, self._slot_of_row, StaticAttention(self, reach))
-        self._take(logits.view(-1, 2, *logits.shape[1:]), slice(None))
+        slots = slice(reach.slots)
+        last = self.columns[slots].gather(2, self._at(self.filled[slots] - 1))  # [slots, K, 1]
+        rows = self._slot_of_row[: 2 * reach.slots]
+        logits = self._decoder.logits(last, rows, StaticAttention(self, reach))
+        self._take(logits.view(-1, 2, *logits.shape[1:]), slots)
 
     def _take(self, logits: Tensor, slots: slice) -> None:
         """[slots, 2, K, card] logits of the next column -> its tokens, where they are not given."""
-        drawn = draw_counted(
-            mix(logits[:, 0], logits[:, 1], self.guidance[slots, None, None]),
-            temperature=self.temperature[slots],
-            top_k=self.top_k[slots],
-            top_p=self.top_p[slots],
-            seed=self.seed[slots],
-            step=self.filled[slots],
+        drawn = self.operations.draw(
+            logits,
+            self.guidance[slots],
+            self.temperature[slots],
+            self.top_k[slots],
+            self.top_p[slots],
+            self.seed[slots],
+            self.filled[slots],
         )
         running = self.filled[slots] < self.end[slots]
         at = self._at(torch.where(running, self.filled[slots], self.capacity.columns))
         own = self.columns[slots]
         given = own.gather(2, at)
         own.scatter_(2, at, torch.where(given == UNKNOWN, drawn[..., None], given))
-        self.filled[slots] += running
+        self.filled[slots].add_(running)
 
     def _at(self, column: Tensor) -> Tensor:
         """[slots] -> [slots, K, 1], an index into the columns."""
         return column[:, None, None].expand(-1, self._decoder.codebooks, 1)
 
     def _hear(self, slot: int, cache: RequestCache) -> None:
-        """Without a text a slot hears one zero, which adds nothing."""
+        """Only the conditional row has a text, if the request has one."""
         if self.text_keys is None or self.text_values is None:
             return
-        self.text_length[slot] = 1
-        self.text_keys[:, slot, :, :1], self.text_values[:, slot, :, :1] = 0, 0
+        self.text_length[2 * slot] = 0
         if cache.text is not None:
             assert (cache.rows, cache.text_rows) == (2, (0,)), "a null text that says something"
             keys, values = cache.text
             length = keys.shape[3]
             self.text_keys[:, slot, :, :length] = keys[:, 0]
             self.text_values[:, slot, :, :length] = values[:, 0]
-            self.text_length[slot] = length
+            self.text_length[2 * slot] = length
 
     def _without_a_trace(self, call: Callable[[], None]) -> None:
         """With every slot stopped a step writes only what the next one writes again."""

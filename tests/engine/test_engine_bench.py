@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import _bench
 import _bench_beside
@@ -20,6 +20,7 @@ from _bench_workload import Workload
 from _random_models import SIZES
 
 from musicgen_svc.engine import engine
+from musicgen_svc.engine.projections import Precision
 
 Report = Callable[..., dict[str, Any]]
 
@@ -89,13 +90,28 @@ def test_what_stands_beside_the_engine_is_timed(bench: Report) -> None:
     assert min(found.values()) > 0
 
 
-def test_tokens_that_differ_fail_the_command(bench: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["reference", "float16"])
+def test_tokens_that_differ_fail_the_command(
+    precision: str, bench: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = engine.draw
     monkeypatch.setattr(engine, "draw", lambda *a: (draw(*a) + 1) % 2048)
-    found = bench("--seconds", "0.4", "--engine-only")
+    found = bench("--seconds", "0.4", "--pairs", "1", "--engine-only", "--precision", precision)
     assert found["status"] == 1
     assert [row["tokens"] for row in found["rows"]] == ["differ from frame 0"]
     assert "not audiocraft's: differ from frame 0" in found["failed"][0]
+
+
+def test_the_precisions_are_exact_or_say_how_far_they_are_from_it(bench: Report) -> None:
+    options = ("--seconds", "0.4", "--slots", "2", "--pairs", "1", "--engine-only", "--precision")
+    found = {precision: bench(*options, precision) for precision in get_args(Precision)}
+    assert all(report["status"] == 0 for report in found.values())
+    assert found["reference"]["against_reference"] is None
+    assert found["float16"]["rows"][0]["tokens"] == "equal", "its weights are stored in float16"
+    far = {name: found[name]["against_reference"] for name in ("float16", "bfloat16", "int8")}
+    assert abs(far["float16"]["mean_kl_nats"]) < 1e-6 < far["bfloat16"]["mean_kl_nats"] < 0.01
+    assert 1e-6 < far["int8"]["mean_kl_nats"] < 0.02
+    assert far["float16"]["top1_agreement"] == 1 and far["int8"]["top1_agreement"] > 0.8
 
 
 def test_a_figure_that_is_missed_fails_the_command(bench: Report) -> None:
@@ -162,13 +178,13 @@ def gpu_check(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess
 
 def test_only_what_failed_is_run_again(gpu_check: Any, tmp_path: Path) -> None:
     ended, calls = gpu_check(failing="medium-1")
-    assert (ended.returncode, len(calls)) == (1, 10)
+    assert (ended.returncode, len(calls)) == (1, 12)
     assert ended.stdout.splitlines()[-1] == "Failed: medium-1"
     assert (tmp_path / "rows" / "medium-1.failed.json").is_file()  # what was measured is kept
 
     ended, calls = gpu_check()
     assert ended.returncode == 0 and [call[-1] for call in calls] == [f"{tmp_path}/rows/medium-1.json.part"]
-    assert len(list((tmp_path / "rows").iterdir())) == 10  # and no longer what had failed
+    assert len(list((tmp_path / "rows").iterdir())) == 12  # and no longer what had failed
 
     ended, calls = gpu_check()
     assert (ended.returncode, calls) == (0, [])

@@ -66,7 +66,8 @@ def test_bytes_read_are_the_weights_and_the_mean_cache() -> None:
     assert work.bytes_per_position(3) == 4 * 3 * position
     assert work.bytes_per_step(1) == 4 * (weights + position * 50 / 2)  # half of the columns
     assert work.bytes_per_step(3) == 4 * (weights + 3 * position * 50 / 2)
-    assert work.bytes_per_step(1, "bfloat16") == 2 * weights + 4 * position * 50 / 2
+    for precision, size in (("reference", 4), ("float16", 2), ("bfloat16", 2), ("int8", 1)):
+        assert work.bytes_per_step(1, precision) == size * weights + 4 * position * 50 / 2
 
 
 # --- step times by position ---------------------------------------------------------------------

@@ -1,0 +1,251 @@
+"""What is asked of every kernel, beside the plain operation of the same name.
+
+`test_engine_kernels.py` runs these on a GPU, where there is one, and on a CPU by Triton's interpreter.
+That is chosen in the environment before Triton is imported, so there it runs this file as a program:
+one line for each check, its name and what went wrong.
+"""
+
+import json
+import traceback
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from musicgen_svc.engine import operations as plain
+
+Check = Callable[[torch.device], None]
+
+
+def noise(*size: int, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+# --- residual and norm --------------------------------------------------------------------------
+
+
+def norm_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    from musicgen_svc.engine import kernels
+
+    dim = shape[-1]
+    x, delta = noise(*shape, device=device), noise(*shape, device=device, dtype=dtype, seed=1)
+    weight, bias = noise(dim, device=device, seed=2), 3 + noise(dim, device=device, seed=3)
+    before = x.clone()
+    for added in (delta, None):
+        total, normed = kernels.add_norm(x, added, weight, bias, 1e-5, dtype)
+        expected_total, expected = plain.add_norm(x, added, weight, bias, 1e-5, dtype)
+        assert torch.equal(total, expected_total)
+        close(normed, expected, 1e-5 if dtype == torch.float32 else 4e-3)
+    assert torch.equal(x, before), "the stream was written to"
+
+
+def norm_of_the_last_position(device: torch.device) -> None:
+    """Rows that do not lie one after the other."""
+    from musicgen_svc.engine import kernels
+
+    x, delta = noise(2, 5, 96, device=device), noise(2, 5, 96, device=device, seed=1)
+    weight, bias = noise(2, 96, device=device, seed=2)
+    found = kernels.add_norm(x[:, -1], delta[:, -1], weight, bias, 1e-5, torch.float32)
+    expected = plain.add_norm(x[:, -1], delta[:, -1], weight, bias, 1e-5, torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 1e-5)
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+def attention_of(
+    lengths: list[int], head: int, capacity: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """One row per cache, storing each row's own key and value; the cache is a part of a larger buffer."""
+    from musicgen_svc.engine import kernels
+
+    rows, heads = len(lengths), 2
+    packed = noise(rows, 1, 3, heads, head, device=device, dtype=dtype)  # as one product gives them
+    query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    buffers = noise(2, 3, rows + 2, heads, capacity, head, device=device, dtype=dtype, seed=1)
+    at = torch.tensor(lengths, device=device)
+    results = []
+    for operation in (kernels.attention, plain.attention):
+        keys, values = buffers.clone()[:, 1, :rows]
+        # What lies beyond the length must not matter, whatever it is.
+        beyond = torch.arange(capacity, device=device) >= at[:, None] - 1
+        for cache in (keys, values):
+            cache.masked_fill_(beyond[:, None, :, None], 1000)
+        found = operation(at, capacity)(query, keys, values, (key, value))
+        results.append((found, keys, values))
+    (found, *stored), (expected, *expected_stored) = results
+    close(found, expected, 1e-5 if dtype == torch.float32 else 2e-3)
+    for a, b in zip(stored, expected_stored, strict=True):
+        assert torch.equal(a, b), "another cell of the cache was written"
+
+
+def shared_attention_of(lengths: list[int], capacity: int, device: torch.device) -> None:
+    """Pairs of rows over one cache, which stays as it is; a row of length 0 gets exactly zero."""
+    from musicgen_svc.engine import kernels
+
+    rows, heads, head = len(lengths), 3, 16
+    query = noise(rows, 1, heads, head, device=device).transpose(1, 2)
+    buffers = noise(2, rows // 2 + 1, heads, capacity, head, device=device, seed=1)
+    keys, values = buffers[:, : rows // 2]
+    before = buffers.clone()
+    at = torch.tensor(lengths, device=device)
+    found = kernels.attention(at, capacity)(query, keys, values)
+    close(found, plain.attention(at, capacity)(query, keys, values), 1e-5)
+    assert torch.equal(buffers, before)
+    assert not found[at == 0].any() and found[at > 0].all()
+
+
+def splits(device: torch.device) -> None:
+    from musicgen_svc.engine.kernels import BLOCK, UNSPLIT, splits_of
+
+    assert [splits_of(32, n) for n in (1, UNSPLIT, 1024, 2048, 4096)] == [1, 1, 8, 16, 32]
+    assert [splits_of(rows * 32, 2048) for rows in (2, 8, 16, 32, 128)] == [16, 8, 4, 2, 1]
+    assert all(reach // splits_of(n, reach) >= BLOCK for n in (1, 7, 100) for reach in range(513, 5000, 61))
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+PARAMETERS = [
+    # guidance, temperature, top_k, top_p
+    (3.0, 1.0, 250, 0.0),
+    (3.0, 0.0, 250, 0.0),
+    (0.0, 0.7, 1, 0.0),
+    (1.0, 1.3, 0, 0.9),
+    (7.0, 1.0, 0, 0.0),
+    (3.0, 1.0, 20, 0.3),
+    (3.0, 1.0, 20, 1e-9),
+    (3.0, 1.3, 10_000, 0.0),
+]
+
+
+def draws_of(card: int, dtype: torch.dtype, device: torch.device) -> None:
+    from musicgen_svc.engine import kernels
+
+    slots = len(PARAMETERS)
+    logits = (2 * noise(slots, 2, 2, card, device=device)).round().to(dtype)  # so that many are equal
+    guidance, temperature, top_k, top_p = (
+        torch.tensor(p, device=device) for p in zip(*PARAMETERS, strict=True)
+    )
+    seed = torch.arange(slots, device=device) * 0x123456789ABCD
+    step = torch.tensor([1, 1500] * (slots // 2), device=device)
+    given = (logits, guidance, temperature, top_k, top_p, seed, step)
+    assert torch.equal(kernels.draw(*given), plain.draw(*given))
+
+
+def draws_from_views(device: torch.device) -> None:
+    """As a request joins: both rows are one, and its parameters lie among others'."""
+    from musicgen_svc.engine import kernels
+
+    logits = noise(1, 2, 70, device=device).expand(2, -1, -1)[None]
+    parameters = [torch.tensor([9.0, p], device=device)[1:] for p in (3.0, 1.0, 20.0, 0.0, 5.0, 7.0)]
+    given = [p.long() if i in (2, 4, 5) else p for i, p in enumerate(parameters)]
+    assert torch.equal(kernels.draw(logits, *given), plain.draw(logits, *given))
+
+
+# --- all of them --------------------------------------------------------------------------------
+
+
+def a_static_batch(device: torch.device) -> None:
+    """Requests that join, run side by side and end are decoded as by plain operations."""
+    from _random_models import conditions, language_model
+
+    from musicgen_svc.engine.engine import Engine
+    from musicgen_svc.engine.static import Capacity, StaticBatch
+    from musicgen_svc.request import SamplingParams
+
+    lm = language_model(dim=16, layers=2, heads=1, card=40, delays=(0, 1), device=device)
+    heard = {name: (t.to(device), mask.to(device)) for name, (t, mask) in conditions(dim=16).items()}
+    codes = []
+    for kernels in (True, False):
+        engine = Engine(lm, slots=2, static=True, kernels=kernels, graphs=False)
+        engine._static = StaticBatch(engine.decoder, Capacity(2, 40, 640, 40), graphs=False)
+        assert engine._static.operations.reads_lengths == kernels
+        slots = []
+        for i, given in enumerate((heard, {})):
+            sampling = SamplingParams(temperature=0 if i == 0 else 1, top_k=9)
+            generator = torch.Generator().manual_seed(i)
+            slots.append(
+                engine.open(given, prompt=None, length=3 + i, sampling=sampling, generator=generator)
+            )
+            engine.step()
+        while not all(slot.done for slot in slots):
+            engine.step()
+        codes.append([slot.codes for slot in slots])
+    for ours, expected in zip(*codes, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def the_choice(device: torch.device) -> None:
+    """The kernels pass the check that comes before their use, and wrong ones do not."""
+    from dataclasses import replace
+
+    from musicgen_svc.engine.choice import Shape, disagreements
+    from musicgen_svc.engine.kernels import KERNELS
+
+    shape = Shape(dim=32, heads=2, codebooks=2, card=70, dtype=torch.float16)
+    assert disagreements(KERNELS, shape, device) == []
+
+    def one_position_less(lengths: Tensor, reach: int) -> plain.Attend:
+        attend = plain.attention(lengths - 1, reach)
+        return lambda query, keys, values, new=None: attend(query, keys, values, new)
+
+    wrong = replace(
+        KERNELS,
+        add_norm=lambda x, delta, weight, bias, eps, dtype: plain.add_norm(x, None, weight, bias, eps, dtype),
+        attention=one_position_less,
+        draw=lambda logits, guidance, *rest: plain.draw(logits, guidance + 1, *rest),
+    )
+    assert len(disagreements(wrong, shape, device)) == 3
+
+
+HALF, SINGLE = torch.float16, torch.float32
+CHECKS: dict[str, Check] = {
+    **{
+        f"norm-{case}": partial(norm_of, *case)
+        for case in (
+            ((2, 1, 96), HALF), ((3, 2, 100), SINGLE), ((1, 1, 1536), HALF), ((2, 1, 2048), SINGLE)
+        )
+    },
+    "norm-last": norm_of_the_last_position,
+    **{
+        f"attention-{case}": partial(attention_of, *case)
+        for case in (
+            ([1, 63], 16, 100, SINGLE),
+            ([64, 65], 64, 512, HALF),
+            ([127, 128, 129], 16, 300, SINGLE),
+            ([300, 1, 1024], 16, 1024, SINGLE),
+            ([300, 129, 128, 65], 64, 640, HALF),
+            ([640, 300], 24, 640, SINGLE),
+        )
+    },
+    **{
+        f"shared-{case}": partial(shared_attention_of, *case)
+        for case in (([5, 0, 64, 64], 64), ([0, 0, 130, 0], 200), ([700, 0], 768))
+    },
+    "splits": splits,
+    **{f"draws-{case}": partial(draws_of, *case) for case in ((70, SINGLE), (128, HALF))},
+    "draws-views": draws_from_views,
+    "static": a_static_batch,
+    "choice": the_choice,
+}  # fmt: skip
+
+
+def main() -> None:
+    for name, check in CHECKS.items():
+        try:
+            check(torch.device("cpu"))
+            wrong = None
+        except Exception:
+            wrong = traceback.format_exc()
+        print(json.dumps([name, wrong]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
