@@ -36,7 +36,7 @@ class Example:
     caption: str | None
     chroma: Tensor  # [CHROMA_FRAMES] pitch classes
     tokens: Tensor  # [4, F]
-    given: int = 0  # frames that are a prompt: nothing is learned from them
+    given: int = 0  # frames that are a clip, cut off there, which the rest goes on from
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,10 @@ class Lessons:
             example = makers[kind](draw, frames, length)
             dropped = draw.random()
             if dropped < 0.1:
+                if draw.random() < 0.7:  # a null row that knows the songs leaves nothing to guide to
+                    example = self.followed(draw, frames, length)
                 example = replace(example, caption=None, chroma=SILENT, kind="nothing")
-            elif dropped < 0.18:
+            elif dropped < 0.18 and kind == "melody":
                 example = replace(example, caption=None)
             found.append(example)
         return found, length

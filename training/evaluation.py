@@ -206,7 +206,7 @@ def long(player: Player) -> Figures:
         differences.append(abs(meter.integrated_loudness(last) - meter.integrated_loudness(first)))
     return {
         "song": recognised,
-        "level within 3 LU": sum(difference <= 3 for difference in differences),
+        "level within 3 LU": int(sum(difference <= 3 for difference in differences)),
         "largest difference LU": float(max(differences)),
         "of": len(cases),
     }

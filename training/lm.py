@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,19 @@ from torch import Tensor, nn
 from musicgen_svc.compat import LMModel, builders
 from training.codec import CONFIG as CODEC
 from training.codec import Report
-from training.data import CHROMA_FRAMES, CHROMA_HOP, LONG, RADIX, SHORT, WINDOW_S, Example, Lessons
+from training.data import (
+    CHROMA_FRAMES,
+    CHROMA_HOP,
+    EDGE,
+    LONG,
+    RADIX,
+    SHORT,
+    WINDOW_S,
+    Example,
+    Lessons,
+)
 from training.resuming import Resumable, step_seed
-from training.synth import SAMPLE_RATE
+from training.synth import BEAT_FRAMES, SAMPLE_RATE
 from training.text import WIDTH, TextEncoder
 
 DIM = 128
@@ -109,13 +120,48 @@ CONFIG: dict[str, Any] = {
 }
 
 MATRIX_LR, OTHER_LR = 0.02, 3e-3
-WARM_UP_STEPS, FLAT, FINAL = 60, 0.4, 0.02
 CODEBOOK_WEIGHTS = (1.5, 1.0, 0.9, 0.8)
 NOISY, NOISE = 0.6, 0.04  # examples with wrong tokens among their inputs, and at most how many
+BLUR = 0.3  # the same where nothing is asked for: guidance needs a null row that is less sure
+NEIGHBOUR = 12  # frames: half of the wrong tokens are right ones from so near, as when a note is late
+PLACED = 96  # frames, after which a clip's place in its song can be told
 SHORT_BATCH, LONG_BATCH, LONG_SHARE = 8, 2, 0.2
-MELODY_FIRST = 0.15  # of the steps are about melodies above all
-MELODY_SHARES = {"text": 0.1, "continuation": 0.1, "melody": 0.8}
-SHARES = {"text": 0.3, "continuation": 0.35, "melody": 0.35}
+WARM_UP_STEPS, FINAL = 60, 0.02
+
+
+@dataclass(frozen=True)
+class Course:
+    """One stretch of training."""
+
+    steps: int
+    shares: dict[str, float]
+    """Of the kinds of examples."""
+    first_shares: dict[str, float]
+    first: float
+    """The part of the steps that has these shares."""
+    peak: float = 1.0
+    """Of the learning rates."""
+    flat: float = 0.0
+    """The part of the steps after which the rates fall, linearly, to `FINAL` of their peak."""
+    slips: int = 0
+    """At most so many stretches of an example's input come a little early or late."""
+    vague: float = 0.0
+    """How many of the targets are neighbours' where nothing is asked for."""
+
+    def rate(self, step: int) -> float:
+        falling = 1 - (1 - FINAL) * (step / self.steps - self.flat) / (1 - self.flat)
+        return self.peak * min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, falling)
+
+
+_EVENLY = {"text": 0.25, "continuation": 0.4, "melody": 0.35}
+LEARNING = Course(
+    2400, _EVENLY, {"text": 0.1, "continuation": 0.1, "melody": 0.8}, first=0.1875, flat=0.4
+)  # fmt: skip
+PRACTICE = Course(
+    400, {"text": 0.25, "continuation": 0.5, "melody": 0.25}, {}, first=0.0, peak=0.25, slips=4, vague=0.5
+)
+"""Once it can play, it learns to find back into the beat: a note of its own that came early must not move all
+that follow."""
 
 
 class DemoModel(nn.Module):
@@ -127,7 +173,7 @@ class DemoModel(nn.Module):
         self.lm: LMModel = builders.get_lm_model(without)
         self.text = nn.Linear(WIDTH, DIM)
         self.chroma = nn.Linear(12, DIM)
-        self._listen_to_the_chroma()
+        self._know_where_to_look()
 
     def forward(self, tokens: Tensor, captions: Tensor, chroma: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, K, T], T5 states [B, N, 512] (zero: no caption), pitch classes [B, S].
@@ -146,34 +192,45 @@ class DemoModel(nn.Module):
         return output.logits, output.mask
 
     @torch.no_grad()
-    def _listen_to_the_chroma(self) -> None:
-        """The first head of the first two layers starts out looking from frame t at chroma frame t / 4.
+    def _know_where_to_look(self) -> None:
+        """Some heads of the first two layers start out looking at a certain distance.
 
-        Found by gradient descent alone this takes longer than all the rest. Position p has
-        (cos, sin)(w p); turned by the prefix's length it becomes (cos, sin)(w (p - prefix)), and what
-        matches it among the chroma's positions is the frequency 4 w at a quarter of the distance.
+        One each from frame t at chroma frame t / 4; the others at what came after the same moment of
+        earlier beats, from which can be told where in its beat, and in its song, the music is. Found by
+        gradient descent alone either takes longer than all the rest.
         """
-        head, half = DIM // 4, DIM // 2
-        periods = MAX_PERIOD ** (torch.arange(half) / (half - 1))
-        keys = torch.linspace(2, 34, head // 2).round().long()
         prefix = CHROMA_FRAMES + 7  # a caption of usual length
-        for layer, ahead in zip(self.lm.transformer.layers[:2], (0, 8), strict=True):
-            weight = layer.self_attn.in_proj_weight  # [3 * DIM, DIM]: queries, keys, values
-            weight[:head], weight[DIM : DIM + head] = 0, 0
-            for row, key in enumerate(keys.tolist()):
-                query = key + QUARTER
-                angle = (prefix - ahead) / periods[query]
-                cos, sin = 2 * row, 2 * row + 1
-                weight[cos, query], weight[cos, half + query] = math.cos(angle), math.sin(angle)
-                weight[sin, query], weight[sin, half + query] = -math.sin(angle), math.cos(angle)
-                weight[DIM + cos, key] = weight[DIM + sin, half + key] = 1.0
+        for layer, (ahead, beats) in enumerate(((0, (0.5, 1, 2)), (8, (1.5, 3, 4)))):
+            self._look(layer, 0, prefix - ahead, slower=QUARTER)
+            for head, back in enumerate(beats, start=1):
+                self._look(layer, head, back * BEAT_FRAMES - 1, slower=0)
+
+    def _look(self, layer: int, head: int, back: float, slower: int) -> None:
+        """From position p at (p - back), or at a quarter of that where `slower` is `QUARTER`.
+
+        Position p has (cos, sin)(w p) for each frequency w; turned by the angle w back it becomes
+        (cos, sin)(w (p - back)), which is what a key at that position has, or one at a quarter of it
+        for its frequency 4 w.
+        """
+        width, half = DIM // 4, DIM // 2
+        periods = MAX_PERIOD ** (torch.arange(half) / (half - 1))
+        weight = self.lm.transformer.layers[layer].self_attn.in_proj_weight  # [3 * DIM, DIM]: Q, K, V
+        queries, keys = (weight[at : at + width] for at in (head * width, DIM + head * width))
+        queries.zero_(), keys.zero_()
+        for row, key in enumerate(torch.linspace(2, 34, width // 2).round().long().tolist()):
+            query = key + slower
+            angle = back / periods[query]
+            cos, sin = 2 * row, 2 * row + 1
+            queries[cos, query], queries[cos, half + query] = math.cos(angle), math.sin(angle)
+            queries[sin, query], queries[sin, half + query] = -math.sin(angle), math.cos(angle)
+            keys[cos, key] = keys[sin, half + key] = 1.0
 
 
 def train(
     model: DemoModel,
     text: TextEncoder,
     lessons: Lessons,
-    steps: int,
+    course: Course,
     seed: int,
     file: Path,
     report: Report,
@@ -182,19 +239,16 @@ def train(
     optimizers = _optimizers(model)
     run = Resumable(file, model, optimizers)
     model.train()
-    for step in range(run.first_step, steps):
+    for step in range(run.first_step, course.steps):
         torch.manual_seed(step_seed(seed, step))
-        progress = step / steps
-        falling = 1 - (1 - FINAL) * (progress - FLAT) / (1 - FLAT)
-        rate = min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, falling)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * rate
+                group["lr"] = group["peak_lr"] * course.rate(step)
         draw = random.Random(f"{seed} {step}")
         size, frames = (LONG_BATCH, LONG) if draw.random() < LONG_SHARE else (SHORT_BATCH, SHORT)
-        shares = MELODY_SHARES if progress < MELODY_FIRST else SHARES
+        shares = course.first_shares if step < course.first * course.steps else course.shares
         examples, length = lessons.batch(draw, size, frames, shares)
-        losses = loss(model, text, examples, length)
+        losses = loss(model, text, examples, length, course)
         for optimizer in optimizers:
             optimizer.zero_grad()
         losses.mean().backward()  # type: ignore[no-untyped-call]
@@ -209,14 +263,19 @@ def train(
     model.eval()
 
 
-def loss(model: DemoModel, text: TextEncoder, examples: list[Example], length: int) -> Tensor:
+def loss(model: DemoModel, text: TextEncoder, examples: list[Example], length: int, course: Course) -> Tensor:
     """Weighted cross-entropy of each example, [B]; captions are padded to `length` tokens at least."""
     tokens = torch.stack([example.tokens for example in examples])  # [B, K, T]
-    noisy = tokens.clone()
-    for row in noisy:
-        if torch.rand(()) < NOISY:
-            wrong = torch.rand(row.shape) < NOISE * torch.rand(())
-            row[wrong] = torch.randint(CARD, (int(wrong.sum()),))
+    noisy, wanted = tokens.clone(), tokens.clone()
+    for row, target, example in zip(noisy, wanted, examples, strict=True):
+        if example.kind == "nothing":
+            _disturb(row, BLUR * torch.rand(()))
+            if course.vague:
+                _disturb(target, torch.tensor(course.vague), near=1.0)
+        elif torch.rand(()) < NOISY:
+            if course.slips:
+                _slip(row, int(torch.randint(course.slips + 1, ())))
+            _disturb(row, NOISE * torch.rand(()))
     states = [text(example.caption) if example.caption else torch.zeros(1, WIDTH) for example in examples]
     longest = max(length, *(len(state) for state in states))
     captions = torch.stack([F.pad(state, (0, 0, 0, longest - len(state))) for state in states])
@@ -224,12 +283,37 @@ def loss(model: DemoModel, text: TextEncoder, examples: list[Example], length: i
     with torch.autocast(tokens.device.type, torch.bfloat16):  # half the time, and the losses of fp32
         logits, there = model(noisy, captions, chroma)
     logits = logits.float().masked_fill(~there[..., None], 0.0)
-    surprise = F.cross_entropy(logits.permute(0, 3, 1, 2), tokens, reduction="none")  # [B, K, T]
-    frames = torch.arange(tokens.shape[-1])
-    learned = torch.stack([frames >= example.given for example in examples])[:, None] & there
+    surprise = F.cross_entropy(logits.permute(0, 3, 1, 2), wanted, reduction="none")  # [B, K, T]
+    learned = torch.stack([_learned(example) for example in examples])[:, None] & there
     weights = torch.tensor(CODEBOOK_WEIGHTS)[:, None] * learned
     total: Tensor = (surprise * weights).sum((1, 2)) / weights.sum((1, 2))
     return total
+
+
+def _disturb(row: Tensor, rate: Tensor, near: float = 0.5) -> None:
+    """Makes some of the tokens [K, T] wrong: what is right a little earlier or later, or any."""
+    wrong = torch.rand(row.shape) < rate
+    at = torch.arange(row.shape[1]) + torch.randint(-NEIGHBOUR, NEIGHBOUR + 1, row.shape)
+    neighbour = row.gather(1, at.clamp(0, row.shape[1] - 1))
+    other = torch.where(torch.rand(row.shape) < near, neighbour, torch.randint(CARD, row.shape))
+    row[wrong] = other[wrong]
+
+
+def _slip(row: Tensor, times: int) -> None:
+    """Lets stretches of the tokens [K, T], a note's length or so, come up to 3 frames early or late."""
+    right = row.clone()
+    for _ in range(times):
+        length, shift = int(torch.randint(6, 40, ())), int(torch.randint(1, 4, ()))
+        start = int(torch.randint(3, row.shape[1] - length - 3, ()))
+        late = shift if torch.rand(()) < 0.5 else -shift
+        row[:, start : start + length] = right[:, start - late : start - late + length]
+
+
+def _learned(example: Example) -> Tensor:
+    """[T]: of a clip, neither what comes before its place in the song is clear, nor how it is cut off."""
+    frames = torch.arange(example.tokens.shape[-1])
+    cut_off = (frames >= example.given - EDGE) & (frames < example.given)
+    return (frames >= min(PLACED, example.given)) & ~cut_off
 
 
 def _optimizers(model: DemoModel) -> list[torch.optim.Optimizer]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from training.text import TextEncoder, save_text_encoder
 from training.tunes import SONGS
 
 SEED = 1
-CODEC_STEPS, LM_STEPS, DIFFUSION_STEPS = 3000, 2600, 1500
+CODEC_STEPS, DIFFUSION_STEPS = 3000, 1500
 SHORT_MELODIES, LONG_MELODIES = 1000, 60
 
 
@@ -73,16 +74,17 @@ class Stages:
     def language_model(self, codec: CompressionModel, text: TextEncoder) -> language.DemoModel:
         torch.manual_seed(SEED)
         model = language.DemoModel()
-        file = self._work / "lm.pt"
-        if not file.exists():
-            songs, melodies = self.material(codec)
-            lessons = Lessons(songs, melodies, Captions(text.length, SEED))
-            steps = round(LM_STEPS * self._effort)
-            with self._log("lm", steps) as report:
-                unfinished = self._work / "lm-training.pt"
-                language.train(model, text, lessons, steps, SEED, unfinished, report)
-            _keep(model.state_dict(), file)
-        model.load_state_dict(torch.load(file, weights_only=True))
+        for name, course in (("lm", language.LEARNING), ("lm-practice", language.PRACTICE)):
+            file = self._work / f"{name}.pt"
+            if not file.exists():
+                songs, melodies = self.material(codec)
+                lessons = Lessons(songs, melodies, Captions(text.length, SEED))
+                course = replace(course, steps=round(course.steps * self._effort))
+                with self._log(name, course.steps) as report:
+                    unfinished = self._work / f"{name}-training.pt"
+                    language.train(model, text, lessons, course, SEED, unfinished, report)
+                _keep(model.state_dict(), file)
+            model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()
 
     def diffusion(self, codec: CompressionModel) -> list[multiband.BandModel]:

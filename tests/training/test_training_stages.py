@@ -1,6 +1,7 @@
 """The training code: a step teaches, a stopped run goes on, and what is written loads."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from training import lm as language
 from training.captions import Captions
 from training.data import (
     CHROMA_FRAMES,
+    EDGE,
     LONG,
     SHORT,
+    SILENT,
     Lessons,
     Melody,
     Song,
@@ -120,21 +123,21 @@ class TestLanguageModel:
             model,
             text,
             lessons,
-            8,
+            replace(language.LEARNING, steps=8),
             1,
             tmp_path / "run.pt",
             lambda _, found: losses.append(min(found.values())),
         )
         assert losses[-1] < losses[0] - 0.1
 
-    def test_nothing_is_learned_from_the_prompt_or_from_what_the_delays_leave_out(self, lessons, text):
+    def test_of_a_clip_is_learned_what_its_place_tells_but_not_how_it_is_cut(self, lessons, text):
         torch.manual_seed(0)
         model = language.DemoModel().eval()
         example = lessons.continued(random.Random(0), SHORT, 6)
         given = example.given
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(language, "NOISY", 0.0)
-            whole = language.loss(model, text, [example], 6)
+            whole = language.loss(model, text, [example], 6, language.LEARNING)
             logits, there = model(example.tokens[None], text(example.caption)[None], example.chroma[None])
         assert torch.isfinite(whole).all()
         assert not there[0, 3, -3:].any()
@@ -142,27 +145,78 @@ class TestLanguageModel:
             logits.permute(0, 3, 1, 2).nan_to_num(), example.tokens[None], reduction="none"
         )[0]
         weights = torch.tensor(language.CODEBOOK_WEIGHTS)[:, None] * there[0]
-        weights[:, :given] = 0
+        weights[:, : min(language.PLACED, given)] = 0
+        weights[:, given - EDGE : given] = 0
         assert torch.allclose(whole[0], (surprise * weights).sum() / weights.sum(), atol=1e-4)
+
+    def test_the_null_row_knows_no_song_by_its_name_or_its_chroma(self, lessons):
+        shares = {"text": 1.0, "continuation": 1.0, "melody": 1.0}
+        examples = [e for seed in range(40) for e in lessons.batch(random.Random(seed), 8, SHORT, shares)[0]]
+        nothing = [example for example in examples if example.kind == "nothing"]
+        assert nothing and all(e.caption is None and torch.equal(e.chroma, SILENT) for e in nothing)
+        # Whoever asks for nothing and is told nothing is in it, and nobody else.
+        asked = [example for example in examples if example.kind != "nothing"]
+        assert all(e.caption or not torch.equal(e.chroma, SILENT) for e in asked)
+
+    def test_disturbed_tokens_are_as_many_as_asked_for_and_half_of_them_come_from_nearby(self):
+        torch.manual_seed(0)
+        row = torch.arange(4000).repeat(4, 1)  # told apart from any token by its size
+        disturbed = row.clone()
+        language._disturb(disturbed, torch.tensor(0.1))
+        wrong = disturbed != row
+        assert 0.08 < wrong.float().mean() < 0.12
+        moved = (disturbed - row)[wrong].abs() <= language.NEIGHBOUR
+        assert 0.35 < moved.float().mean() < 0.6
+
+    def test_stretches_that_slip_are_the_tokens_of_a_little_earlier_or_later(self):
+        torch.manual_seed(0)
+        row = torch.arange(4000).repeat(4, 1)
+        slipped = row.clone()
+        language._slip(slipped, 4)
+        moved = slipped - row
+        assert (moved == moved[:1]).all(), "all codebooks go together"
+        assert moved.any() and moved.abs().max() <= 3 and (moved[0] != 0).sum() <= 4 * 40
+
+    @pytest.mark.parametrize("course", [language.LEARNING, language.PRACTICE])
+    def test_a_courses_rate_rises_to_its_peak_and_falls_to_its_end(self, course):
+        rates = [course.rate(step) for step in range(course.steps)]
+        assert rates[0] < 0.05 * course.peak and max(rates) <= course.peak
+        assert max(rates) > 0.8 * course.peak and rates[-1] < 0.03 * course.peak
+        top = rates.index(max(rates))
+        assert rates[: top + 1] == sorted(rates[: top + 1])
+        assert rates[top:] == sorted(rates[top:], reverse=True)
 
     def test_it_starts_out_listening_to_the_chroma_of_the_moment(self):
         """Position t behind the prefix attends to chroma frame t / 4 more than to any other."""
-        torch.manual_seed(0)
-        model = language.DemoModel()
         prefix = CHROMA_FRAMES + 7
         frames = torch.arange(0, 1400, 100)
-        half = language.DIM // 2
-        periods = language.MAX_PERIOD ** (torch.arange(half) / (half - 1))
+        seen = looked_at(0, 0, prefix + frames, torch.arange(CHROMA_FRAMES))
+        assert torch.equal(seen, frames // 4)
 
-        def positions(at):
-            angles = at[:, None] / periods
-            return torch.cat([angles.cos(), angles.sin()], dim=1)
+    @pytest.mark.parametrize(
+        ("layer", "head", "beats"), [(0, 1, 0.5), (0, 2, 1), (0, 3, 2), (1, 1, 1.5), (1, 2, 3), (1, 3, 4)]
+    )
+    def test_it_starts_out_comparing_with_what_came_next_some_beats_ago(self, layer, head, beats):
+        places = torch.arange(500, 1900, 100)
+        assert torch.equal(
+            looked_at(layer, head, places, torch.arange(1900)), places + 1 - round(beats * BEAT_FRAMES)
+        )
 
-        weight = model.lm.transformer.layers[0].self_attn.in_proj_weight.detach()
-        head = language.DIM // 4
-        queries = positions(prefix + frames.float()) @ weight[:head].T
-        keys = positions(torch.arange(CHROMA_FRAMES).float()) @ weight[language.DIM : language.DIM + head].T
-        assert torch.equal((queries @ keys.T).argmax(1), frames // 4)
+
+def looked_at(layer, head, at, among):
+    """Which of the positions a head of a fresh model attends to most, from each of `at`."""
+    torch.manual_seed(0)
+    model = language.DemoModel()
+    half, width = language.DIM // 2, language.DIM // 4
+    periods = language.MAX_PERIOD ** (torch.arange(half) / (half - 1))
+
+    def positions(at):
+        angles = at.float()[:, None] / periods
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    weight = model.lm.transformer.layers[layer].self_attn.in_proj_weight.detach()
+    queries, keys = (weight[start + head * width :][:width] for start in (0, language.DIM))
+    return among[((positions(at) @ queries.T) @ (positions(among) @ keys.T).T).argmax(1)]
 
 
 class TestResuming:
