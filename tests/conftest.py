@@ -1,6 +1,7 @@
 """The tiny checkpoints, and audiocraft's own models over them, for every test."""
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["PYTHONPYCACHEPREFIX"] = str(ROOT / ".cache" / "bytecode")
 sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
+
+# A shell's background jobs ignore Ctrl-C, and so would the commands that are tested with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import _tiny_weights  # noqa: E402
 
