@@ -138,6 +138,16 @@ def test_it_generates_audiocrafts_tokens_with_weights_that_are_stored_in_float16
     assert torch.equal(tokens, expected)
 
 
+@pytest.mark.parametrize("kind", ["text", "melody"])
+def test_what_is_not_packed_stays_when_the_model_lets_go_of_its_matrices(kind: str) -> None:
+    lm, given, sampling = language_model(kind, card=300), conditions(kind, chroma=13), SamplingParams()
+    expected = audiocraft_generates(lm, given, prompt=None, length=40, sampling=sampling, seed=3)
+    engine = Engine(lm, exclusive=True)
+    generator = torch.Generator().manual_seed(3)
+    tokens = engine.generate(given, prompt=None, length=40, sampling=sampling, generator=generator)
+    assert torch.equal(tokens, expected)
+
+
 @pytest.mark.parametrize(("precision", "most"), [("float16", 5e-4), ("bfloat16", 0.02), ("int8", 0.02)])
 @torch.inference_mode()
 def test_a_faster_precision_stays_close_to_the_reference_on_the_same_tokens(
