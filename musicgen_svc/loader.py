@@ -25,6 +25,7 @@ from musicgen_svc.conditioning import MELODY, Conditioner, Separate, TextConditi
 from musicgen_svc.contents import FileState
 from musicgen_svc.diffusion import Band, MultiBandDiffusion
 from musicgen_svc.engine.engine import Engine
+from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.projections import Precision
 from musicgen_svc.errors import InputError, WeightsError
 from musicgen_svc.memory import GB, budget
@@ -261,13 +262,15 @@ class Loader:
             window_s=float(config.dataset.segment_duration),
             conditioner=conditioner,
             engine=Engine(
-                lm,
-                slots=self._settings.slots,
-                precision=cast(Precision, self._settings.precision),
-                graphs=self._settings.cuda_graphs,
-                kernels=None if self._settings.gpu_kernels else False,
-                turn=self._turn,
-                exclusive=True,
+                batch_for(
+                    lm,
+                    slots=self._settings.slots,
+                    precision=cast(Precision, self._settings.precision),
+                    graphs=self._settings.cuda_graphs,
+                    kernels=None if self._settings.gpu_kernels else False,
+                    exclusive=True,
+                ),
+                self._turn,
             ),
             codec=codec,
             hash=self._store.hashes.content_later(opened.files),

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from musicgen_svc.codec import Codec
 from musicgen_svc.conditioning import Conditioner
 from musicgen_svc.engine.engine import Engine
-from musicgen_svc.engine.static import Capacity
+from musicgen_svc.engine.state import Capacity
 from musicgen_svc.errors import WeightsError
 
 

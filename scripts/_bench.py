@@ -28,8 +28,10 @@ from _bench_workload import GB, Workload, copy_bandwidth, stored_in_float16, tim
 from _random_models import SIZES, conditions, language_model
 from torch import Tensor
 
-from musicgen_svc.engine.engine import CHUNK, Engine
+from musicgen_svc.engine.batch import Batch
+from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.projections import Precision
+from musicgen_svc.engine.static import CHUNK
 from musicgen_svc.request import SamplingParams
 
 FIGURES = ("steps", "ratio", "real-time")
@@ -45,7 +47,7 @@ class Sides:
     ours: Workload
     theirs: Workload
     """The same, perhaps less of it."""
-    engines: dict[int, Engine]
+    batches: dict[int, Batch]
     """By slots."""
     transformers: Callable[[Workload], Tensor] | None
 
@@ -61,9 +63,9 @@ def main() -> int:
     if sides.transformers:
         sides.transformers(few)
     for n in args.slots:
-        few.engine(sides.engines[n], n)
+        few.engine(sides.batches[n], n)
         if device.type == "cuda":  # every length's graph is recorded, as in a service that has run before
-            sides.ours.engine(sides.engines[n], n)
+            sides.ours.engine(sides.batches[n], n)
     for _ in range(args.pairs):
         measure_pair(sides, rows, args.precision)
     look_closer(sides, rows, copied)
@@ -75,7 +77,7 @@ def main() -> int:
         "others_seconds": sides.theirs.frames / FRAME_RATE_HZ,
         "precision": args.precision,
         "graphs": args.graphs and device.type == "cuda",
-        "kernels": all(engine.decoder.operations.reads_lengths for engine in sides.engines.values()),
+        "kernels": all(batch.decoder.operations.reads_lengths for batch in sides.batches.values()),
         "sampling": asdict(sides.ours.sampling),
         **machine(device),
         "copy_gb_per_s": copied,
@@ -160,14 +162,14 @@ def opposed(args: argparse.Namespace, device: torch.device) -> Sides:
     sampling = SamplingParams(temperature=0 if args.greedy else 1)
     work = Workload(lm, given, round(args.seconds * FRAME_RATE_HZ), sampling, device)
 
-    engine = Engine(
+    batch = batch_for(
         lm, slots=max(args.slots), precision=args.precision, graphs=args.graphs,
         kernels=None if args.kernels else False,
     )  # fmt: skip
     return Sides(
         ours=work,
         theirs=work.of(round(min(args.audiocraft_seconds or args.seconds, args.seconds) * FRAME_RATE_HZ)),
-        engines=dict.fromkeys(args.slots, engine),
+        batches=dict.fromkeys(args.slots, batch),
         transformers=transformers_side(work) if args.vs else None,
     )
 
@@ -190,7 +192,7 @@ def measure_pair(sides: Sides, rows: list[Row], precision: Precision) -> None:
     for row in rows:
         chunks_s: list[float] = []
         tokens, our_s = timed(
-            lambda n=row.slots, c=chunks_s: ours.engine(sides.engines[n], n, c), ours.device
+            lambda n=row.slots, c=chunks_s: ours.engine(sides.batches[n], n, c), ours.device
         )
         row.audiocraft_steps_per_s.append(theirs.columns / audiocraft_s)
         if sides.transformers is not None:
@@ -216,14 +218,14 @@ def look_closer(sides: Sides, rows: list[Row], copy_gb_per_s: float) -> None:
     """What is not a speed."""
     ours = sides.ours
     for row in rows:
-        engine = sides.engines[row.slots]
+        batch = sides.batches[row.slots]
         position_s = ours.bytes_per_position(row.slots) / copy_gb_per_s / GB
         row.growth = growth(row.chunks_s, CHUNK, position_s)
         row.per_step = launches(
-            lambda frames, e=engine, n=row.slots: ours.of(frames).engine(e, n), ours.device
+            lambda frames, b=batch, n=row.slots: ours.of(frames).engine(b, n), ours.device
         )
         if ours.device.type == "cuda":
-            row.agreement = with_audiocraft(ours, engine)
+            row.agreement = with_audiocraft(ours, batch)
 
 
 def launches(run: Callable[[int], Any], device: torch.device) -> dict[str, float] | None:

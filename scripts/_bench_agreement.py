@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from _bench_workload import Workload
 
+from musicgen_svc.engine.batch import Batch, DecodeRequest
 from musicgen_svc.engine.delays import interleave
-from musicgen_svc.engine.engine import Engine
+from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.projections import Precision
 from musicgen_svc.request import SamplingParams
 
@@ -28,16 +29,14 @@ class Agreement:
 
 
 @torch.inference_mode()
-def with_audiocraft(work: Workload, engine: Engine, frames: int = 64) -> Agreement:
+def with_audiocraft(work: Workload, batch: Batch, frames: int = 64) -> Agreement:
     """audiocraft decodes greedily, under its autocast: that is the top of its own logits. The engine, by
     the very step that is measured, is shown audiocraft's token after each of its own.
     """
     greedy = replace(work, frames=frames, sampling=replace(work.sampling, temperature=0))
-    delays, special = engine.decoder.delays, engine.decoder.card
+    delays, special = batch.decoder.delays, batch.decoder.card
     theirs = interleave(greedy.audiocraft(), delays, special)  # [K, S]
-    slot = engine.open(
-        work.given[0], prompt=None, length=frames, sampling=greedy.sampling, generator=torch.Generator()
-    )
+    slot = batch.open(DecodeRequest(work.given[0], None, frames, greedy.sampling, torch.Generator()))
     same = torch.ones_like(theirs, dtype=torch.bool)
     try:
         while True:
@@ -46,9 +45,9 @@ def with_audiocraft(work: Workload, engine: Engine, frames: int = 64) -> Agreeme
             slot.columns[:, last] = theirs[:, last]
             if slot.done:
                 break
-            engine.step()
+            batch.step()
     finally:
-        engine.close(slot)
+        batch.close(slot)
     parted = (~same).nonzero()  # [N, 2]: codebook, column
     first = min((column - 1 - delays[k] for k, column in parted.tolist()), default=None)
     return Agreement(frames, float(same[theirs != special].float().mean()), first)
@@ -60,13 +59,10 @@ def with_reference(work: Workload, precision: Precision, frames: int = 64) -> di
 
     The guided logits are compared, as they are what tokens are drawn from.
     """
-    engines = [Engine(work.lm, precision=p, static=False) for p in ("reference", precision)]
+    batches = [batch_for(work.lm, precision=p, static=False) for p in ("reference", precision)]
     exact, rough = (
-        engine.open(
-            work.given[0], prompt=None, length=frames, sampling=GREEDY, generator=torch.Generator()
-        )
-        for engine in engines
-    )  # fmt: skip
+        batch.open(DecodeRequest(work.given[0], None, frames, GREEDY, torch.Generator())) for batch in batches
+    )
     agreed, divergence = [], []
     while True:
         p, q = (slot.logits.float().log_softmax(-1) for slot in (exact, rough))
@@ -75,8 +71,8 @@ def with_reference(work: Workload, precision: Precision, frames: int = 64) -> di
         if exact.done:
             break
         rough.columns.copy_(exact.columns)
-        for engine in engines:
-            engine.step()
+        for batch in batches:
+            batch.step()
     return {
         "top1_agreement": float(torch.stack(agreed).mean()),
         "mean_kl_nats": float(torch.stack(divergence).mean()),

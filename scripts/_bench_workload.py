@@ -10,8 +10,9 @@ from _random_models import Conditions, audiocraft_generates
 from torch import Tensor
 
 from musicgen_svc.compat import LMModel
-from musicgen_svc.engine.engine import CHUNK, Engine
+from musicgen_svc.engine.batch import Batch, DecodeRequest
 from musicgen_svc.engine.projections import Precision
+from musicgen_svc.engine.static import CHUNK
 from musicgen_svc.request import SamplingParams
 
 GB = 1e9
@@ -43,25 +44,26 @@ class Workload:
                 self.lm, self.given[0], prompt=None, length=self.frames, sampling=self.sampling, seed=seed
             )
 
-    def engine(self, engine: Engine, slots: int, chunks_s: list[float] | None = None) -> list[Tensor]:
+    def engine(self, batch: Batch, slots: int, chunks_s: list[float] | None = None) -> list[Tensor]:
         """Request i has condition and seed i; they run side by side from the first step on.
 
         The host waits for the device as often as the service does. `chunks_s` is given the seconds of
         every CHUNK steps.
         """
         opened = [
-            engine.open(
-                self.given[i], prompt=None, length=self.frames, sampling=self.sampling,
-                generator=torch.Generator().manual_seed(i),
+            batch.open(
+                DecodeRequest(
+                    self.given[i], None, self.frames, self.sampling, torch.Generator().manual_seed(i)
+                )
             )
             for i in range(slots)
-        ]  # fmt: skip
+        ]
         try:
             synchronize(self.device)
             since = time.perf_counter()
             while not all(slot.done for slot in opened):
                 for _ in range(CHUNK):
-                    engine.step()
+                    batch.step()
                 synchronize(self.device)
                 now = time.perf_counter()
                 if chunks_s is not None and not opened[0].done:  # the last one may be a part
@@ -70,7 +72,7 @@ class Workload:
             return [slot.codes for slot in opened]
         finally:
             for slot in opened:
-                engine.close(slot)
+                batch.close(slot)
 
     def bytes_per_step(self, slots: int, precision: Precision = "reference") -> float:
         """What a step cannot avoid reading: weights once, the cache at its mean length."""

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "musicgen_svc"
 LEAVES = {
     "errors", "ticks", "settings", "catalog", "request", "windows", "randomness", "storage", "loudness",
     "audio", "export", "compat", "chunked_encodec", "verification", "residency", "memory", "turns",
-    "meta", "locking",
+    "meta", "locking", "chroma",
 }  # fmt: skip
 MAY_ANY_LEAF_IMPORT = {"errors", "ticks", "compat"}
 
@@ -54,6 +54,15 @@ def test_leaves_import_nothing_above_them() -> None:
         name = module.removeprefix("musicgen_svc.")
         if name in LEAVES:
             assert {b.removeprefix("musicgen_svc.") for b in below} <= MAY_ANY_LEAF_IMPORT, module
+
+
+def test_the_engine_never_learns_which_batch_it_has() -> None:
+    """Nor does one kind know of the other: `factory.py` alone chooses."""
+    edges = graph()
+    kinds = {f"musicgen_svc.engine.{name}" for name in ("ragged", "static")}
+    assert kinds <= edges["musicgen_svc.engine.factory"]
+    for module in edges.keys() - {"musicgen_svc.engine.factory"}:
+        assert not edges[module] & kinds, module
 
 
 def test_only_predict_knows_cog() -> None:

@@ -16,6 +16,8 @@ from musicgen_svc.catalog import read_catalog
 from musicgen_svc.checkpoints import Checkpoint, open_checkpoint
 from musicgen_svc.engine import projections
 from musicgen_svc.engine.engine import Engine
+from musicgen_svc.engine.factory import batch_for
+from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.errors import InputError, WeightsError
 from musicgen_svc.loader import Loader, Model
 from musicgen_svc.memory import GB
@@ -203,10 +205,10 @@ def test_a_codecs_weights_are_the_files_own_pages(weights: Path, spelling: str) 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
 def test_the_engines_buffers_on_a_gpu_are_counted(kind: str) -> None:
-    engine = Engine(language_model(kind, dim=64, layers=3, heads=4), slots=2, static=True)
-    batch = engine._static
-    assert batch is not None
-    buffers = [t for t in (batch.keys, batch.values, batch.text_keys, batch.text_values) if t is not None]
+    batch = batch_for(language_model(kind, dim=64, layers=3, heads=4), slots=2, static=True)
+    assert isinstance(batch, StaticBatch)
+    state = batch.state
+    buffers = [t for t in (state.keys, state.values, state.text_keys, state.text_values) if t is not None]
     counted = engine_bytes(_config(kind), torch.device("cuda"), slots=2, precision="reference")
     assert 2 * counted == sum(buffer.nbytes for buffer in buffers), "half of it in fp16"
     assert engine_bytes(_config(kind), CPU, slots=2, precision="reference") == 0
@@ -219,7 +221,7 @@ def test_what_a_faster_precision_packs_is_counted(kind: str, monkeypatch: pytest
     monkeypatch.setattr(
         projections, "_bfloat16", lambda weight: packed.append(2 * weight.numel()) or pack(weight)
     )
-    Engine(language_model(kind, dim=64, layers=3, heads=4), precision="bfloat16")
+    batch_for(language_model(kind, dim=64, layers=3, heads=4), precision="bfloat16")
     counted = engine_bytes(_config(kind), CPU, slots=1, precision="bfloat16")
     assert sum(packed) == counted
 

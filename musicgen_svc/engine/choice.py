@@ -9,7 +9,7 @@ from torch import Tensor
 
 from musicgen_svc.compat import LMModel
 from musicgen_svc.engine.operations import PLAIN, Operations
-from musicgen_svc.engine.static import Capacity
+from musicgen_svc.engine.state import Capacity
 
 
 @dataclass(frozen=True)

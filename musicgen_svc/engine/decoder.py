@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musicgen_svc.compat import DelayedPatternProvider, LMModel
+from musicgen_svc.compat import LMModel
+from musicgen_svc.engine.architecture import check_architecture
 from musicgen_svc.engine.kv_cache import Attention
 from musicgen_svc.engine.operations import PLAIN, Operations
 from musicgen_svc.engine.projections import Precision, Projection, projection
-from musicgen_svc.errors import WeightsError
 
 Conditions: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
 """audiocraft's `condition_tensors`: name -> ([2, S, D] embedding, [2, S] mask); conditional row, null row."""
@@ -67,6 +67,7 @@ class Decoder:
     ) -> None:
         check_architecture(lm)
         self._lm = lm
+        self.precision = precision
         self.delays: tuple[int, ...] = tuple(lm.pattern_provider.delays)
         self.codebooks: int = lm.n_q
         self.card: int = lm.card
@@ -209,40 +210,6 @@ def position_table(
     periods = torch.tensor(max_period, device=device) ** exponents.float()
     phase = torch.arange(positions, dtype=torch.float32, device=device)[:, None] / periods
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
-
-
-def check_architecture(lm: LMModel) -> None:
-    """Refuses what this forward would compute wrongly."""
-    layers = lm.transformer.layers
-    attentions = [layer.self_attn for layer in layers] + [
-        layer.cross_attention for layer in layers if layer.cross_attention is not None
-    ]
-    pattern = lm.pattern_provider
-    demands = {
-        "a delay pattern": isinstance(pattern, DelayedPatternProvider)
-        and not (pattern.flatten_first or pattern.empty_initial or min(pattern.delays)),
-        "sinusoidal positions": lm.transformer.positional_embedding == "sin",
-        "norms before the blocks": all(layer.norm_first for layer in layers) and lm.out_norm is not None,
-        "causal attention over the whole past": all(
-            layer.self_attn.causal and layer.self_attn.past_context is None for layer in layers
-        ),
-        "attention without norms or shared keys": all(
-            a.custom and not a.qk_layer_norm and a.kv_repeat == 1 for a in attentions
-        ),
-        "projections without biases": not any(
-            isinstance(m, nn.Linear) and m.bias is not None for m in (*lm.transformer.modules(), *lm.linears)
-        )
-        and all(a.in_proj_bias is None for a in attentions),
-        "layers without scales": all(isinstance(layer.layer_scale_1, nn.Identity) for layer in layers),
-        "prepended or cross-attended conditions": not any(
-            names for how, names in lm.fuser.fuse2cond.items() if how not in ("prepend", "cross")
-        ),
-    }
-    for demand, held in demands.items():
-        if not held:
-            raise WeightsError(
-                f"The language model cannot be decoded: {demand} was expected, as in every released MusicGen."
-            )
 
 
 def _layer(layer: Any, precision: Precision, norm: Callable[[nn.LayerNorm], AddNorm]) -> Layer:

@@ -1,9 +1,9 @@
 """Keys and values that were computed before, in buffers that never grow, and attention over them.
 
-`RequestCache` holds one request's. `Ragged` lets several requests of different lengths, whose
+`RequestCache` holds one request's. `RaggedAttention` lets several requests of different lengths, whose
 rows lie one after the other in the batch, attend each to its own, over the used length only.
 
-The static counterpart, whose lengths live on the device, is in `static.py`.
+The static counterpart, whose lengths live on the device, is in `state.py`.
 """
 
 from collections.abc import Sequence
@@ -64,6 +64,10 @@ class RequestCache:
     def capacity(self) -> int:
         return self.keys.shape[3]
 
+    @property
+    def text_length(self) -> int:
+        return 0 if self.text is None else self.text[0].shape[3]
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[rows, heads, T, head] each; T > 1 only from an empty cache (prefill), where it is causal.
 
@@ -84,7 +88,7 @@ class RequestCache:
         return F.scaled_dot_product_attention(query, keys[layer], values[layer])
 
 
-class Ragged:
+class RaggedAttention:
     """Requests side by side in one batch, each with its own cache and length."""
 
     def __init__(self, caches: Sequence[RequestCache], new: int) -> None:

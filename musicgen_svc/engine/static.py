@@ -1,275 +1,149 @@
-"""A fixed number of slots whose whole state lives on the device, for steps that never ask the host.
+"""A fixed number of places whose whole state lives on the device, for steps that never ask the host.
 
-Each slot owns two rows, its CFG pair; where one would do (see `rows_that_matter`) both hold the same.
-A step computes the leading slots, up to the last one that is running; one among them that is not
-computes along and keeps nothing. Draws are keyed by the request's seed and its column
-(`sampling.draw_counted`), so a request is the same in any slot.
+The host decides who has which place and how much of the buffers a step reads, and counts along; all the
+rest is on the device, in `state.py`. A step computes the leading places, up to the last one in use.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from musicgen_svc.engine.decoder import Decoder
+from musicgen_svc.engine.batch import DecodeRequest, Slot
+from musicgen_svc.engine.decoder import Decoder, Pulse
+from musicgen_svc.engine.delays import num_columns
 from musicgen_svc.engine.graphs import Graphed
-from musicgen_svc.engine.kv_cache import RequestCache
-from musicgen_svc.request import SamplingParams
+from musicgen_svc.engine.prefill import prefill
+from musicgen_svc.engine.state import Capacity, Reach, State
 
-UNKNOWN = -1
-"""Stands in the columns where a token is still to be drawn."""
+CHUNK = 16
+"""Steps between two looks of the host at the device."""
 
 CACHE_BUCKET = 256
 TEXT_BUCKET = 64
 """Attention that costs its reach is given whole buckets: one graph per number of them in use."""
 
 
-@dataclass(frozen=True)
-class Reach:
-    """How much of the buffers a step reads."""
+@dataclass(eq=False)
+class StaticSlot(Slot):
+    """What the host knows of it without asking the device."""
 
-    slots: int
-    positions: int
-    text: int
+    place: int
+    before: int  # positions of its prefix
+    text: int  # how much of the text buffers it uses
 
-
-@dataclass
-class Tenant:
-    """What the host knows of a slot without asking the device."""
-
-    positions: int  # that its next step reads
-    text: int
-    left: int  # columns to draw
-
-    def count(self) -> None:
-        """One more column is drawn, one more position will be read."""
-        self.positions += 1
-        self.left -= 1
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What the buffers are made for; a 30 s window with melody and a long text fits the defaults."""
-
-    slots: int
-    columns: int = 1504
-    positions: int = 2048
-    text: int = 512
-
-    def holds(self, columns: int, positions: int, text: int) -> bool:
-        return self == self.for_request(columns, positions, text)
-
-    def for_request(self, columns: int, positions: int, text: int) -> "Capacity":
-        """Large enough for a request too: itself, where that is so."""
-        return Capacity(
-            self.slots, max(self.columns, columns), max(self.positions, positions), max(self.text, text)
-        )
-
-
-class StaticAttention:
-    """Attention over what each row of the leading slots has used of the buffers."""
-
-    cross_rows = None
-    """A row without a text hears nothing, which costs less than to leave it out."""
-
-    def __init__(self, batch: "StaticBatch", reach: Reach) -> None:
-        self._batch, self._rows = batch, slice(2 * reach.slots)
-        last = batch.position()[: reach.slots, None].expand(-1, 2).flatten()  # [rows]
-        self.positions = last[:, None]
-        attention = batch.operations.attention
-        self._attend = attention(last + 1, reach.positions)
-        self._hear = attention(batch.text_length[self._rows], reach.text)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[rows, heads, 1, head] each."""
-        keys, values = self._batch.keys[layer, self._rows], self._batch.values[layer, self._rows]
-        return self._attend(query, keys, values, (key, value))
-
-    def cross(self, layer: int, query: Tensor) -> Tensor:
-        """[rows, heads, 1, head]: both of a slot's look at its one text; the null row sees none of it."""
-        assert self._batch.text_keys is not None and self._batch.text_values is not None
-        slots = slice(len(query) // 2)
-        return self._hear(query, self._batch.text_keys[layer, slots], self._batch.text_values[layer, slots])
+    @property
+    def positions(self) -> int:
+        """That its next step reads."""
+        return self.before + self.filled
 
 
 class StaticBatch:
-    """The state of `capacity.slots` slots, and the step that advances all of them."""
-
     def __init__(self, decoder: Decoder, capacity: Capacity, *, graphs: bool) -> None:
-        self._decoder = decoder
-        self.operations = decoder.operations
-        device, slots = decoder.device, capacity.slots
-        self._slot_of_row = torch.arange(2 * slots, device=device) // 2
+        self.decoder = decoder
+        self.places = capacity.slots
+        self.slots: list[StaticSlot] = []
+        self.state = State(decoder, capacity)
+        self._last_made = capacity
+        self._graphed: Graphed[Reach] = Graphed(self._step, decoder.device, enabled=graphs)
 
-        def whole(value: int = 0) -> Tensor:
-            return torch.full((slots,), value, device=device)
+    def has_room(self, request: DecodeRequest) -> bool:
+        """Whether the buffers are large enough; only ever false again without any."""
+        return self.state.capacity.holds(*self._extent(request))
 
-        self.filled, self.end, self.before, self.seed = whole(1), whole(0), whole(0), whole(0)
-        self.top_k = whole(1)
-        self.text_length = torch.zeros(2 * slots, dtype=torch.long, device=device)  # [rows]
-        self.temperature, self.top_p, self.guidance = (torch.zeros(slots, device=device) for _ in range(3))
-
-        self._tenants: dict[int, Tenant] = {}
-        self._graphed: Graphed[Reach] = Graphed(self._step, device, enabled=graphs)
-        self._allocate(capacity)
-
-    def _allocate(self, capacity: Capacity) -> None:
-        decoder = self._decoder
-        device, slots = decoder.device, capacity.slots
-        layers, heads = len(decoder.layers), decoder.heads
-        head = decoder.dim // heads
-
-        def buffer(rows: int, length: int) -> Tensor:
-            return torch.zeros(layers, rows, heads, length, head, dtype=decoder.dtype, device=device)
-
-        # One column more than a request has: where slots that are not running write.
-        self.columns = torch.zeros(
-            slots, decoder.codebooks, capacity.columns + 1, dtype=torch.long, device=device
+    @torch.inference_mode()
+    def open(self, request: DecodeRequest, pulse: Pulse = lambda: None) -> StaticSlot:
+        self._make_room(request)
+        begun = prefill(self.decoder, request, spare=False, pulse=pulse)
+        place = min(set(range(self.places)) - {slot.place for slot in self.slots})
+        self.state.move_in(place, begun, request.sampling, seed_from(request.generator))
+        slot = StaticSlot(
+            columns=self.state.columns[place, :, : begun.columns.shape[1]],
+            start=begun.start,
+            filled=begun.start + 1,
+            delays=self.decoder.delays,
+            place=place,
+            before=begun.cache.length - begun.start,
+            text=max(begun.cache.text_length, 1),  # without any text a step still reads a bucket
         )
-        self.keys, self.values = (buffer(2 * slots, capacity.positions) for _ in range(2))
-        self.text_keys = buffer(slots, capacity.text) if decoder.has_text else None
-        self.text_values = buffer(slots, capacity.text) if decoder.has_text else None
-        decoder.reserve(capacity.positions)
-        self.capacity = self._last_made = capacity
-
-    def grow(self, columns: int, positions: int, text: int) -> None:
-        """Longer buffers, for such a request too, while nobody is in them.
-
-        Where there is no memory for them there are none at all: the next request has the last ones made
-        anew.
-        """
-        assert not self._tenants
-        self.capacity = Capacity(self.capacity.slots, 0, 0, 0)
-        self._graphed.forget()
-        self.columns = self.keys = self.values = self.columns.new_empty(0)  # both may not fit at once
-        self.text_keys = self.text_values = None
-        self._allocate(self._last_made.for_request(columns, positions, text))
-
-    def position(self) -> Tensor:
-        """[slots]: where each slot's newest token stands behind its prefix."""
-        return (self.before + self.filled - 1).clamp(max=self.capacity.positions - 1)
-
-    def join(
-        self,
-        *,
-        columns: Tensor,
-        start: int,
-        cache: RequestCache,
-        sampling: SamplingParams,
-        seed: int,
-        logits: Tensor,
-    ) -> int:
-        """A prefilled request moves in, and the column after its prefill is drawn. Returns its slot.
-
-        columns: [K, S]; cache: what the prefill of `start` columns stored; logits: [rows, K, card]
-        """
-        slot = min(set(range(self.capacity.slots)) - self._tenants.keys())
-        length = columns.shape[1]
-        text = 1 if cache.text is None else cache.text[0].shape[3]
-        tenant = Tenant(cache.length, text, left=length - start)
-        assert length <= self.capacity.columns, (length, self.capacity)
-        assert cache.length + tenant.left <= self.capacity.positions, (cache.length, self.capacity)
-        assert text <= self.capacity.text, (text, self.capacity)
-        own = slice(2 * slot, 2 * slot + 2)  # a single row is copied into both
-        self.keys[:, own, :, : cache.length] = cache.keys[:, :, :, : cache.length]
-        self.values[:, own, :, : cache.length] = cache.values[:, :, :, : cache.length]
-        self._hear(slot, cache)
-        self.columns[slot, :, :length] = columns
-        self.filled[slot], self.end[slot], self.before[slot] = start, length, cache.length - start
-        self.temperature[slot], self.guidance[slot] = sampling.temperature, sampling.guidance
-        self.top_k[slot], self.top_p[slot], self.seed[slot] = sampling.top_k, sampling.top_p, seed
-        self._take(logits.expand(2, -1, -1)[None], slice(slot, slot + 1))
-        tenant.count()
-        self._tenants[slot] = tenant
+        self.slots.append(slot)
         return slot
 
-    def leave(self, slot: int) -> None:
-        del self._tenants[slot]
-        self.end[slot] = 0
-
-    def clear(self) -> None:
-        """Everybody leaves, after a step that failed."""
-        self._tenants.clear()
-        self.end.zero_()
-
+    @torch.inference_mode()
     def step(self) -> None:
-        """One more column for every slot that is not done. Enqueued, not awaited."""
-        running = {slot: tenant for slot, tenant in self._tenants.items() if tenant.left}
+        """Enqueued, not awaited."""
+        running = [slot for slot in self.slots if slot.running]
+        if not running:
+            return
         reach = Reach(
-            max(running) + 1,
-            max(tenant.positions for tenant in running.values()),
-            max(tenant.text for tenant in running.values()),
+            max(slot.place for slot in running) + 1,
+            max(slot.positions for slot in running),
+            max(slot.text for slot in running),
         )
-        self._graphed(self._bucketed(reach), self._without_a_trace)
-        for tenant in running.values():
-            tenant.count()
+        self._graphed(self._bucketed(reach), self.state.without_a_trace)
+        for slot in running:
+            slot.filled += 1
 
-    def wait(self) -> None:
-        """Until the device has done what was enqueued."""
-        if self.keys.device.type == "cuda":
-            torch.cuda.current_stream(self.keys.device).synchronize()
+    def run(self) -> None:
+        for _ in range(CHUNK):
+            self.step()
+        device = self.decoder.device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+    @torch.inference_mode()
+    def close(self, slot: Slot) -> None:
+        for own in self.slots:
+            if own is slot:
+                self.state.stop(own.place)
+        self.slots = [own for own in self.slots if own is not slot]
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        self.slots = []
+        self.state.stop_all()
+
+    def _step(self, reach: Reach) -> None:
+        self.state.step(reach)
 
     def _bucketed(self, reach: Reach) -> Reach:
         """What is computed for it, so that few graphs serve all: 1, 2, 4, 8 ... slots, and whole buckets."""
+        capacity = self.state.capacity
 
         def up(n: int, bucket: int, limit: int) -> int:
             return min(-(-n // bucket) * bucket, limit)
 
-        slots = min(1 << (reach.slots - 1).bit_length(), self.capacity.slots)
-        if self.operations.reads_lengths:
-            return Reach(slots, self.capacity.positions, self.capacity.text)
+        slots = min(1 << (reach.slots - 1).bit_length(), capacity.slots)
+        if self.decoder.operations.reads_lengths:
+            return Reach(slots, capacity.positions, capacity.text)
         return Reach(
             slots,
-            up(reach.positions, CACHE_BUCKET, self.capacity.positions),
-            up(reach.text, TEXT_BUCKET, self.capacity.text),
+            up(reach.positions, CACHE_BUCKET, capacity.positions),
+            up(reach.text, TEXT_BUCKET, capacity.text),
         )
 
-    def _step(self, reach: Reach) -> None:
-        slots = slice(reach.slots)
-        last = self.columns[slots].gather(2, self._at(self.filled[slots] - 1))  # [slots, K, 1]
-        rows = self._slot_of_row[: 2 * reach.slots]
-        logits = self._decoder.logits(last, rows, StaticAttention(self, reach))
-        self._take(logits.view(-1, 2, *logits.shape[1:]), slots)
+    def _extent(self, request: DecodeRequest) -> tuple[int, int, int]:
+        """Columns, positions and text that a request takes of the buffers: the most that they may be."""
+        columns = num_columns(request.length, self.decoder.delays)
+        prefix, text = self.decoder.extent(request.conditions)
+        return columns, prefix + columns, text
 
-    def _take(self, logits: Tensor, slots: slice) -> None:
-        """[slots, 2, K, card] logits of the next column -> its tokens, where they are not given."""
-        drawn = self.operations.draw(
-            logits,
-            self.guidance[slots],
-            self.temperature[slots],
-            self.top_k[slots],
-            self.top_p[slots],
-            self.seed[slots],
-            self.filled[slots],
-        )
-        running = self.filled[slots] < self.end[slots]
-        at = self._at(torch.where(running, self.filled[slots], self.capacity.columns))
-        own = self.columns[slots]
-        given = own.gather(2, at)
-        own.scatter_(2, at, torch.where(given == UNKNOWN, drawn[..., None], given))
-        self.filled[slots].add_(running)
+    def _make_room(self, request: DecodeRequest) -> None:
+        """Longer buffers for what no released model's window asks for; only while no request is in them.
 
-    def _at(self, column: Tensor) -> Tensor:
-        """[slots] -> [slots, K, 1], an index into the columns."""
-        return column[:, None, None].expand(-1, self._decoder.codebooks, 1)
-
-    def _hear(self, slot: int, cache: RequestCache) -> None:
-        """Only the conditional row has a text, if the request has one."""
-        if self.text_keys is None or self.text_values is None:
+        Where there is no memory for them there are none at all: the next request has the last ones made
+        anew. It comes before the prefill, which may lengthen the decoder's table of positions: recorded
+        steps read the old one.
+        """
+        if self.has_room(request):
             return
-        self.text_length[2 * slot] = 0
-        if cache.text is not None:
-            assert (cache.rows, cache.text_rows) == (2, (0,)), "a null text that says something"
-            keys, values = cache.text
-            length = keys.shape[3]
-            self.text_keys[:, slot, :, :length] = keys[:, 0]
-            self.text_values[:, slot, :, :length] = values[:, 0]
-            self.text_length[2 * slot] = length
+        assert not self.slots, "buffers that are in use cannot grow"
+        larger = self._last_made.for_request(*self._extent(request))
+        self._graphed.forget()
+        self.state = State(self.decoder, Capacity(self.places, 0, 0, 0))  # both may not fit at once
+        self.state = State(self.decoder, larger)
+        self._last_made = larger
 
-    def _without_a_trace(self, call: Callable[[], None]) -> None:
-        """With every slot stopped a step writes only what the next one writes again."""
-        end = self.end.clone()
-        self.end.zero_()
-        call()
-        self.end.copy_(end)
+
+def seed_from(generator: torch.Generator) -> int:
+    """For the draws on the device."""
+    return int(torch.randint(2**62, (), generator=generator))

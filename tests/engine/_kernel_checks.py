@@ -156,27 +156,28 @@ def a_static_batch(device: torch.device) -> None:
     """Requests that join, run side by side and end are decoded as by plain operations."""
     from _random_models import conditions, language_model
 
-    from musicgen_svc.engine.engine import Engine
-    from musicgen_svc.engine.static import Capacity, StaticBatch
+    from musicgen_svc.engine.batch import DecodeRequest
+    from musicgen_svc.engine.choice import operations_for
+    from musicgen_svc.engine.decoder import Decoder
+    from musicgen_svc.engine.state import Capacity
+    from musicgen_svc.engine.static import StaticBatch
     from musicgen_svc.request import SamplingParams
 
     lm = language_model(dim=16, layers=2, heads=1, card=40, delays=(0, 1), device=device)
     heard = {name: (t.to(device), mask.to(device)) for name, (t, mask) in conditions(dim=16).items()}
     codes = []
     for kernels in (True, False):
-        engine = Engine(lm, slots=2, static=True, kernels=kernels, graphs=False)
-        engine._static = StaticBatch(engine.decoder, Capacity(2, 40, 640, 40), graphs=False)
-        assert engine._static.operations.reads_lengths == kernels
+        decoder = Decoder(lm, operations=operations_for(lm, kernels))
+        assert decoder.operations.reads_lengths == kernels
+        batch = StaticBatch(decoder, Capacity(2, 40, 640, 40), graphs=False)
         slots = []
         for i, given in enumerate((heard, {})):
             sampling = SamplingParams(temperature=0 if i == 0 else 1, top_k=9)
             generator = torch.Generator().manual_seed(i)
-            slots.append(
-                engine.open(given, prompt=None, length=3 + i, sampling=sampling, generator=generator)
-            )
-            engine.step()
+            slots.append(batch.open(DecodeRequest(given, None, 3 + i, sampling, generator)))
+            batch.step()
         while not all(slot.done for slot in slots):
-            engine.step()
+            batch.step()
         codes.append([slot.codes for slot in slots])
     for ours, expected in zip(*codes, strict=True):
         assert torch.equal(ours, expected)

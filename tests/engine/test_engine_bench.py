@@ -19,7 +19,7 @@ from _bench_report import Row
 from _bench_workload import Workload
 from _random_models import SIZES
 
-from musicgen_svc.engine import engine
+from musicgen_svc.engine import ragged
 from musicgen_svc.engine.projections import Precision
 
 Report = Callable[..., dict[str, Any]]
@@ -94,8 +94,8 @@ def test_what_stands_beside_the_engine_is_timed(bench: Report) -> None:
 def test_tokens_that_differ_fail_the_command(
     precision: str, bench: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = engine.draw
-    monkeypatch.setattr(engine, "draw", lambda *a: (draw(*a) + 1) % 2048)
+    draw = ragged.draw
+    monkeypatch.setattr(ragged, "draw", lambda *a: (draw(*a) + 1) % 2048)
     found = bench("--seconds", "0.4", "--pairs", "1", "--engine-only", "--precision", precision)
     assert found["status"] == 1
     assert [row["tokens"] for row in found["rows"]] == ["differ from frame 0"]

@@ -16,8 +16,9 @@ from _bench_workload import Workload
 from _random_models import audiocraft_generates, conditions, language_model
 from torch.autograd import DeviceType
 
-from musicgen_svc.engine import engine
-from musicgen_svc.engine.engine import Engine
+from musicgen_svc.engine import ragged
+from musicgen_svc.engine.factory import batch_for
+from musicgen_svc.engine.static import CHUNK
 from musicgen_svc.meta import on_meta
 from musicgen_svc.request import SamplingParams
 
@@ -42,7 +43,7 @@ def test_transformers_does_the_same_work() -> None:
 
 def test_a_shorter_piece_is_compared_as_far_as_it_can_be() -> None:
     long, short = _work(30), _work(15)
-    (tokens,) = long.engine(Engine(long.lm), 1)
+    (tokens,) = long.engine(batch_for(long.lm), 1)
     expected = short.audiocraft()
     assert not torch.equal(tokens[:, :15], expected)  # whose last frames saw the end coming
     assert _bench.compared(tokens, expected, long) == "equal"
@@ -96,8 +97,8 @@ def test_a_short_piece_says_nothing_of_growth() -> None:
 
 def test_a_decode_gives_the_seconds_of_its_full_chunks() -> None:
     work, seconds = _work(100), list[float]()
-    work.engine(Engine(work.lm), 1, seconds)
-    assert len(seconds) == 102 // engine.CHUNK and min(seconds) > 0
+    work.engine(batch_for(work.lm), 1, seconds)
+    assert len(seconds) == 102 // CHUNK and min(seconds) > 0
 
 
 # --- launches and syncs -------------------------------------------------------------------------
@@ -141,11 +142,11 @@ def test_a_steps_share_leaves_out_what_a_run_has_once(monkeypatch: pytest.Monkey
 @pytest.mark.cuda
 def test_a_recorded_step_is_hardly_a_launch() -> None:
     work = _work(device="cuda", dtype=torch.float16)
-    engines = [Engine(work.lm, graphs=on) for on in (True, False)]
+    batches = [batch_for(work.lm, graphs=on) for on in (True, False)]
     recorded, launched = (
-        _bench_launches.per_step(lambda frames, e=e: work.of(frames).engine(e, 1)) for e in engines
+        _bench_launches.per_step(lambda frames, b=b: work.of(frames).engine(b, 1)) for b in batches
     )
-    assert 1 <= recorded["launches"] < 4 and recorded["syncs"] <= 1 / engine.CHUNK
+    assert 1 <= recorded["launches"] < 4 and recorded["syncs"] <= 1 / CHUNK
     assert launched["launches"] > 20 and recorded["kernels"] > 20
 
 
@@ -155,12 +156,12 @@ def test_a_recorded_step_is_hardly_a_launch() -> None:
 @pytest.mark.parametrize("static", [False, True])
 def test_the_engine_agrees_with_audiocraft(static: bool) -> None:
     work = _work()
-    found = with_audiocraft(work, Engine(work.lm, static=static), frames=12)
+    found = with_audiocraft(work, batch_for(work.lm, static=static), frames=12)
     assert (found.top1, found.first_divergence, found.frames) == (1, None, 12)
 
 
 def test_a_single_wrong_token_is_found_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, calls = engine.draw, itertools.count(1)
+    draw, calls = ragged.draw, itertools.count(1)
 
     def wrong_once(*args: Any) -> torch.Tensor:
         drawn = draw(*args)
@@ -168,9 +169,9 @@ def test_a_single_wrong_token_is_found_where_it_is(monkeypatch: pytest.MonkeyPat
             drawn[1] = (drawn[1] + 1) % 2048
         return drawn
 
-    monkeypatch.setattr(engine, "draw", wrong_once)
+    monkeypatch.setattr(ragged, "draw", wrong_once)
     work = _work()
-    found = with_audiocraft(work, Engine(work.lm), frames=12)
+    found = with_audiocraft(work, batch_for(work.lm), frames=12)
     assert found.first_divergence == 4
     assert found.top1 == pytest.approx(1 - 1 / 48)  # it reads on with audiocraft's token
 
@@ -179,4 +180,4 @@ def test_a_single_wrong_token_is_found_where_it_is(monkeypatch: pytest.MonkeyPat
 @pytest.mark.cuda
 def test_the_engine_agrees_with_audiocraft_on_a_gpu() -> None:
     work = _work(device="cuda", dtype=torch.float16)
-    assert with_audiocraft(work, Engine(work.lm), frames=64).top1 > LEAST_TOP1
+    assert with_audiocraft(work, batch_for(work.lm), frames=64).top1 > LEAST_TOP1

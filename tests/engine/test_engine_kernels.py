@@ -18,8 +18,10 @@ from _random_models import conditions, language_model
 from musicgen_svc.engine import choice
 from musicgen_svc.engine.choice import Shape, best, operations_for
 from musicgen_svc.engine.engine import Engine
+from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.operations import PLAIN, Operations
-from musicgen_svc.engine.static import Reach
+from musicgen_svc.engine.state import Reach
+from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.request import SamplingParams
 
 HERE = Path(__file__).parent
@@ -81,9 +83,9 @@ def test_on_a_cpu_the_plain_ones_are_taken() -> None:
 def test_they_are_off_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = language_model(dim=32, layers=1, heads=2)
     monkeypatch.setattr(choice, "_kernels", lambda: BY_LENGTH)
-    assert Engine(lm, static=True, kernels=True).decoder.operations is BY_LENGTH
-    assert Engine(lm, static=True, kernels=False).decoder.operations is PLAIN
-    assert Engine(lm, static=False, kernels=True).decoder.operations is PLAIN
+    assert batch_for(lm, static=True, kernels=True).decoder.operations is BY_LENGTH
+    assert batch_for(lm, static=True, kernels=False).decoder.operations is PLAIN
+    assert batch_for(lm, static=False, kernels=True).decoder.operations is PLAIN
 
 
 def _raise(exc: Exception) -> Operations:
@@ -125,13 +127,13 @@ def test_with_them_a_number_of_slots_has_one_graph(monkeypatch: pytest.MonkeyPat
     keys: dict[bool, set[Reach]] = {True: set(), False: set()}
     codes = []
     for kernels, seen in keys.items():
-        engine = Engine(lm, slots=2, static=True, kernels=kernels)
-        assert engine._static is not None
-        step = engine._static._step
-        engine._static._graphed._function = lambda reach, step=step, seen=seen: (seen.add(reach), step(reach))
+        batch = batch_for(lm, slots=2, static=True, kernels=kernels)
+        assert isinstance(batch, StaticBatch)
+        step = batch._step
+        batch._graphed._function = lambda reach, step=step, seen=seen: (seen.add(reach), step(reach))
         for tokens in (5, 70):
             codes.append(
-                engine.generate(
+                Engine(batch).generate(
                     conditions(dim=32, tokens=tokens), prompt=None, length=260, sampling=SamplingParams(),
                     generator=torch.Generator().manual_seed(0),
                 )

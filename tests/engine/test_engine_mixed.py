@@ -5,7 +5,9 @@ import torch
 from _random_models import conditions, language_model
 
 from musicgen_svc.compat import LMModel
+from musicgen_svc.engine.batch import DecodeRequest
 from musicgen_svc.engine.engine import Engine
+from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.request import SamplingParams
 
 
@@ -26,14 +28,10 @@ def test_the_mix_gives_fp32s_logits_within_fp16s_rounding(kind: str, static: boo
 
     given = conditions(kind)
     sampling, generator = SamplingParams(temperature=0), torch.Generator()
-    tokens = Engine(mixed, static=static).generate(
+    tokens = Engine(batch_for(mixed, static=static)).generate(
         given, prompt=None, length=40, sampling=sampling, generator=generator
     )
-    slots = [
-        Engine(lm).open(given, prompt=tokens[:, :39], length=40, sampling=sampling, generator=generator)
-        for lm in (mixed, exact)
-    ]
-    logits = [slot.logits for slot in slots]
-    assert logits[0] is not None and logits[1] is not None
+    request = DecodeRequest(given, tokens[:, :39], 40, sampling, generator)
+    logits = [batch_for(lm).open(request).logits for lm in (mixed, exact)]
     assert logits[0].dtype == torch.float16
     assert (logits[0].float() - logits[1]).abs().max() < 0.05 * logits[1].std()

@@ -8,7 +8,9 @@ from _random_models import MONO, STEREO, Conditions, audiocraft_generates, condi
 from torch import Tensor
 
 from musicgen_svc.compat import LMModel
-from musicgen_svc.engine.engine import Engine, Slot
+from musicgen_svc.engine.engine import Engine
+from musicgen_svc.engine.factory import batch_for
+from musicgen_svc.engine.ragged import RaggedSlot
 from musicgen_svc.request import SamplingParams
 
 CARD = 300
@@ -36,7 +38,9 @@ def assert_equal_to_audiocraft(
     prompt = prompt_of(lm, frames)
     expected = audiocraft_generates(lm, given, prompt=prompt, length=length, sampling=sampling, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    tokens = Engine(lm).generate(given, prompt=prompt, length=length, sampling=sampling, generator=generator)
+    tokens = Engine(batch_for(lm)).generate(
+        given, prompt=prompt, length=length, sampling=sampling, generator=generator
+    )
     assert torch.equal(tokens, expected)
     assert tokens.unique().numel() > 20, "a model that repeats itself proves nothing"
     return tokens
@@ -82,7 +86,9 @@ def test_lengths_shorter_than_the_delays(length: int) -> None:
     lm = model("text", "stereo")
     generator = torch.Generator().manual_seed(0)
     given, sampling = given_for("text"), SamplingParams()
-    tokens = Engine(lm).generate(given, prompt=None, length=length, sampling=sampling, generator=generator)
+    tokens = Engine(batch_for(lm)).generate(
+        given, prompt=None, length=length, sampling=sampling, generator=generator
+    )
     expected = audiocraft_generates(lm, given, prompt=None, length=length, sampling=sampling, seed=0)
     assert torch.equal(tokens, expected)
 
@@ -102,8 +108,10 @@ def test_equal_rows_are_run_once_and_change_nothing(
 ) -> None:
     given = {name: (tensor[1:].repeat(2, 1, 1), mask) for name, (tensor, mask) in given_for(kind).items()}
     rows: set[int] = set()
-    take = Slot.take
-    monkeypatch.setattr(Slot, "take", lambda slot, logits: (rows.add(len(logits)), take(slot, logits))[1])
+    take = RaggedSlot.take
+    monkeypatch.setattr(
+        RaggedSlot, "take", lambda slot, logits: (rows.add(len(logits)), take(slot, logits))[1]
+    )
     sampling = SamplingParams(temperature=temperature)
     assert_equal_to_audiocraft(model(kind), given, frames=0, length=70, sampling=sampling)
     assert rows == {1}
@@ -121,16 +129,16 @@ def test_cached_logits_are_those_of_the_full_forward_at_every_step(
 ) -> None:
     lm, given = model(kind, layout), given_for(kind)
     seen: list[Tensor] = []
-    slots: list[Slot] = []
-    take = Slot.take
+    slots: list[RaggedSlot] = []
+    take = RaggedSlot.take
 
-    def record(slot: Slot, logits: Tensor) -> None:
+    def record(slot: RaggedSlot, logits: Tensor) -> None:
         seen.append(logits)
         slots.append(slot)
         take(slot, logits)
 
-    monkeypatch.setattr(Slot, "take", record)
-    Engine(lm).generate(
+    monkeypatch.setattr(RaggedSlot, "take", record)
+    Engine(batch_for(lm)).generate(
         given,
         prompt=prompt_of(lm, frames),
         length=40,

@@ -9,7 +9,9 @@ from _bench_workload import stored_in_float16
 from _random_models import audiocraft_generates, conditions, language_model
 from torch import Tensor
 
+from musicgen_svc.engine.batch import DecodeRequest
 from musicgen_svc.engine.engine import Engine
+from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.projections import Precision, projection
 from musicgen_svc.request import SamplingParams
 
@@ -131,7 +133,7 @@ def test_it_generates_audiocrafts_tokens_with_weights_that_are_stored_in_float16
     lm = stored_in_float16(language_model(kind, card=300))
     given, sampling = conditions(kind, chroma=13), SamplingParams()
     expected = audiocraft_generates(lm, given, prompt=None, length=150, sampling=sampling, seed=3)
-    engine = Engine(lm, precision=precision, exclusive=True)
+    engine = Engine(batch_for(lm, precision=precision, exclusive=True))
     assert not any(p.numel() for layer in lm.transformer.layers for p in layer.parameters() if p.ndim == 2)
     generator = torch.Generator().manual_seed(3)
     tokens = engine.generate(given, prompt=None, length=150, sampling=sampling, generator=generator)
@@ -142,7 +144,7 @@ def test_it_generates_audiocrafts_tokens_with_weights_that_are_stored_in_float16
 def test_what_is_not_packed_stays_when_the_model_lets_go_of_its_matrices(kind: str) -> None:
     lm, given, sampling = language_model(kind, card=300), conditions(kind, chroma=13), SamplingParams()
     expected = audiocraft_generates(lm, given, prompt=None, length=40, sampling=sampling, seed=3)
-    engine = Engine(lm, exclusive=True)
+    engine = Engine(batch_for(lm, exclusive=True))
     generator = torch.Generator().manual_seed(3)
     tokens = engine.generate(given, prompt=None, length=40, sampling=sampling, generator=generator)
     assert torch.equal(tokens, expected)
@@ -154,17 +156,15 @@ def test_a_faster_precision_stays_close_to_the_reference_on_the_same_tokens(
     precision: Precision, most: float
 ) -> None:
     lm = language_model(card=300)
-    engines = [Engine(lm), Engine(lm, precision=precision)]
+    batches = [batch_for(lm), batch_for(lm, precision=precision)]
     exact, rough = (
-        engine.open(conditions(), prompt=None, length=40, sampling=GREEDY, generator=torch.Generator())
-        for engine in engines
+        batch.open(DecodeRequest(conditions(), None, 40, GREEDY, torch.Generator())) for batch in batches
     )
     divergence: list[Tensor] = []
     while not exact.done:
         rough.columns.copy_(exact.columns)
-        for engine in engines:
-            engine.step()
-        assert exact.logits is not None and rough.logits is not None
+        for batch in batches:
+            batch.step()
         p, q = exact.logits.log_softmax(-1), rough.logits.log_softmax(-1)
         divergence.append((p.exp() * (p - q)).sum(-1).mean())
     assert 0 < torch.stack(divergence).mean() < most

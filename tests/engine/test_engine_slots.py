@@ -12,8 +12,13 @@ from _random_models import Conditions, conditions, language_model
 from torch import Tensor, nn
 
 from musicgen_svc.compat import LMModel
-from musicgen_svc.engine.engine import Engine, Slot, StepError
-from musicgen_svc.engine.static import Capacity
+from musicgen_svc.engine import static
+from musicgen_svc.engine.batch import Batch, DecodeRequest, Slot
+from musicgen_svc.engine.decoder import Decoder
+from musicgen_svc.engine.engine import Engine, StepError
+from musicgen_svc.engine.factory import batch_for
+from musicgen_svc.engine.state import Capacity, State
+from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.request import SamplingParams
 from musicgen_svc.ticks import Tick, no_tick
@@ -35,11 +40,10 @@ class Ask:
     sampling: SamplingParams = DEFAULT
     seed: int = 0
 
-    def open_in(self, engine: Engine) -> Slot:
-        return engine.open(
-            self.given, prompt=self.prompt, length=self.length, sampling=self.sampling,
-            generator=self._generator(),
-        )  # fmt: skip
+    def open_in(self, batch: Batch) -> Slot:
+        return batch.open(
+            DecodeRequest(self.given, self.prompt, self.length, self.sampling, self._generator())
+        )
 
     def generate_in(self, engine: Engine, tick: Tick = no_tick) -> Tensor:
         return engine.generate(
@@ -65,52 +69,52 @@ def asks(kind: str = "text") -> list[Ask]:
 
 
 def alone(ask: Ask, kind: str = "text", static: bool = False) -> Tensor:
-    return ask.generate_in(Engine(model(kind), static=static))
+    return ask.generate_in(Engine(batch_for(model(kind), static=static)))
 
 
-def finish(engine: Engine, slot: Slot) -> Tensor:
+def finish(batch: Batch, slot: Slot) -> Tensor:
     while not slot.done:
-        engine.step()
+        batch.step()
     return slot.codes
 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
 def test_requests_together_are_what_they_are_alone(kind: str) -> None:
-    engine = Engine(model(kind), slots=4)
-    slots = [ask.open_in(engine) for ask in asks(kind)]
+    batch = batch_for(model(kind), slots=4)
+    slots = [ask.open_in(batch) for ask in asks(kind)]
     for ask, slot in zip(asks(kind), slots, strict=True):
-        assert torch.equal(finish(engine, slot), alone(ask, kind))
+        assert torch.equal(finish(batch, slot), alone(ask, kind))
 
 
 def test_a_slot_that_joins_at_step_100_of_another() -> None:
     long = Ask(conditions(seed=8), 150, seed=5)
-    engine = Engine(model(), slots=2)
-    first = long.open_in(engine)
+    batch = batch_for(model(), slots=2)
+    first = long.open_in(batch)
     while first.progress[0] < 100:
-        engine.step()
-    second = asks()[1].open_in(engine)
-    assert torch.equal(finish(engine, second), alone(asks()[1]))
-    assert torch.equal(finish(engine, first), alone(long))
+        batch.step()
+    second = asks()[1].open_in(batch)
+    assert torch.equal(finish(batch, second), alone(asks()[1]))
+    assert torch.equal(finish(batch, first), alone(long))
 
 
 def test_a_slot_that_leaves_does_not_disturb_the_rest() -> None:
-    engine = Engine(model(), slots=3)
-    slots = [ask.open_in(engine) for ask in asks()[:3]]
+    batch = batch_for(model(), slots=3)
+    slots = [ask.open_in(batch) for ask in asks()[:3]]
     for _ in range(10):
-        engine.step()
-    engine.close(slots[0])
+        batch.step()
+    batch.close(slots[0])
     stopped = slots[0].filled
-    assert torch.equal(finish(engine, slots[2]), alone(asks()[2]))
+    assert torch.equal(finish(batch, slots[2]), alone(asks()[2]))
     assert slots[0].filled == stopped
 
 
 def test_threads_share_an_engine_with_fewer_slots_than_requests() -> None:
-    engine = Engine(model(), slots=2)
+    engine = Engine(batch_for(model(), slots=2))
     results: dict[int, Tensor] = {}
     together: set[int] = set()
 
     def run(index: int, ask: Ask) -> None:
-        results[index] = ask.generate_in(engine, lambda done, total: together.add(len(engine._open)))
+        results[index] = ask.generate_in(engine, lambda done, total: together.add(len(engine.batch.slots)))
 
     threads = [threading.Thread(target=run, args=item) for item in enumerate(asks())]
     for thread in threads:
@@ -123,7 +127,7 @@ def test_threads_share_an_engine_with_fewer_slots_than_requests() -> None:
 
 
 def test_a_tick_that_raises_ends_its_request_and_frees_its_place() -> None:
-    engine = Engine(model(), slots=1)
+    engine = Engine(batch_for(model()))
 
     class CancelledError(Exception):
         pass
@@ -138,14 +142,14 @@ def test_a_tick_that_raises_ends_its_request_and_frees_its_place() -> None:
     for limit in (0, 1):  # in the prefill, then between steps
         with pytest.raises(CancelledError):
             asks()[0].generate_in(engine, cancel_at(limit))
-        assert not engine._open
+        assert not engine.batch.slots
     assert torch.equal(asks()[0].generate_in(engine), alone(asks()[0]))
 
 
 def test_progress_rises_to_its_total() -> None:
     ticks: list[tuple[int, int]] = []
     ask = asks()[1]
-    ask.generate_in(Engine(model()), lambda done, total: ticks.append((done, total)))
+    ask.generate_in(Engine(batch_for(model())), lambda done, total: ticks.append((done, total)))
     assert ask.prompt is not None
     total = ask.length - ask.prompt.shape[1] + 3
     assert {of for _, of in ticks} == {total}
@@ -153,42 +157,42 @@ def test_progress_rises_to_its_total() -> None:
 
 
 def test_a_step_that_failed_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(model())
-    slot = asks()[0].open_in(engine)
-    engine.step()
-    head = engine.decoder._logits
-    monkeypatch.setattr(engine.decoder, "_logits", lambda x: 1 / 0)
+    batch = batch_for(model())
+    slot = asks()[0].open_in(batch)
+    batch.step()
+    head = batch.decoder._logits
+    monkeypatch.setattr(batch.decoder, "_logits", lambda x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        engine.step()
-    monkeypatch.setattr(engine.decoder, "_logits", head)
-    assert torch.equal(finish(engine, slot), alone(asks()[0]))
+        batch.step()
+    monkeypatch.setattr(batch.decoder, "_logits", head)
+    assert torch.equal(finish(batch, slot), alone(asks()[0]))
 
 
 def test_the_weights_are_the_models_own() -> None:
     lm = language_model(card=CARD)
     own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
     before = lm(torch.zeros(2, 4, 3, dtype=torch.long), [], conditions())
-    engine = Engine(lm)
+    decoder = batch_for(lm).decoder
     after = lm(torch.zeros(2, 4, 3, dtype=torch.long), [], conditions())
     assert torch.equal(before, after)
     heads = {linear.weight.untyped_storage().data_ptr() for linear in lm.linears}
     assert len(heads) == 1, "merged once, not copied"
-    Engine(lm)
+    batch_for(lm)
     assert heads == {linear.weight.untyped_storage().data_ptr() for linear in lm.linears}
     assert torch.equal(before, lm(torch.zeros(2, 4, 3, dtype=torch.long), [], conditions()))
     shared = {p.untyped_storage().data_ptr() for p in lm.parameters()} - heads
-    assert shared <= own and engine.decoder.weights.data_ptr() == lm.emb[0].weight.data_ptr()
+    assert shared <= own and decoder.weights.data_ptr() == lm.emb[0].weight.data_ptr()
 
 
 def test_another_architecture_is_refused_by_name() -> None:
     lm = language_model(card=CARD)
     lm.transformer.positional_embedding = "rope"
     with pytest.raises(WeightsError, match="sinusoidal positions"):
-        Engine(lm)
+        batch_for(lm)
     lm = language_model(card=CARD)
     lm.linears[0] = nn.Linear(64, CARD, bias=True)
     with pytest.raises(WeightsError, match="without biases"):
-        Engine(lm)
+        batch_for(lm)
 
 
 def together(engine: Engine, asked: list[Ask]) -> list[Any]:
@@ -225,7 +229,7 @@ def together(engine: Engine, asked: list[Ask]) -> list[Any]:
 def test_a_shared_step_that_fails_ends_all_that_are_in_it_and_leaves_the_engine_whole(
     static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(model(), slots=3, static=static)
+    engine = Engine(batch_for(model(), slots=3, static=static))
     compute, steps = engine.decoder.logits, 0
 
     def fail_at_the_fifth(tokens: Tensor, *rest: Any) -> Tensor:
@@ -239,36 +243,36 @@ def test_a_shared_step_that_fails_ends_all_that_are_in_it_and_leaves_the_engine_
         patch.setattr(engine.decoder, "logits", fail_at_the_fifth)
         for end in together(engine, asks()[:3]):
             assert isinstance(end, StepError) and isinstance(end.__cause__, torch.OutOfMemoryError), end
-    assert steps == 5 and not engine._open
+    assert steps == 5 and not engine.batch.slots
     for got, ask in zip(together(engine, asks()[:3]), asks(), strict=False):
         assert torch.equal(got, alone(ask, static=static))
 
 
 def test_a_draw_that_fails_is_one_requests_own_error() -> None:
-    engine = Engine(model(), slots=3)
-    slots = [ask.open_in(engine) for ask in asks()[:3]]
+    batch = batch_for(model(), slots=3)
+    slots = [ask.open_in(batch) for ask in asks()[:3]]
     slots[1].sampling = SamplingParams(temperature=float("nan"))  # no logits survive it
     for _ in range(3):
-        engine.step()
+        batch.step()
     assert isinstance(slots[1].error, RuntimeError) and slots[1].filled == slots[1].start + 1
     for slot, ask in ((slots[0], asks()[0]), (slots[2], asks()[2])):
-        assert torch.equal(finish(engine, slot), alone(ask))
+        assert torch.equal(finish(batch, slot), alone(ask))
 
 
 def test_a_prefill_that_fails_is_one_requests_own_error() -> None:
-    engine = Engine(model(), slots=2)
-    other = asks()[0].open_in(engine)
+    engine = Engine(batch_for(model(), slots=2))
+    other = asks()[0].open_in(engine.batch)
     with pytest.raises(RuntimeError, match="probability"):
         replace(asks()[1], sampling=SamplingParams(temperature=float("nan"))).generate_in(engine)
-    assert engine._open == [other]
-    assert torch.equal(finish(engine, other), alone(asks()[0]))
+    assert engine.batch.slots == [other]
+    assert torch.equal(finish(engine.batch, other), alone(asks()[0]))
 
 
 def test_a_long_prefill_lets_others_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every turn is over at once: the prefill is laid aside at each of its pulses."""
     monkeypatch.setattr("musicgen_svc.turns.TURN_S", 0.0)
     monkeypatch.setattr("musicgen_svc.engine.engine.TURN_S", 0.01)
-    engine = Engine(model(), slots=2)
+    engine = Engine(batch_for(model(), slots=2))
     first = replace(asks()[0], length=400)
     seen: list[int] = []
     started = threading.Event()
@@ -282,8 +286,8 @@ def test_a_long_prefill_lets_others_step(monkeypatch: pytest.MonkeyPatch) -> Non
     started.wait()
 
     def tick(done: int, total: int) -> None:
-        if done == 0 and engine._open:
-            seen.append(engine._open[0].filled)
+        if done == 0 and engine.batch.slots:
+            seen.append(engine.batch.slots[0].filled)
 
     assert torch.equal(asks()[1].generate_in(engine, tick), alone(asks()[1]))
     thread.join()
@@ -291,7 +295,8 @@ def test_a_long_prefill_lets_others_step(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_request_for_longer_buffers_waits_until_they_are_empty_and_later_ones_behind_it() -> None:
-    engine = Engine(model(), slots=3, static=True)
+    batch = batch_for(model(), slots=3, static=True)
+    engine = Engine(batch)
     wide = Ask(conditions(tokens=600), 30, sampling=SamplingParams(temperature=0))
     order: list[str] = []
     results: dict[str, Tensor] = {}
@@ -320,23 +325,21 @@ def test_a_request_for_longer_buffers_waits_until_they_are_empty_and_later_ones_
     assert order == ["first", "wide", "later"]
     assert torch.equal(results["wide"], alone(wide))
     assert torch.equal(results["later"], alone(asks()[1], static=True))
-    assert engine._static is not None and engine._static.capacity.text >= 600
+    assert isinstance(batch, StaticBatch) and batch.state.capacity.text >= 600
 
 
 def test_buffers_that_could_not_grow_are_there_for_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(model(), slots=2, static=True)
-    static = engine._static
-    assert static is not None
-    allocate = static._allocate
+    batch = batch_for(model(), slots=2, static=True)
+    assert isinstance(batch, StaticBatch)
 
-    def scarce(capacity: Capacity) -> None:
+    def scarce(decoder: Decoder, capacity: Capacity) -> State:
         if capacity.text > 512:
             raise torch.OutOfMemoryError("of the buffers")
-        allocate(capacity)
+        return State(decoder, capacity)
 
-    monkeypatch.setattr(static, "_allocate", scarce)
+    monkeypatch.setattr(static, "State", scarce)
     with pytest.raises(torch.OutOfMemoryError):
-        Ask(conditions(tokens=600), 30).generate_in(engine)
-    assert static.keys.numel() == 0, "old buffers and new ones at once may not fit"
-    assert torch.equal(asks()[1].generate_in(engine), alone(asks()[1], static=True))
-    assert static.capacity == Capacity(2)
+        Ask(conditions(tokens=600), 30).generate_in(Engine(batch))
+    assert batch.state.keys.numel() == 0, "old buffers and new ones at once may not fit"
+    assert torch.equal(asks()[1].generate_in(Engine(batch)), alone(asks()[1], static=True))
+    assert batch.state.capacity == Capacity(2)

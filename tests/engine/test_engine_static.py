@@ -12,8 +12,11 @@ from _random_models import STEREO, Conditions, conditions, language_model
 from torch import Tensor
 
 from musicgen_svc.compat import LMModel
-from musicgen_svc.engine.engine import Engine, Slot
-from musicgen_svc.engine.static import Reach
+from musicgen_svc.engine.batch import Batch, DecodeRequest, Slot
+from musicgen_svc.engine.engine import Engine
+from musicgen_svc.engine.factory import batch_for
+from musicgen_svc.engine.state import Reach
+from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.request import SamplingParams
 
 CARD = 300
@@ -34,7 +37,7 @@ def given_for(kind: str, seed: int = 0, device: str = "cpu") -> Conditions:
 
 
 def opened(
-    engine: Engine,
+    batch: Batch,
     given: Conditions,
     sampling: SamplingParams,
     *,
@@ -42,24 +45,24 @@ def opened(
     length: int = 40,
     frames: int = 0,
 ) -> Slot:
-    prompt = torch.arange(engine.decoder.codebooks * frames).view(-1, frames) % CARD if frames else None
+    prompt = torch.arange(batch.decoder.codebooks * frames).view(-1, frames) % CARD if frames else None
     generator = torch.Generator().manual_seed(seed)
-    return engine.open(given, prompt=prompt, length=length, sampling=sampling, generator=generator)
+    return batch.open(DecodeRequest(given, prompt, length, sampling, generator))
 
 
-def finished(engine: Engine, slot: Slot) -> Tensor:
+def finished(batch: Batch, slot: Slot) -> Tensor:
     while not slot.done:
-        engine.step()
+        batch.step()
     return slot.codes.cpu()
 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("frames", [0, 15])
-def test_greedy_tokens_are_the_eager_engines(kind: str, guidance: float, frames: int) -> None:
+def test_greedy_tokens_are_the_ragged_ones(kind: str, guidance: float, frames: int) -> None:
     sampling = SamplingParams(temperature=0, guidance=guidance)
-    static, eager = (Engine(model(kind), static=static) for static in (True, False))
-    expected = finished(eager, opened(eager, given_for(kind), sampling, frames=frames))
+    static, ragged = (batch_for(model(kind), static=static) for static in (True, False))
+    expected = finished(ragged, opened(ragged, given_for(kind), sampling, frames=frames))
     assert torch.equal(finished(static, opened(static, given_for(kind), sampling, frames=frames)), expected)
     assert expected.unique().numel() > 10, "a model that repeats itself proves nothing"
 
@@ -71,28 +74,28 @@ def test_requests_are_the_same_in_any_slot_and_company() -> None:
     ]
 
     def alone(given: Conditions, sampling: SamplingParams, seed: int) -> Tensor:
-        engine = Engine(lm, static=True)
-        return finished(engine, opened(engine, given, sampling, seed=seed))
+        batch = batch_for(lm, static=True)
+        return finished(batch, opened(batch, given, sampling, seed=seed))
 
-    engine = Engine(lm, slots=3, static=True)
-    first = opened(engine, *asks[0][:2], seed=9, length=60)
-    slots = [opened(engine, given, sampling, seed=seed) for given, sampling, seed in asks[1:]]
+    batch = batch_for(lm, slots=3, static=True)
+    first = opened(batch, *asks[0][:2], seed=9, length=60)
+    slots = [opened(batch, given, sampling, seed=seed) for given, sampling, seed in asks[1:]]
     for _ in range(10):
-        engine.step()
-    engine.close(first)  # its place is taken by one that joins later
-    late = opened(engine, *asks[0][:2], seed=asks[0][2])
+        batch.step()
+    batch.close(first)  # its place is taken by one that joins later
+    late = opened(batch, *asks[0][:2], seed=asks[0][2])
     assert late.place == first.place
     for slot, ask in zip([late, *slots], asks, strict=True):
-        assert torch.equal(finished(engine, slot), alone(*ask))
+        assert torch.equal(finished(batch, slot), alone(*ask))
 
 
 def test_seeds_differ_and_repeat() -> None:
-    engine = Engine(model("melody"), static=True)
+    batch = batch_for(model("melody"), static=True)
 
     def run(seed: int) -> Tensor:
-        slot = opened(engine, given_for("melody"), DRAWN, seed=seed)
-        codes = finished(engine, slot)
-        engine.close(slot)
+        slot = opened(batch, given_for("melody"), DRAWN, seed=seed)
+        codes = finished(batch, slot)
+        batch.close(slot)
         return codes
 
     assert torch.equal(run(1), run(1))
@@ -103,18 +106,18 @@ def test_seeds_differ_and_repeat() -> None:
 def test_a_rehearsed_step_leaves_no_trace(reach: Reach) -> None:
     """However many slots it computes: those that run, fewer, or some that nobody has."""
     lm = model("text")
-    alone = Engine(lm, static=True)
+    alone = batch_for(lm, static=True)
     expected = finished(alone, opened(alone, given_for("text"), DRAWN))
-    engine = Engine(lm, slots=4, static=True)
-    done = opened(engine, given_for("text"), DRAWN, length=3)
-    slots = [opened(engine, given_for("text"), DRAWN, length=length) for length in (40, 60)]
-    static = engine._static
-    assert static is not None
+    batch = batch_for(lm, slots=4, static=True)
+    assert isinstance(batch, StaticBatch)
+    state = batch.state
+    done = opened(batch, given_for("text"), DRAWN, length=3)
+    slots = [opened(batch, given_for("text"), DRAWN, length=length) for length in (40, 60)]
     while not slots[1].done:
         with torch.inference_mode():
-            static._without_a_trace(lambda: static._step(reach))
-            assert static.filled[:3].tolist() == [slot.filled for slot in (done, *slots)]
-        engine.step()
+            state.without_a_trace(lambda: state.step(reach))
+            assert state.filled[:3].tolist() == [slot.filled for slot in (done, *slots)]
+        batch.step()
     assert torch.equal(slots[0].codes, expected)
     assert torch.equal(slots[1].codes[:, :37], expected[:, :37])
 
@@ -122,59 +125,59 @@ def test_a_rehearsed_step_leaves_no_trace(reach: Reach) -> None:
 def test_a_step_computes_the_places_that_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """As 1, 2, 4 or 8 of them. A request stays in its place when those below have left."""
     lm = model("text")
-    engine = Engine(lm, slots=6, static=True)
+    batch = batch_for(lm, slots=6, static=True)
     rows: list[int] = []
-    logits = engine.decoder.logits
+    logits = batch.decoder.logits
 
     def count(tokens: Tensor, request_of_row: Tensor, *rest: object) -> Tensor:
         rows.append(len(request_of_row))
         return logits(tokens, request_of_row, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine.decoder, "logits", count)
+    monkeypatch.setattr(batch.decoder, "logits", count)
 
     def stepped() -> int:
-        engine.step()
+        batch.step()
         return rows[-1]
 
     slots = []
     for expected in (1, 2, 4, 4, 6):
-        slots.append(opened(engine, given_for("text"), DRAWN, seed=len(slots)))
+        slots.append(opened(batch, given_for("text"), DRAWN, seed=len(slots)))
         assert stepped() == 2 * expected
     for slot in slots[:3]:
-        engine.close(slot)
+        batch.close(slot)
     assert stepped() == 2 * 6
-    slots[0] = opened(engine, given_for("text"), GREEDY, length=50)
+    slots[0] = opened(batch, given_for("text"), GREEDY, length=50)
     assert slots[0].place == 0
-    engine.close(slots[4])
+    batch.close(slots[4])
     assert stepped() == 2 * 4
-    finished(engine, slots[3])
+    finished(batch, slots[3])
     assert stepped() == 2 * 1, "one that is done needs no steps"
     monkeypatch.undo()
 
-    alone = Engine(lm, static=True)
+    alone = batch_for(lm, static=True)
     assert torch.equal(slots[3].codes, finished(alone, opened(alone, given_for("text"), DRAWN, seed=3)))
-    alone = Engine(lm, static=True)
+    alone = batch_for(lm, static=True)
     expected_codes = finished(alone, opened(alone, given_for("text"), GREEDY, length=50))
-    assert torch.equal(finished(engine, slots[0]), expected_codes)
+    assert torch.equal(finished(batch, slots[0]), expected_codes)
 
 
 def test_a_place_forgets_the_text_of_who_had_it_before() -> None:
     null = {name: (torch.zeros_like(tensor), mask) for name, (tensor, mask) in given_for("text").items()}
-    engine = Engine(model("text"), static=True)
-    engine.close(opened(engine, given_for("text"), GREEDY))
-    codes = finished(engine, opened(engine, null, GREEDY))
-    fresh = Engine(model("text"), static=True)
+    batch = batch_for(model("text"), static=True)
+    batch.close(opened(batch, given_for("text"), GREEDY))
+    codes = finished(batch, opened(batch, null, GREEDY))
+    fresh = batch_for(model("text"), static=True)
     assert torch.equal(codes, finished(fresh, opened(fresh, null, GREEDY)))
 
 
 def test_generate_drives_the_static_batch() -> None:
-    engine = Engine(model("text"), static=True)
+    batch = batch_for(model("text"), static=True)
     ticks: list[tuple[int, int]] = []
-    codes = engine.generate(
+    codes = Engine(batch).generate(
         given_for("text"), prompt=None, length=40, sampling=DRAWN,
         generator=torch.Generator().manual_seed(0), tick=lambda *at: ticks.append(at),
     )  # fmt: skip
-    assert torch.equal(codes, finished(engine, opened(engine, given_for("text"), DRAWN)))
+    assert torch.equal(codes, finished(batch, opened(batch, given_for("text"), DRAWN)))
     assert ticks[0] == (0, 43) and ticks[-1] == (43, 43)
 
 
@@ -189,9 +192,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 def test_a_graph_generates_what_the_step_does(kind: str, sampling: SamplingParams, kernels: bool) -> None:
     codes = []
     for graphs in (True, False):
-        engine = Engine(model(kind, "cuda"), slots=2, graphs=graphs, kernels=kernels)
-        slots = [opened(engine, given_for(kind, s, "cuda"), sampling, seed=s, length=300) for s in range(2)]
-        codes.append([finished(engine, slot) for slot in slots])
+        batch = batch_for(model(kind, "cuda"), slots=2, graphs=graphs, kernels=kernels)
+        slots = [opened(batch, given_for(kind, s, "cuda"), sampling, seed=s, length=300) for s in range(2)]
+        codes.append([finished(batch, slot) for slot in slots])
     for recorded, launched in zip(*codes, strict=True):
         assert torch.equal(recorded, launched)
 
@@ -204,14 +207,14 @@ def test_with_kernels_and_without_the_tokens_are_the_same(kind: str) -> None:
     lm = language_model(kind, dim=128, heads=2, card=CARD, device="cuda")
     codes = []
     for kernels in (True, False):
-        engine = Engine(lm, slots=4, kernels=kernels)
+        batch = batch_for(lm, slots=4, kernels=kernels)
         slots = []
         for seed, sampling in enumerate((GREEDY, DRAWN, SamplingParams(top_p=0.9))):
             given = conditions(kind, dim=128, seed=seed, tokens=4 + seed, chroma=9)
             given = {name: (tensor.cuda(), mask.cuda()) for name, (tensor, mask) in given.items()}
-            slots.append(opened(engine, given, sampling, seed=seed, length=300))
-            engine.step()
-        codes.append([finished(engine, slot) for slot in slots])
+            slots.append(opened(batch, given, sampling, seed=seed, length=300))
+            batch.step()
+        codes.append([finished(batch, slot) for slot in slots])
     for ours, expected in zip(*codes, strict=True):
         assert (ours == expected).float().mean() > 0.99
 
@@ -220,7 +223,7 @@ def test_with_kernels_and_without_the_tokens_are_the_same(kind: str) -> None:
 @needs_gpu
 def test_threads_take_turns_at_the_same_graphs() -> None:
     """One of them records, all of them replay. In fp32, since products over more rows round otherwise."""
-    engine = Engine(language_model("text", delays=STEREO, card=CARD, device="cuda"), slots=3)
+    engine = Engine(batch_for(language_model("text", delays=STEREO, card=CARD, device="cuda"), slots=3))
 
     def run(seed: int) -> Tensor:
         return engine.generate(
@@ -237,13 +240,13 @@ def test_threads_take_turns_at_the_same_graphs() -> None:
 @pytest.mark.cuda
 @needs_gpu
 def test_a_step_never_waits_for_the_device() -> None:
-    engine = Engine(model("text", "cuda"))
-    slot = opened(engine, given_for("text", device="cuda"), DRAWN)
-    engine.step()  # records
+    batch = batch_for(model("text", "cuda"))
+    slot = opened(batch, given_for("text", device="cuda"), DRAWN)
+    batch.step()  # records
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(20):
-            engine.step()
+            batch.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert slot.filled > 20
@@ -254,16 +257,16 @@ def test_a_step_never_waits_for_the_device() -> None:
 @pytest.mark.parametrize("kind", ["text", "melody"])
 def test_logits_are_audiocrafts_under_autocast(kind: str) -> None:
     lm, given = model(kind, "cuda"), given_for(kind, device="cuda")
-    engine = Engine(lm, static=False)
-    slot = opened(engine, given, GREEDY)
+    batch = batch_for(lm, static=False)
+    slot = opened(batch, given, GREEDY)
     seen = [slot.logits]
     while not slot.done:
-        engine.step()
+        batch.step()
         seen.append(slot.logits)
     with torch.inference_mode(), torch.autocast("cuda", torch.float16):
         full = lm(slot.columns[None, :, :-1].repeat(2, 1, 1), [], given)
     guided = full[1] + (full[0] - full[1]) * GREEDY.guidance
-    ours = torch.stack([logits for logits in seen if logits is not None], dim=1)
+    ours = torch.stack(seen, dim=1)
     torch.testing.assert_close(ours.float(), guided.float(), atol=0.1, rtol=0.02)
 
 
@@ -272,12 +275,43 @@ def test_buffers_grow_for_a_request_beyond_them() -> None:
     lm = model("text")
     given = conditions("text", tokens=700)
     sampling = SamplingParams(temperature=0)
-    expected = Engine(lm).generate(
+    expected = Engine(batch_for(lm)).generate(
         given, prompt=None, length=20, sampling=sampling, generator=torch.Generator()
     )
-    engine = Engine(lm, static=True)
+    engine = Engine(batch_for(lm, static=True))
     for _ in range(2):
         tokens = engine.generate(
             given, prompt=None, length=20, sampling=sampling, generator=torch.Generator()
         )
         assert torch.equal(tokens, expected)
+
+
+def test_there_is_room_for_just_what_the_buffers_hold() -> None:
+    batch = batch_for(model("text"), static=True)
+
+    def fits(length: int, tokens: int = 5) -> bool:
+        given = conditions("text", tokens=tokens)
+        return batch.has_room(DecodeRequest(given, None, length, GREEDY, torch.Generator()))
+
+    assert fits(1500) and not fits(1501), "1,504 columns, of which one is special and three are delays"
+    assert fits(8, tokens=512) and not fits(8, tokens=513)
+
+
+def test_recorded_steps_are_forgotten_before_what_they_read_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A prefill beyond the table of positions makes a longer one, and may be given up after that."""
+    batch = batch_for(model("melody"), static=True)
+    assert isinstance(batch, StaticBatch)
+    tables, forgotten = [batch.decoder._table], []
+    monkeypatch.setattr(batch._graphed, "forget", lambda: forgotten.append(batch.decoder._table))
+
+    def give_up() -> None:
+        tables.append(batch.decoder._table)
+        raise InterruptedError
+
+    given = conditions("melody", tokens=2100)
+    with pytest.raises(InterruptedError):
+        batch.open(DecodeRequest(given, None, 8, GREEDY, torch.Generator()), give_up)
+    assert len(tables[1]) > len(tables[0]) and [table is tables[0] for table in forgotten] == [True]
+    assert not batch.slots

@@ -1,0 +1,44 @@
+"""The one place that chooses how a model is decoded, by its device and by what was asked for."""
+
+from musicgen_svc.compat import LMModel
+from musicgen_svc.engine.batch import Batch
+from musicgen_svc.engine.choice import operations_for
+from musicgen_svc.engine.decoder import Decoder
+from musicgen_svc.engine.projections import Precision
+from musicgen_svc.engine.ragged import RaggedBatch
+from musicgen_svc.engine.state import Capacity
+from musicgen_svc.engine.static import StaticBatch
+
+
+def batch_for(
+    lm: LMModel,
+    *,
+    slots: int = 1,
+    precision: Precision = "reference",
+    static: bool | None = None,
+    graphs: bool = True,
+    kernels: bool | None = None,
+    exclusive: bool = False,
+) -> Batch:
+    """A batch that decodes with the weights of one language model.
+
+    slots: how many requests decode at once
+    precision: see `projections.py`
+    static: keep every slot's state on the device, and draw there, as a GPU wants it; None: on a GPU.
+        Forced off there only greedy requests run
+    graphs: on a GPU, record the step and replay it; off, the same step runs operation by operation
+    kernels: decode with Triton kernels of our own; None: on a GPU, where they work. True: or fail.
+        Only where the state is static
+    exclusive: nobody else computes with the model, see `Decoder`
+
+    Raises:
+        WeightsError: the model is built in a way that no released MusicGen is.
+        ImportError: kernels were asked for, and there is no Triton.
+    """
+    assert slots >= 1 and not lm.training, (slots, lm.training)
+    if static is None:
+        static = lm.emb[0].weight.device.type == "cuda"
+    decoder = Decoder(lm, precision, operations_for(lm, kernels if static else False), exclusive=exclusive)
+    if static:
+        return StaticBatch(decoder, Capacity(slots), graphs=graphs)
+    return RaggedBatch(decoder, slots)
