@@ -14,8 +14,8 @@ from musicgen_svc.checkpoints import Checkpoint, TransformersPart
 from musicgen_svc.checkpoints.fitting import check_fit
 from musicgen_svc.checkpoints.spelling import State, parametrized_weight_norm
 from musicgen_svc.checkpoints.tensors import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
+from musicgen_svc.chroma import Chroma
 from musicgen_svc.compat import (
-    ChromaExtractor,
     CompressionModel,
     HFEncodecCompressionModel,
     InterleaveStereoCompressionModel,
@@ -32,7 +32,7 @@ def build_melody_conditioner(
 ) -> MelodyConditioner:
     """Chroma as the checkpoint was trained with, and an empty projection to the model's width."""
     wanted = config.conditioners[MELODY].chroma_stem
-    chroma = ChromaExtractor(
+    chroma = Chroma(
         sample_rate=sample_rate,
         n_chroma=wanted.n_chroma,
         radix2_exp=wanted.radix2_exp,

@@ -17,7 +17,7 @@ nothing is lost: whoever comes to use one of them gets the real thing, imported 
 - `audiocraft`, `audiocraft.models`, `audiocraft.data` import every model, solver, metric and data set of
   audiocraft from their `__init__`. It runs when a name is asked for that none of their modules has.
 - `transformers` (T5 and RoBERTa of conditioners that we do not build, EnCodec in transformers' format),
-  `librosa` (the chroma of melody models), `num2words` (that whitespace tokenizer), `flashy` and `dora`
+  `librosa` (filters that `chroma.py` has too), `num2words` (that whitespace tokenizer), `flashy` and `dora`
   (training) are named by modules that we need. A stand-in gives out names that find the real ones when
   they are used. It is in `sys.modules` only while audiocraft is imported: nobody else ever meets it.
 """

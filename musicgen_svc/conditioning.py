@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from musicgen_svc.compat import ChromaExtractor
+from musicgen_svc.chroma import Chroma
 from musicgen_svc.ticks import Tick, no_tick
 
 Condition: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -56,7 +56,7 @@ class MelodyConditioner(nn.Module):
     """
 
     def __init__(
-        self, separate: Separate, chroma: ChromaExtractor,
+        self, separate: Separate, chroma: Chroma,
         duration_s: float, output_dim: int,
     ) -> None:  # fmt: skip
         super().__init__()
