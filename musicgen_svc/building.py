@@ -162,7 +162,7 @@ def build_transformers_codec(part: TransformersPart, device: torch.device) -> Co
     own = codec.state_dict()
     check_fit(own, part.state, "codec", part.origin)
     _assign(codec, own, part.state, device)
-    _restore_constants(codec, device)
+    _restore_constants(codec)
     return HFEncodecCompressionModel(codec).eval().requires_grad_(False)
 
 
@@ -215,18 +215,24 @@ def _assign(module: nn.Module, own: State, state: State, device: torch.device) -
     """
     placed = {name: state[name].to(device, tensor.dtype) for name, tensor in own.items()}
     module.load_state_dict(placed, assign=True)
+    for part in module.modules():
+        if isinstance(part, nn.RNNBase):
+            part.flatten_parameters()  # on a GPU cuDNN else copies them together, and warns, at every call
 
 
-def _restore_constants(codec: nn.Module, device: torch.device) -> None:
-    """What transformers' EnCodec knows of its convolutions is in no state dict."""
+def _restore_constants(codec: nn.Module) -> None:
+    """What transformers' EnCodec knows of its convolutions is in no state dict.
+
+    It stays on the host, which pads by it, and would wait for a GPU's answer before each convolution.
+    """
     for module in codec.modules():
         if {"stride", "kernel_size", "padding_total"} <= module._buffers.keys():
             conv = module.conv
             assert isinstance(conv, nn.Conv1d)
             reach = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1
-            module.stride = torch.tensor(conv.stride[0], device=device)
-            module.kernel_size = torch.tensor(reach, device=device)
-            module.padding_total = torch.tensor(reach - conv.stride[0], device=device)
+            module.stride = torch.tensor(conv.stride[0])
+            module.kernel_size = torch.tensor(reach)
+            module.padding_total = torch.tensor(reach - conv.stride[0])
     assert not any(buffer.is_meta for buffer in codec.buffers())
 
 

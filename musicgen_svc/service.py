@@ -38,6 +38,7 @@ class Service:
         self._device_turn = Turns(1)
         self._work = WorkFolder(settings.work_dir)
         self._pipeline: Pipeline | None = None
+        self._device = torch.device("cpu")
         self._device_failed = threading.Event()
 
     def start(self, weights: str | None) -> None:
@@ -55,7 +56,8 @@ class Service:
     def _start(self, given: str | None) -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        device = _device(self._settings.device)
+        device = self._device = _device(self._settings.device)
+        _use(device)
         check_sizes(self._settings.weights_dir)
         given = local(given, self._settings)
         weights = Weights.at(self._settings.weights_dir, read_catalog(), given)
@@ -111,6 +113,7 @@ class Service:
     def _run(self, pipeline: Pipeline, request: Request, stop: StopFlag, folder: Path) -> Result:
         """In the request's thread. Whatever goes wrong becomes one sentence, its cause goes to the log."""
         try:
+            _use(self._device)
             return pipeline.run(request, stop, folder)
         except Stopped:
             raise
@@ -141,16 +144,27 @@ class Service:
         return GenerationError(f"The service failed ({type(cause).__name__}); its log has the cause.")
 
 
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+"""In the words of torch's allocator on a CPU, of CUDA and Triton, and of CUDA's libraries."""
+
+
 def _is_out_of_memory(exc: BaseException) -> bool:
-    # On a CPU torch raises a plain RuntimeError out of its allocator.
+    # Whatever asks past torch's allocator on a GPU fails with a plain RuntimeError or an AcceleratorError.
     return isinstance(exc, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(exc, RuntimeError) and "can't allocate memory" in str(exc)
+        isinstance(exc, RuntimeError) and any(words in str(exc) for words in _OUT_OF_MEMORY)
     )
 
 
+def _use(device: torch.device) -> None:
+    """For every thread: each begins with the first GPU, and Triton launches on a thread's, not a tensor's."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def _device(name: str) -> torch.device:
+    """With its index, if it is a GPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -161,4 +175,4 @@ def _device(name: str) -> torch.device:
         raise ServiceError(
             f"MUSICGEN_DEVICE is {name!r}, but {torch.cuda.device_count()} GPUs can be used here."
         )
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

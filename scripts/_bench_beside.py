@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from _bench_workload import timed
 
+from musicgen_svc.building import build_transformers_codec
+from musicgen_svc.checkpoints import TransformersPart
 from musicgen_svc.codec import Codec
-from musicgen_svc.compat import HFEncodecCompressionModel, NoiseSchedule, builders
+from musicgen_svc.compat import NoiseSchedule, builders
 from musicgen_svc.diffusion import Band, MultiBandDiffusion
 
 T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
@@ -44,7 +46,7 @@ def beside(seconds: float, device: torch.device, *, mbd: bool = False) -> dict[s
 
 
 def codec_of_released_size(device: torch.device) -> Codec:
-    """MusicGen's EnCodec: 32 kHz in 4 codebooks at 50 Hz."""
+    """MusicGen's EnCodec as the service builds it: 32 kHz in 4 codebooks at 50 Hz."""
     from transformers import EncodecConfig, EncodecModel
 
     config = EncodecConfig(
@@ -52,8 +54,8 @@ def codec_of_released_size(device: torch.device) -> Codec:
         use_causal_conv=False, use_conv_shortcut=False,
         target_bandwidths=[CODEBOOKS * FRAME_RATE_HZ * bits_of(ENCODEC["codebook_size"]) / 1000], **ENCODEC,
     )  # fmt: skip
-    model = EncodecModel(config).to(device).eval()
-    return Codec(HFEncodecCompressionModel(model))
+    drawn = TransformersPart(config.to_dict(), EncodecModel(config).state_dict(), "a random codec")
+    return Codec(build_transformers_codec(drawn, device))
 
 
 def bits_of(cardinality: int) -> int:
@@ -71,7 +73,7 @@ def band_of_released_size(device: torch.device) -> Band:
     processor.project_sample(torch.randn(1, 1, SAMPLE_RATE_HZ))
     return Band(
         unet=unet.eval().requires_grad_(False),
-        schedule=NoiseSchedule(**config.schedule, device=device),
+        schedule=NoiseSchedule(**config.schedule, device="cpu"),  # as the service has it, see diffusion.py
         processor=processor.to(device).eval(),
         sample_rate=SAMPLE_RATE_HZ,
         dimension=unet.conv_codec.in_channels,

@@ -1,6 +1,7 @@
 """Whatever goes wrong on the device becomes one sentence, and only what is final ends the service."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from musicgen_svc.errors import GenerationError, ServiceError
 from musicgen_svc.pipeline import Pipeline
-from musicgen_svc.service import Service
+from musicgen_svc.service import Service, _device
 from musicgen_svc.settings import Settings
 from musicgen_svc.turns import Turn
 
@@ -40,6 +41,12 @@ def predict(service: Service) -> Path:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "ran out of memory", True),
         (MemoryError(), "ran out of memory", True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "ran out of memory", True),
+        (torch.AcceleratorError("CUDA error: out of memory"), "ran out of memory", True),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "ran out of",
+            True,
+        ),
         (torch.AcceleratorError("device-side assert triggered"), "must be restarted", False),
         (KeyError("a bug of ours"), r"failed \(KeyError\)", True),
     ],
@@ -65,6 +72,33 @@ def test_a_device_that_is_not_there_is_named(weights: Path, tmp_path: Path) -> N
         service = Service(Settings(weights_dir=weights, work_dir=tmp_path, device=device))
         with pytest.raises(ServiceError, match=f"MUSICGEN_DEVICE is '{device}'"):
             service.start(None)
+
+
+def test_every_thread_uses_the_gpu_that_was_asked_for(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread begins with the first one, and what Triton launches goes to the thread's."""
+    used: dict[str, torch.device] = {}
+    run = Pipeline.run
+
+    def ran(*args: Any) -> Any:
+        assert used == {threading.current_thread().name: torch.device("cuda:1")}
+        return run(*args)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: used.update({threading.current_thread().name: device})
+    )
+    monkeypatch.setattr(Pipeline, "run", ran)
+    service._device = _device("cuda:1")
+    assert predict(service).is_file()
+
+
+def test_a_gpu_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, expected in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        assert str(_device(name)) == expected
 
 
 def test_a_finished_request_leaves_one_file_in_a_folder_of_its_own(service: Service) -> None:

@@ -1,0 +1,202 @@
+"""On a GPU, one of paper: nothing is left on the host, nobody waits unasked, and numbers are a CPU's."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+from paper_gpu import DEVICE, PaperGpu, paper_gpu
+from sounds import noise, tone, written
+from torch import Tensor, nn
+
+from musicgen_svc import components
+from musicgen_svc.building import LMDraft
+from musicgen_svc.catalog import read_catalog
+from musicgen_svc.codec import Codec
+from musicgen_svc.conditioning import MELODY, TEXT
+from musicgen_svc.diffusion import Band, MultiBandDiffusion, _Count, load_bands
+from musicgen_svc.loader import Loader
+from musicgen_svc.pipeline import Pipeline
+from musicgen_svc.progress import StopFlag
+from musicgen_svc.randomness import GlobalRandom
+from musicgen_svc.request import Request
+from musicgen_svc.settings import Settings
+from musicgen_svc.ticks import no_tick
+from musicgen_svc.turns import Turns
+from musicgen_svc.weights import FINETUNED, Weights
+
+RATE_HZ = 32_000
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+FIELDS: dict[str, Any] = {
+    "model_version": "finetuned", "prompt": "a waltz", "input_audio": None, "duration": 1,
+    "continuation": False, "continuation_start": 0, "continuation_end": None, "multi_band_diffusion": False,
+    "normalization_strategy": "loudness", "top_k": 250, "top_p": 0, "temperature": 1,
+    "classifier_free_guidance": 3, "output_format": "wav", "seed": 5,
+}  # fmt: skip
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperGpu]:
+    def kind(thing: Any) -> type:
+        return Tensor if isinstance(thing, Tensor) else type(thing)
+
+    # A U-Net looks whether its step is a tensor by its very type.
+    monkeypatch.setattr("audiocraft.models.unet.type", kind, raising=False)
+    # Of diffusion's twenty evaluations two do: one before noise is added, and the last.
+    monkeypatch.setattr(Band, "steps", property(lambda band: [band.schedule.num_steps - 1, 500, 0]))
+    with paper_gpu(monkeypatch) as found:
+        yield found
+
+
+def loader(weights: Path, name: str, device: torch.device, turn: Turns | None = None) -> Loader:
+    return Loader(Weights.at(weights, read_catalog(), str(weights / name)), device, Settings(), turn)
+
+
+def codec_of(weights: Path, name: str, device: torch.device) -> Codec:
+    found = Weights.at(weights, read_catalog(), str(weights / name))
+    opened = Loader(found, CPU, Settings())._open(FINETUNED)
+    return Codec(components.built_codec(components.codec_source(found, opened), device))
+
+
+def tokens_of(codec: Codec, frames: int) -> Tensor:
+    draw = torch.Generator().manual_seed(3)
+    return torch.randint(codec.cardinality, (codec.codebooks, frames), generator=draw)
+
+
+def test_the_paper_refuses_notes_and_draws_as_a_gpu_does(gpu: PaperGpu) -> None:
+    there = torch.zeros(3, device="cuda")
+    assert there.is_cuda and (there + torch.tensor(2.0)).device == DEVICE
+    for mixed in (lambda: there + torch.ones(3), lambda: torch.ones(()).add_(there.sum())):
+        with pytest.raises(RuntimeError, match="same device"):
+            mixed()
+    there[1:].mul_(2).add_(1)
+    assert gpu.waits == []
+    assert there.cpu().tolist() == [0, 1, 1] and bool(there.any()) and len(there[there > 0]) == 2
+    assert len(gpu.waits) == 3
+    streams = torch.get_rng_state(), gpu.random
+    torch.randn(3, device="cuda")
+    assert torch.equal(torch.get_rng_state(), streams[0]) and not torch.equal(gpu.random, streams[1])
+    with torch.autocast("cuda", torch.float16):
+        assert (there[None] @ there[:, None]).dtype == torch.float16
+
+
+def placed(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.device, torch.Size]]:
+    return {name: (tensor.dtype, tensor.device, tensor.shape) for name, tensor in tensors.items()}
+
+
+def test_weights_have_the_types_and_the_place_that_audiocraft_gives_them(
+    gpu: PaperGpu, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from audiocraft.models.musicgen import MusicGen
+
+    built: list[Any] = []
+    build = LMDraft.build
+    monkeypatch.setattr(LMDraft, "build", lambda *args: built.append(build(*args)) or built[-1])
+    ours = loader(weights, "melody", GPU).start()
+    with warnings.catch_warnings():  # torch's older weight norm; an autocast to float32, which is none
+        warnings.simplefilter("ignore")
+        theirs = MusicGen.get_pretrained(str(weights / "melody"), device="cuda")
+    assert placed(built[0].state_dict()) == placed(theirs.lm.state_dict())
+    assert placed(ours.codec._mono.state_dict()) == placed(theirs.compression_model.state_dict())
+    mine, their = ours.conditioner.conditioners, theirs.lm.condition_provider.conditioners
+    chromas = (conditioners[MELODY].chroma for conditioners in (mine, their))
+    assert placed(dict(next(chromas).named_buffers())) == placed(dict(next(chromas).named_buffers()))
+    kinds = {(weight.dtype, weight.device) for weight in mine[TEXT]._t5[0].parameters()}
+    assert kinds == {(weight.dtype, weight.device) for weight in their[TEXT].t5.parameters()}
+
+
+def test_text_and_melody_are_heard_as_on_a_cpu(gpu: PaperGpu, weights: Path) -> None:
+    melody = torch.from_numpy(noise(1.0, RATE_HZ))
+    heard = []
+    for device in (CPU, GPU):
+        model = loader(weights, "melody", device).start()
+        with GlobalRandom(3, device).pinned():
+            heard.append(model.conditioner.text("a waltz") | model.conditioner.melody(melody))
+    here, there = heard
+    for name, (embedding, mask) in there.items():
+        assert embedding.device == mask.device == DEVICE
+        torch.testing.assert_close(embedding.cpu(), here[name][0], atol=1e-4, rtol=1e-4)
+        assert torch.equal(mask.cpu(), here[name][1])
+
+
+@pytest.mark.parametrize("name", ["hf-codec", "stereo"])
+def test_a_codec_waits_for_nothing_but_its_chunks(gpu: PaperGpu, weights: Path, name: str) -> None:
+    here, there = (codec_of(weights, name, device) for device in (CPU, GPU))
+    wav = torch.from_numpy(noise(2.0, RATE_HZ, channels=here.channels))
+    tokens = there.encode(wav)
+    assert tokens.device == DEVICE and torch.equal(tokens.cpu(), here.encode(wav))
+    samples, expected = there.decode(tokens), here.decode(tokens.cpu())
+    assert samples.device == DEVICE
+    torch.testing.assert_close(samples.cpu(), expected, atol=1e-4, rtol=1e-4)
+    latents, chunk = there.latents(tokens), 34
+    for at_once, waits in ((100, []), (chunk, ["synchronize"] * 3)):
+        for stack, x in ((there._encoder, wav.to(GPU)[None, :1]), (there._decoder, latents)):
+            gpu.waits.clear()
+            with torch.no_grad():
+                assert len([*stack.run(x, at_once)]) == max(len(waits), 1)
+            assert gpu.waits == waits
+
+
+def test_an_lstms_weights_are_joined_where_they_are_used(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN wants them in one piece: else it makes one, and warns, whenever it is called."""
+    joined: dict[nn.Module, list[Any]] = {}
+    monkeypatch.setattr(
+        nn.LSTM, "flatten_parameters", lambda self: joined.update({self: list(self._flat_weights)})
+    )
+    for name in ("small", "hf-codec"):
+        lstms = [part for part in codec_of(weights, name, CPU)._mono.modules() if isinstance(part, nn.LSTM)]
+        assert len(lstms) == 2
+        for lstm in lstms:
+            assert [*map(id, joined[lstm])] == [*map(id, lstm.parameters())]
+
+
+def test_diffusion_draws_on_the_gpu_and_never_waits_for_it(gpu: PaperGpu, weights: Path) -> None:
+    file = weights / "multiband-diffusion" / "mbd_musicgen_32khz.th"
+    codecs = {device: codec_of(weights, "small", device) for device in (CPU, GPU)}
+    tokens = tokens_of(codecs[CPU], 9)
+    wavs = []
+    for device, half in ((CPU, False), (GPU, False), (GPU, None)):
+        codec = codecs[device]
+        diffusion = MultiBandDiffusion(load_bands(file, device)[1:2], codec, half=half)
+        with GlobalRandom(3, device).pinned(), torch.no_grad():
+            condition = codec.latents(tokens).float()
+            gpu.waits.clear()
+            count = _Count(no_tick, 1, diffusion._device)
+            made = diffusion._diffuse(condition, [(0, 6), (4, 9)], count)
+            equalized = diffusion._equalize(made, made * 2, count)
+        assert gpu.waits == [] and equalized.device == made.device == condition.device
+        wavs.append(made.cpu())
+    here, there, half = wavs
+    torch.testing.assert_close(there, here, atol=1e-4, rtol=1e-4)
+    assert 0 < (half - here).std() < 0.05 * here.std()
+
+
+def test_both_channels_are_diffused_from_the_same_noise(gpu: PaperGpu, weights: Path) -> None:
+    file = weights / "multiband-diffusion" / "mbd_musicgen_32khz.th"
+    codec = loader(weights, "stereo", GPU).start().codec
+    one = torch.randint(codec.cardinality, (4, 3), generator=torch.Generator().manual_seed(3))
+    both = one.repeat_interleave(2, dim=0)
+    wav = MultiBandDiffusion(load_bands(file, GPU)[:1], codec, half=False).decode(both)
+    assert wav.device == DEVICE and wav.std() > 0
+    assert torch.equal(wav[0], wav[1])
+
+
+def test_a_whole_request_runs(gpu: PaperGpu, weights: Path, tmp_path: Path) -> None:
+    turn = Turns(1)
+    pipeline = Pipeline(loader(weights, "melody", GPU, turn), turn, slots=1, tag_prompt=False)
+    clip = tmp_path / "clip"
+    clip.write_bytes(written(tone(440, 1.5, RATE_HZ), RATE_HZ))
+    request = Request.from_fields(FIELDS | {"input_audio": clip, "multi_band_diffusion": True}, 600)
+    result = pipeline.run(request, StopFlag(1000), tmp_path)
+    samples, rate = soundfile.read(result.path)
+    assert (len(samples), rate) == (RATE_HZ, RATE_HZ) and samples.std() > 0.01
+
+
+def test_a_gpus_check_for_waits_does_not_fail_of_its_own_warning() -> None:
+    """torch warns where that check is first asked for, and a warning is an error here."""
+    torch._C._cuda_set_sync_debug_mode(0)
