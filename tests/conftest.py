@@ -1,10 +1,12 @@
 """The tiny checkpoints, and audiocraft's own models over them, for every test."""
 
+import contextlib
+import fcntl
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,21 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(HUB), "HF_HUB_CACHE": str(H
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """torch's check for waits, which tests on a GPU switch on, warns that it may miss some."""
+    config.addinivalue_line("filterwarnings", "ignore:Synchronization debug mode is a prototype")
+
+
 @pytest.fixture(scope="session")
-def weights() -> Path:
-    """The tiny checkpoints, laid out as `weights/`."""
+def weights() -> Iterator[Path]:
+    """The tiny checkpoints, laid out as `weights/`. Several test processes may ask at once."""
     folder = _tiny_weights.ensure(ROOT)
-    _tiny_weights.hub_cache(folder, HUB)
-    return folder
+    with HUB.with_name(f"{HUB.name}.lock").open("w") as lock:
+        with contextlib.suppress(BlockingIOError):  # another process has laid it out, and reads it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _tiny_weights.hub_cache(folder, HUB)
+        fcntl.flock(lock, fcntl.LOCK_SH)  # to the end: nobody writes into it while it is read
+        yield folder
 
 
 @pytest.fixture(scope="session")

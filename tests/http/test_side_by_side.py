@@ -112,7 +112,9 @@ def test_different_models_take_turns_by_request_in_the_order_of_asking(four: Cog
         futures[name] = started(four, fields, name)
         futures[name].add_done_callback(lambda _, name=name: ended.append(name))
     replies = {name: future.result(timeout=120) for name, future in futures.items()}
-    assert ended == ["absent", "first", "other", "later"], "what cannot be is said at once"
+    assert ended[0] == "absent", "what cannot be is said at once"
+    # Nothing is said of "first": its turn ends before its file is written and sent, which may last longer.
+    assert ended.index("other") < ended.index("later")
     assert "large" in replies["absent"]["error"]
     for name, content in expected.items():
         assert output(replies[name]) == content

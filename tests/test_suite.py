@@ -1,0 +1,57 @@
+"""scripts/test, with a stand-in for Python: it runs every test file once, and no failure gets lost."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = ["tests/test_a.py", "tests/test_b.py", "tests/http/test_c.py", "tests/deep/down/test_d.py"]
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >>runs
+echo "report of $*"
+[[ $* != *broken* ]]
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for name in (*FILES, "tests/http/server.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "test", tmp_path / "scripts")
+    (tmp_path / "scripts" / "_env").write_text('environment() { PYTHON="$PWD/python"; }\n')
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
+
+
+def run(checkout: Path, *arguments: str) -> tuple[int, list[str], str]:
+    """Exit status, how Python was called, what was shown."""
+    ended = subprocess.run(
+        [checkout / "scripts" / "test", *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+    return ended.returncode, (checkout / "runs").read_text().splitlines(), ended.stdout
+
+
+def test_every_file_is_run_once_and_every_report_is_shown(checkout: Path) -> None:
+    status, runs, shown = run(checkout)
+    assert status == 0
+    assert all(called.startswith("-m pytest ") for called in runs)
+    assert sorted(file for called in runs for file in called.split()[2:]) == sorted(FILES)
+    assert all(f"report of {called}\n" in shown for called in runs)
+
+
+@pytest.mark.parametrize("folder", ["tests", "tests/http", "tests/deep", "tests/deep/down"])
+def test_a_failure_anywhere_fails_it_and_keeps_nothing_from_running(checkout: Path, folder: str) -> None:
+    (checkout / folder / "test_broken.py").touch()
+    status, runs, _ = run(checkout)
+    assert status != 0
+    assert len([file for called in runs for file in called.split()[2:]]) == len(FILES) + 1
+
+
+def test_arguments_go_to_pytest_as_they_are(checkout: Path) -> None:
+    assert run(checkout, "-k", "a waltz", "tests/http")[:2] == (0, ["-m pytest -k a waltz tests/http"])
+    assert run(checkout, "broken")[0] == 1
