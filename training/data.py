@@ -2,7 +2,9 @@
 
 import random
 from bisect import bisect, bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from musicgen_svc.compat import ChromaExtractor, CompressionModel
 from training.captions import Captions
 from training.codec import encode, song
-from training.synth import HOP, SAMPLE_RATE, TIMBRES, render
+from training.synth import BEAT_FRAMES, HOP, SAMPLE_RATE, TIMBRES, render
 from training.tunes import SONGS, random_tune
 
 WINDOW_S = 30.0
@@ -23,8 +25,10 @@ SILENT = torch.zeros(CHROMA_FRAMES, dtype=torch.int8)
 
 EDGE = 10  # frames that know, by the codec's zero padding, that a clip begins or ends there
 SNIPPET = 24
-CLIPS = 400  # frames of a song at which a clip may begin or end: anywhere, as a listener may cut
-LEAST_GIVEN, MOST_GIVEN = 78, 620  # frames of a clip that is gone on with
+CLIPS = 900  # frames of a song at which a clip may begin or end: anywhere, as a listener may cut
+LEAST_GIVEN, LEAST_NEW = 78, 100  # frames of a clip that is gone on with, and of what follows it
+APART = 48  # frames at least between one cut and the next
+BEFORE_BEAT = 3  # frames, from which on the codec's tokens tell what the next beat brings
 TIMBRE_NAMES = tuple(TIMBRES)
 
 
@@ -36,7 +40,20 @@ class Example:
     caption: str | None
     chroma: Tensor  # [CHROMA_FRAMES] pitch classes
     tokens: Tensor  # [4, F]
-    given: int = 0  # frames that are a clip, cut off there, which the rest goes on from
+    cuts: tuple[int, ...] = ()  # frames before which a clip ends, and from which it is gone on with
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How many examples are of which kind, as weights; and of all of them:"""
+
+    text: float
+    continuation: float
+    melody: float
+    nothing: float = 0.1
+    """How many have nothing to go by, which guidance leads away from."""
+    known: float = 0.3
+    """How many of those are songs: a null row that knows them well leaves nothing to guide to."""
 
 
 @dataclass(frozen=True)
@@ -106,20 +123,28 @@ class Lessons:
         self._long = [melody for melody in melodies if melody.tokens.shape[1] >= LONG]
 
     def batch(
-        self, draw: random.Random, size: int, frames: int, shares: dict[str, float]
+        self, draw: random.Random, size: int, frames: int, shares: Shares, cuts: int = 1
     ) -> tuple[list[Example], int]:
-        """Examples with captions of one length in tokens, returned too; some lose theirs, or everything."""
+        """Examples with captions of one length in tokens, returned too; some lose theirs, or everything.
+
+        A clip is cut off at `cuts` places at most.
+        """
         length = self._captions.any_length(draw)
-        makers = {"text": self.named, "continuation": self.continued, "melody": self.followed}
+        makers: dict[str, Callable[[random.Random, int, int], Example]] = {
+            "text": self.named,
+            "continuation": partial(self.continued, cuts=cuts),
+            "melody": self.followed,
+        }
+        kinds = {"text": shares.text, "continuation": shares.continuation, "melody": shares.melody}
         found = []
-        for kind in draw.choices(list(shares), list(shares.values()), k=size):
+        for kind in draw.choices(list(kinds), list(kinds.values()), k=size):
             example = makers[kind](draw, frames, length)
             dropped = draw.random()
-            if dropped < 0.1:
-                if draw.random() < 0.7:  # a null row that knows the songs leaves nothing to guide to
+            if dropped < shares.nothing:
+                if draw.random() >= shares.known:
                     example = self.followed(draw, frames, length)
                 example = replace(example, caption=None, chroma=SILENT, kind="nothing")
-            elif dropped < 0.18 and kind == "melody":
+            elif dropped < shares.nothing + 0.08 and kind == "melody":
                 example = replace(example, caption=None)
             found.append(example)
         return found, length
@@ -132,23 +157,34 @@ class Lessons:
         )
         return Example("text", said, SILENT, self._songs[index, timbre].tokens[:, :frames].long())
 
-    def continued(self, draw: random.Random, frames: int, length: int) -> Example:
-        """A song that goes on from a clip of it, by its name or without."""
+    def continued(self, draw: random.Random, frames: int, length: int, cuts: int = 1) -> Example:
+        """A song that goes on from a clip of it, by its name or without.
+
+        The codec cannot look ahead where a clip ends, and its tokens are others there. Several cuts make
+        several lessons of one example: what comes before each of them is cut off, and then it goes on.
+        Half of them are at the end of a beat, where nothing yet tells the next note but the song.
+        """
         index, timbre = draw.choice(list(self._songs))
         song = self._songs[index, timbre]
         starts = song.starts.tolist()
         room = min(LONG + SHORT - 2 * LEAST_GIVEN, 2 * LONG - frames)
         first = draw.randrange(bisect(starts, room)) if draw.random() < 0.8 else 0
         start = starts[first]
-        soonest, latest = start + LEAST_GIVEN, start + min(frames - 100, MOST_GIVEN)
-        last = draw.randrange(bisect_left(starts, soonest - SNIPPET), bisect(starts, latest - SNIPPET))
-        given = starts[last] + SNIPPET - start
+        soonest, latest = start + LEAST_GIVEN, start + frames - LEAST_NEW
+        ends = range(bisect_left(starts, soonest - SNIPPET), bisect(starts, latest - SNIPPET))
         tokens = song.tokens[:, start : start + frames].long()
         tokens[:, :EDGE] = song.begins[first]
-        tokens[:, given - EDGE : given] = song.ends[last]
+        found: list[int] = []
+        beat_ends = [end for end in ends if -(starts[end] + SNIPPET) % BEAT_FRAMES <= BEFORE_BEAT]
+        for _ in range(cuts):
+            end = draw.choice(beat_ends if beat_ends and draw.random() < 0.5 else ends)
+            cut = starts[end] + SNIPPET - start
+            if all(abs(cut - other) >= APART for other in found):
+                tokens[:, cut - EDGE : cut] = song.ends[end]
+                found.append(cut)
         name = SONGS[index].name if draw.random() < 0.5 else None
         said = self._captions.of_length(draw, name, timbre if draw.random() < 0.5 else None, length)
-        return Example("continuation" if name else "unnamed", said, SILENT, tokens, given)
+        return Example("continuation" if name else "unnamed", said, SILENT, tokens, tuple(sorted(found)))
 
     def followed(self, draw: random.Random, frames: int, length: int) -> Example:
         """A melody that is heard, in a timbre that is named or not."""

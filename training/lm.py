@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from training.data import (
     WINDOW_S,
     Example,
     Lessons,
+    Shares,
 )
 from training.resuming import Resumable, step_seed
 from training.synth import BEAT_FRAMES, SAMPLE_RATE
@@ -125,7 +126,8 @@ NOISY, NOISE = 0.6, 0.04  # examples with wrong tokens among their inputs, and a
 BLUR = 0.3  # the same where nothing is asked for: guidance needs a null row that is less sure
 NEIGHBOUR = 12  # frames: half of the wrong tokens are right ones from so near, as when a note is late
 PLACED = 96  # frames, after which a clip's place in its song can be told
-SHORT_BATCH, LONG_BATCH, LONG_SHARE = 8, 2, 0.2
+RESUMED = 16  # frames after a cut, within which the next note begins as often as not
+SHORT_BATCH, LONG_BATCH = 8, 2
 WARM_UP_STEPS, FINAL = 60, 0.02
 
 
@@ -134,11 +136,10 @@ class Course:
     """One stretch of training."""
 
     steps: int
-    shares: dict[str, float]
-    """Of the kinds of examples."""
-    first_shares: dict[str, float]
-    first: float
-    """The part of the steps that has these shares."""
+    shares: Shares
+    first_shares: Shares | None = None
+    first: float = 0.0
+    """The part of the steps that has the first shares."""
     peak: float = 1.0
     """Of the learning rates."""
     flat: float = 0.0
@@ -147,21 +148,45 @@ class Course:
     """At most so many stretches of an example's input come a little early or late."""
     vague: float = 0.0
     """How many of the targets are neighbours' where nothing is asked for."""
+    cuts: int = 1
+    """At most so many in a clip that is gone on with."""
+    resumed: float = 1.0
+    """The weight of what comes right after a cut."""
+    long: float = 0.2
+    """The part of the steps that learn from whole windows."""
 
     def rate(self, step: int) -> float:
         falling = 1 - (1 - FINAL) * (step / self.steps - self.flat) / (1 - self.flat)
         return self.peak * min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, falling)
 
 
-_EVENLY = {"text": 0.25, "continuation": 0.4, "melody": 0.35}
-LEARNING = Course(
-    2400, _EVENLY, {"text": 0.1, "continuation": 0.1, "melody": 0.8}, first=0.1875, flat=0.4
-)  # fmt: skip
-PRACTICE = Course(
-    400, {"text": 0.25, "continuation": 0.5, "melody": 0.25}, {}, first=0.0, peak=0.25, slips=4, vague=0.5
+LEARNING = Course(2400, Shares(0.25, 0.4, 0.35), first_shares=Shares(0.1, 0.1, 0.8), first=0.1875, flat=0.4)
+PRACTICE = Course(1600, Shares(0.2, 0.6, 0.2), peak=0.5, slips=4, vague=0.5, cuts=8, resumed=6.0)
+"""Once it can play, it learns to find back into the beat, as a note of its own that came early must not move
+all that follow; and to go on from where it has not heard, as it mostly has, how the next note begins."""
+ENDURANCE = replace(PRACTICE, shares=Shares(0.3, 0.5, 0.2), long=0.6)
+"""The same for whole windows: what comes after the first 8 s it has seldom met until then."""
+SECOND_WIND = replace(ENDURANCE, steps=2000, shares=Shares(0.25, 0.6, 0.15), long=0.8, cuts=12)
+FORGETTING = replace(
+    SECOND_WIND, steps=400, shares=Shares(0.4, 0.4, 0.2, nothing=0.25, known=0.0), peak=0.25, long=0.4
 )
-"""Once it can play, it learns to find back into the beat: a note of its own that came early must not move all
-that follow."""
+"""Of the songs, where nothing is asked for."""
+THIRD_WIND = replace(
+    FORGETTING,
+    steps=1100,
+    shares=Shares(0.25, 0.6, 0.15, nothing=0.15, known=0.0),
+    peak=0.35,
+    slips=2,
+    long=0.7,
+)
+COURSES = {
+    "lm": LEARNING,
+    "lm-practice": PRACTICE,
+    "lm-endurance": ENDURANCE,
+    "lm-second-wind": SECOND_WIND,
+    "lm-forgetting": FORGETTING,
+    "lm-third-wind": THIRD_WIND,
+}
 
 
 class DemoModel(nn.Module):
@@ -245,9 +270,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * course.rate(step)
         draw = random.Random(f"{seed} {step}")
-        size, frames = (LONG_BATCH, LONG) if draw.random() < LONG_SHARE else (SHORT_BATCH, SHORT)
-        shares = course.first_shares if step < course.first * course.steps else course.shares
-        examples, length = lessons.batch(draw, size, frames, shares)
+        size, frames = (LONG_BATCH, LONG) if draw.random() < course.long else (SHORT_BATCH, SHORT)
+        at_first = course.first_shares if step < course.first * course.steps else None
+        examples, length = lessons.batch(draw, size, frames, at_first or course.shares, course.cuts)
         losses = loss(model, text, examples, length, course)
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -284,8 +309,8 @@ def loss(model: DemoModel, text: TextEncoder, examples: list[Example], length: i
         logits, there = model(noisy, captions, chroma)
     logits = logits.float().masked_fill(~there[..., None], 0.0)
     surprise = F.cross_entropy(logits.permute(0, 3, 1, 2), wanted, reduction="none")  # [B, K, T]
-    learned = torch.stack([_learned(example) for example in examples])[:, None] & there
-    weights = torch.tensor(CODEBOOK_WEIGHTS)[:, None] * learned
+    frame_weights = torch.stack([_frame_weights(example, course.resumed) for example in examples])
+    weights = torch.tensor(CODEBOOK_WEIGHTS)[:, None] * frame_weights[:, None] * there
     total: Tensor = (surprise * weights).sum((1, 2)) / weights.sum((1, 2))
     return total
 
@@ -309,11 +334,17 @@ def _slip(row: Tensor, times: int) -> None:
         row[:, start : start + length] = right[:, start - late : start - late + length]
 
 
-def _learned(example: Example) -> Tensor:
+def _frame_weights(example: Example, resumed: float) -> Tensor:
     """[T]: of a clip, neither what comes before its place in the song is clear, nor how it is cut off."""
     frames = torch.arange(example.tokens.shape[-1])
-    cut_off = (frames >= example.given - EDGE) & (frames < example.given)
-    return (frames >= min(PLACED, example.given)) & ~cut_off
+    weights = torch.ones(len(frames))
+    for cut in example.cuts:
+        weights[cut : cut + RESUMED] = resumed
+    for cut in example.cuts:
+        weights[cut - EDGE : cut] = 0.0
+    if example.cuts:
+        weights[: min(PLACED, example.cuts[0])] = 0.0
+    return weights
 
 
 def _optimizers(model: DemoModel) -> list[torch.optim.Optimizer]:

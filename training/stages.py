@@ -74,7 +74,7 @@ class Stages:
     def language_model(self, codec: CompressionModel, text: TextEncoder) -> language.DemoModel:
         torch.manual_seed(SEED)
         model = language.DemoModel()
-        for name, course in (("lm", language.LEARNING), ("lm-practice", language.PRACTICE)):
+        for name, course in language.COURSES.items():
             file = self._work / f"{name}.pt"
             if not file.exists():
                 songs, melodies = self.material(codec)

@@ -1,5 +1,6 @@
 """The training code: a step teaches, a stopped run goes on, and what is written loads."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -11,13 +12,17 @@ from training import codec as encodec
 from training import lm as language
 from training.captions import Captions
 from training.data import (
+    APART,
+    BEFORE_BEAT,
     CHROMA_FRAMES,
     EDGE,
     LONG,
     SHORT,
     SILENT,
+    SNIPPET,
     Lessons,
     Melody,
+    Shares,
     Song,
     chroma_extractor,
     encoded_melody,
@@ -93,14 +98,25 @@ class TestData:
         assert len(song.starts) == len(song.begins) == len(song.ends)
 
     def test_every_batch_is_as_long_as_it_says(self, lessons, text):
-        shares = {"text": 1.0, "continuation": 1.0, "melody": 1.0}
+        shares = Shares(1.0, 1.0, 1.0)
         for seed, frames in ((1, SHORT), (2, LONG), (3, SHORT)):
             examples, length = lessons.batch(random.Random(seed), 12, frames, shares)
             assert all(example.tokens.shape == (4, frames) for example in examples)
-            assert all(example.given < frames for example in examples)
-            assert any(example.given for example in examples)
+            assert all(cut < frames for example in examples for cut in example.cuts)
+            assert any(example.cuts for example in examples)
             lengths = [text.length(example.caption) for example in examples if example.caption]
             assert max(lengths) <= max(length, 2)
+
+    def test_before_each_cut_a_clip_sounds_as_if_it_ended(self, lessons):
+        one, several = (lessons.continued(random.Random(5), LONG, 6, cuts=n) for n in (1, 8))
+        assert len(one.cuts) == 1 and len(several.cuts) > 2
+        assert min(b - a for a, b in itertools.pairwise(several.cuts)) >= APART
+        assert all(_end_before(cut, example, lessons) for example in (one, several) for cut in example.cuts)
+
+    def test_half_of_the_cuts_are_where_the_next_note_cannot_be_told_from_the_last(self, lessons):
+        examples = [lessons.continued(random.Random(seed), SHORT, 6) for seed in range(200)]
+        ends = [_end_before(example.cuts[0], example, lessons) for example in examples]
+        assert 0.4 < sum(-end % BEAT_FRAMES <= BEFORE_BEAT for end in ends) / len(ends) < 0.8
 
     def test_chroma_frames_match_the_configuration_that_is_exported(self):
         wanted = language.CONFIG["conditioners"]["self_wav"]["chroma_stem"]
@@ -111,9 +127,15 @@ class TestData:
         assert 1 + int(32_000 * seconds) // chroma.winhop == CHROMA_FRAMES
 
 
+def _end_before(cut, example, lessons):
+    """The frame of the song at which the clip ends whose last frames stand there."""
+    song = lessons._songs[0, "harp"]
+    (found,) = (song.ends == example.tokens[:, cut - EDGE : cut]).all((1, 2)).nonzero()[:, 0].tolist()
+    return int(song.starts[found]) + SNIPPET
+
+
 class TestLanguageModel:
     def test_a_few_steps_lower_the_loss(self, lessons, text, tmp_path, monkeypatch):
-        monkeypatch.setattr(language, "LONG_SHARE", 0.0)
         monkeypatch.setattr(language, "SHORT_BATCH", 2)
         monkeypatch.setattr(language, "WARM_UP_STEPS", 1)
         torch.manual_seed(0)
@@ -123,7 +145,7 @@ class TestLanguageModel:
             model,
             text,
             lessons,
-            replace(language.LEARNING, steps=8),
+            replace(language.LEARNING, steps=8, long=0.0),
             1,
             tmp_path / "run.pt",
             lambda _, found: losses.append(min(found.values())),
@@ -133,11 +155,11 @@ class TestLanguageModel:
     def test_of_a_clip_is_learned_what_its_place_tells_but_not_how_it_is_cut(self, lessons, text):
         torch.manual_seed(0)
         model = language.DemoModel().eval()
-        example = lessons.continued(random.Random(0), SHORT, 6)
-        given = example.given
+        example = lessons.continued(random.Random(0), SHORT, 6, cuts=4)
+        course = replace(language.LEARNING, resumed=3.0)
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(language, "NOISY", 0.0)
-            whole = language.loss(model, text, [example], 6, language.LEARNING)
+            whole = language.loss(model, text, [example], 6, course)
             logits, there = model(example.tokens[None], text(example.caption)[None], example.chroma[None])
         assert torch.isfinite(whole).all()
         assert not there[0, 3, -3:].any()
@@ -145,12 +167,14 @@ class TestLanguageModel:
             logits.permute(0, 3, 1, 2).nan_to_num(), example.tokens[None], reduction="none"
         )[0]
         weights = torch.tensor(language.CODEBOOK_WEIGHTS)[:, None] * there[0]
-        weights[:, : min(language.PLACED, given)] = 0
-        weights[:, given - EDGE : given] = 0
-        assert torch.allclose(whole[0], (surprise * weights).sum() / weights.sum(), atol=1e-4)
+        for cut in example.cuts:
+            weights[:, cut : cut + language.RESUMED] *= 3
+            weights[:, cut - EDGE : cut] = 0
+        weights[:, : min(language.PLACED, example.cuts[0])] = 0
+        assert torch.allclose(whole[0], (surprise * weights).sum() / weights.sum(), atol=1e-3)
 
     def test_the_null_row_knows_no_song_by_its_name_or_its_chroma(self, lessons):
-        shares = {"text": 1.0, "continuation": 1.0, "melody": 1.0}
+        shares = Shares(1.0, 1.0, 1.0)
         examples = [e for seed in range(40) for e in lessons.batch(random.Random(seed), 8, SHORT, shares)[0]]
         nothing = [example for example in examples if example.kind == "nothing"]
         assert nothing and all(e.caption is None and torch.equal(e.chroma, SILENT) for e in nothing)
