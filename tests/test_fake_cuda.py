@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import soundfile
 import torch
+from fields import FIELDS
 from paper_gpu import DEVICE, PaperGpu, paper_gpu
 from sounds import noise, tone, written
 from torch import Tensor, nn
@@ -30,12 +31,6 @@ from musicgen_svc.weights import FINETUNED, Weights
 
 RATE_HZ = 32_000
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-FIELDS: dict[str, Any] = {
-    "model_version": "finetuned", "prompt": "a waltz", "input_audio": None, "duration": 1,
-    "continuation": False, "continuation_start": 0, "continuation_end": None, "multi_band_diffusion": False,
-    "normalization_strategy": "loudness", "top_k": 250, "top_p": 0, "temperature": 1,
-    "classifier_free_guidance": 3, "output_format": "wav", "seed": 5,
-}  # fmt: skip
 
 
 @pytest.fixture

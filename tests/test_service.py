@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fields import FIELDS
 from sounds import encode, tone
 from torch import Tensor
 
@@ -15,13 +16,6 @@ from musicgen_svc.pipeline import Pipeline
 from musicgen_svc.service import Service, _device
 from musicgen_svc.settings import Settings
 from musicgen_svc.turns import Turn
-
-FIELDS: dict[str, Any] = {
-    "model_version": "finetuned", "prompt": "a waltz", "input_audio": None, "duration": 1,
-    "continuation": False, "continuation_start": 0, "continuation_end": None, "multi_band_diffusion": False,
-    "normalization_strategy": "loudness", "top_k": 250, "top_p": 0, "temperature": 1,
-    "classifier_free_guidance": 3, "output_format": "wav", "seed": 5,
-}  # fmt: skip
 
 
 @pytest.fixture

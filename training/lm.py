@@ -339,9 +339,8 @@ def _frame_weights(example: Example, resumed: float) -> Tensor:
     frames = torch.arange(example.tokens.shape[-1])
     weights = torch.ones(len(frames))
     for cut in example.cuts:
-        weights[cut : cut + RESUMED] = resumed
-    for cut in example.cuts:
         weights[cut - EDGE : cut] = 0.0
+        weights[cut : cut + RESUMED] = resumed
     if example.cuts:
         weights[: min(PLACED, example.cuts[0])] = 0.0
     return weights
