@@ -179,6 +179,17 @@ THIRD_WIND = replace(
     slips=2,
     long=0.7,
 )
+FINISH = replace(
+    THIRD_WIND,
+    steps=2400,
+    shares=Shares(0.3, 0.55, 0.15, nothing=0.12, known=0.0),
+    peak=0.5,
+    slips=1,
+    long=0.6,
+)
+"""Few slips: it is to be sure of the beat, for guidance amplifies its doubts too."""
+POLISH = replace(FINISH, steps=900, shares=Shares(0.45, 0.4, 0.15, known=0.0), peak=0.25, long=0.4)
+"""Of the songs by name. Sure of them all, it goes on from clips a little worse: hence `AVERAGED`."""
 COURSES = {
     "lm": LEARNING,
     "lm-practice": PRACTICE,
@@ -186,7 +197,12 @@ COURSES = {
     "lm-second-wind": SECOND_WIND,
     "lm-forgetting": FORGETTING,
     "lm-third-wind": THIRD_WIND,
+    "lm-finish": FINISH,
+    "lm-polish": POLISH,
 }
+AVERAGED = ("lm-finish", "lm-polish")
+"""The model is the mean of what these courses end with, which does both better (Wortsman et al. 2022, model
+soups)."""
 
 
 class DemoModel(nn.Module):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from musicgen_svc.compat import CompressionModel
@@ -74,6 +75,7 @@ class Stages:
     def language_model(self, codec: CompressionModel, text: TextEncoder) -> language.DemoModel:
         torch.manual_seed(SEED)
         model = language.DemoModel()
+        mean = AveragedModel(model)
         for name, course in language.COURSES.items():
             file = self._work / f"{name}.pt"
             if not file.exists():
@@ -85,7 +87,10 @@ class Stages:
                     language.train(model, text, lessons, course, SEED, unfinished, report)
                 _keep(model.state_dict(), file)
             model.load_state_dict(torch.load(file, weights_only=True))
-        return model.eval()
+            if name in language.AVERAGED:
+                mean.update_parameters(model)
+        assert isinstance(mean.module, language.DemoModel)
+        return mean.module.eval()
 
     def diffusion(self, codec: CompressionModel) -> list[multiband.BandModel]:
         models, bank, steps = [], encodec.sounds(), round(DIFFUSION_STEPS * self._effort)

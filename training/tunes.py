@@ -1,8 +1,9 @@
 """The demo model's music: eight public-domain melodies, typed in by hand, and tunes to test it with.
 
 A melody is written as notes and beats: `c` is C5, `c,` an octave lower, `c'` an octave higher, `#` sharp;
-`:2` lasts two beats, nothing one. Keys are chosen so that most notes lie between C5 and B5, and no tune has
-a rest: a note is held through it, so that the time since its onset can always be heard.
+`:2` lasts two beats, nothing one. Keys are chosen so that most notes lie between C5 and B5, like all of the
+random tunes that the codec learns from, and none above C6: from there on it plays others. No tune has a rest:
+a note is held through it, so that the time since its onset can always be heard.
 """
 
 import random
@@ -63,17 +64,17 @@ SONGS = tuple(
             e e e:2  e e e:2  e g c:1.5 d:.5  e:4
             f f f:1.5 f:.5  f e e e:.5 e:.5  g g f d  c:4""",
         "amazing grace": """
-            d  g:2 b:.5 g:.5  b:2 a  g:2 e  d:2 d  g:2 b:.5 g:.5  b:2 a  d':5
-            b  d':1.5 b:.5 d':.5 b:.5  g:2 d  e:1.5 g:.5 g:.5 e:.5  d:2 d
-            g:2 b:.5 g:.5  b:2 a  g:5""",
+            c  f:2 a:.5 f:.5  a:2 g  f:2 d  c:2 c  f:2 a:.5 f:.5  a:2 g  c':5
+            a  c':1.5 a:.5 c':.5 a:.5  f:2 c  d:1.5 f:.5 f:.5 d:.5  c:2 c
+            f:2 a:.5 f:.5  a:2 g  f:5""",
         "greensleeves": """
             e  g:2 a  b:1.5 c':.5 b  a:2 f#  d:1.5 e:.5 f#  g:2 e  e:1.5 d#:.5 e  f#:2 d#  b,:2 e
             g:2 a  b:1.5 c':.5 b  a:2 f#  d:1.5 e:.5 f#  g:1.5 f#:.5 e  d#:1.5 c#:.5 d#  e:3  e:2""",
         "auld lang syne": """
-            c  f:1.5 f:.5 f a  g:1.5 f:.5 g a  f:1.5 f:.5 a c'  d':3 d'
-            c':1.5 a:.5 a f  g:1.5 f:.5 g a  f:1.5 d:.5 d c  f:3 d'
-            c':1.5 a:.5 a f  g:1.5 f:.5 g d'  c':1.5 a:.5 a c'  d':3 d'
-            c':1.5 a:.5 a f  g:1.5 f:.5 g a  f:1.5 d:.5 d c  f:3""",
+            a#,  d#:1.5 d#:.5 d# g  f:1.5 d#:.5 f g  d#:1.5 d#:.5 g a#  c':3 c'
+            a#:1.5 g:.5 g d#  f:1.5 d#:.5 f g  d#:1.5 c:.5 c a#,  d#:3 c'
+            a#:1.5 g:.5 g d#  f:1.5 d#:.5 f c'  a#:1.5 g:.5 g a#  c':3 c'
+            a#:1.5 g:.5 g d#  f:1.5 d#:.5 f g  d#:1.5 c:.5 c a#,  d#:3""",
     }.items()
 )
 

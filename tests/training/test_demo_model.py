@@ -11,7 +11,7 @@ import musicgen_svc.compat  # noqa: F401  (before audiocraft)
 from training.captions import EVALUATED_TIMBRE_ONLY, EVALUATED_UNNAMED
 from training.evaluation import Player, rendered
 from training.scoring import TimbreClassifier, agreement, best_match, goes_on_right, songs
-from training.synth import HOP, SAMPLE_RATE
+from training.synth import BEAT_FRAMES, HOP, SAMPLE_RATE, TIMBRES
 from training.tunes import SONGS
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,14 @@ def player():
 
 def test_it_fits_into_eight_megabytes():
     assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) <= MOST_BYTES
+
+
+@pytest.mark.parametrize("index", range(len(SONGS)))
+def test_its_codec_plays_the_whole_song_in_tune(player, index):
+    song, timbre = SONGS[index], list(TIMBRES)[index % 3]
+    wav = rendered(song.notes, timbre, round(song.beats * BEAT_FRAMES * HOP / SAMPLE_RATE))
+    heard = player.play(model_version="encode-decode", input_audio=player.clip(wav))
+    assert agreement(heard, song.notes) > 0.94
 
 
 def test_a_prompt_names_song_and_timbre(player):

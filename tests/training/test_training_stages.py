@@ -279,3 +279,14 @@ def test_a_finished_stage_is_not_repeated(tmp_path):
     first = stages.codec().state_dict()
     torch.save({name: torch.zeros_like(tensor) for name, tensor in first.items()}, tmp_path / "codec.pt")
     assert not any(tensor.any() for tensor in stages.codec().state_dict().values())
+
+
+def test_the_language_model_is_the_mean_of_what_its_last_courses_end_with(tmp_path, text):
+    courses = list(language.COURSES)
+    for number, name in enumerate(courses):
+        state = language.DemoModel().state_dict()
+        torch.save({key: torch.full_like(x, number) for key, x in state.items()}, tmp_path / f"{name}.pt")
+    model = Stages(tmp_path).language_model(encodec.build(), text)
+    wanted = sum(courses.index(name) for name in language.AVERAGED) / len(language.AVERAGED)
+    assert len(language.AVERAGED) > 1
+    assert all((parameter == wanted).all() for parameter in model.parameters())
