@@ -1,4 +1,4 @@
-"""scripts/_env where the packages are there already: the Python that was named, and no environment."""
+"""scripts/_env: what it sets, and which Python it takes where the packages are there already."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 PYTHON = """#!/usr/bin/env bash
@@ -39,3 +40,17 @@ def test_gpu_check_runs_with_the_machines_own_python(
     )  # fmt: skip
     assert ended.returncode == 7
     assert ended.stderr == f"{tmp_path}/{chosen} {ROOT}:/brought\n"
+
+
+@pytest.mark.parametrize("wanted", [None, "0"])
+def test_tensors_lie_in_large_pages_as_in_the_image_if_nobody_says_otherwise(wanted: str | None) -> None:
+    script = 'source "$0"; environment; echo "$THP_MEM_ALLOC_ENABLE"'
+    said = subprocess.run(
+        ["bash", "-euc", script, ROOT / "scripts" / "_env"],
+        env={"PATH": os.environ["PATH"], "MUSICGEN_NO_VENV": "1"}
+        | ({} if wanted is None else {"THP_MEM_ALLOC_ENABLE": wanted}),
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout.strip()  # fmt: skip
+    config = yaml.safe_load((ROOT / "cog.yaml").read_text())
+    image = dict(entry.split("=", 1) for entry in config["environment"])
+    assert said == (wanted or image["THP_MEM_ALLOC_ENABLE"])

@@ -8,6 +8,7 @@ text's are computed once per request, and rows that cannot change the result are
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -80,11 +81,18 @@ class Decoder:
         def norm(module: nn.LayerNorm) -> AddNorm:
             return _add_norm(module, operations, self.dtype)
 
-        self.layers: list[Layer] = []
-        for layer in lm.transformer.layers:
-            self.layers.append(_layer(layer, precision, norm))
+        @torch.no_grad()  # which belongs to a thread
+        def bind(layer: nn.Module) -> Layer:
+            bound = _layer(layer, precision, norm)
             if exclusive:  # here, so that there are never two of the whole model
                 _let_go(layer)
+            return bound
+
+        if self.device.type == "cpu":  # side by side, as packing one matrix keeps one core busy
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                self.layers = list(pool.map(bind, lm.transformer.layers))
+        else:
+            self.layers = [bind(layer) for layer in lm.transformer.layers]
         self._out_norm = norm(lm.out_norm)
         self._logits = projection(_merged_heads(lm).to(self.dtype), precision)
         if exclusive:
