@@ -266,7 +266,7 @@ class Loader:
                     lm,
                     slots=self._settings.slots,
                     precision=cast(Precision, self._settings.precision),
-                    graphs=self._settings.cuda_graphs,
+                    graphs=None if self._settings.cuda_graphs else False,
                     kernels=None if self._settings.gpu_kernels else False,
                     exclusive=True,
                 ),

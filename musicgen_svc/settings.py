@@ -33,8 +33,8 @@ class Settings:
         default="reference", metadata={"choices": ("reference", "float16", "bfloat16", "int8")}
     )
     """Of the language model's matrices, see `engine/projections.py`."""
-    cuda_graphs: bool = False
-    """On a GPU: record the decoding step once and replay it, instead of launching each operation."""
+    cuda_graphs: bool = True
+    """On a GPU: record the decoding step once and replay it, where that draws the same tokens at load."""
     gpu_kernels: bool = False
     """On a GPU: decode with Triton kernels of our own, once they have proven equal at start."""
     tag_prompt: bool = False

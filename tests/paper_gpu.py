@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from paper_graphs import PaperGraph
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -69,6 +70,8 @@ class PaperGpu(TorchDispatchMode):
         torch._C._ensureCUDADeviceGuardSet()  # where there is no driver, a guard that does nothing
         self.waits: list[str] = []
         """Operations for which the host has waited, since this was last cleared."""
+        self.waits_are_errors = False
+        self.recording: PaperGraph | None = None
         self.random = torch.Generator().manual_seed(0).get_state()
 
     @classmethod
@@ -118,9 +121,23 @@ class PaperGpu(TorchDispatchMode):
 
         args, kwargs = tree_map_only(Tensor, opened, (args, kwargs))
         if func is aten._softmax.default and args[2]:  # from half to float, which only a GPU does in one
-            args = (args[0].float(), args[1], False)
+            args = (self._noted(aten._to_copy.default)(args[0], dtype=torch.float32), args[1], False)
         with self._drawing() if torch.Tag.nondeterministic_seeded in func.tags else contextlib.nullcontext():
-            return tree_map_only(Tensor, closed, func(*args, **kwargs))
+            return tree_map_only(Tensor, closed, self._noted(func)(*args, **kwargs))
+
+    def _noted(self, func: Any) -> Any:
+        return func if self.recording is None else self.recording.note(func)
+
+    @contextlib.contextmanager
+    def record(self, graph: PaperGraph, **how: Any) -> Iterator[None]:
+        """What `torch.cuda.graph` is."""
+        assert self.recording is None, "one at a time"
+        self.recording = graph
+        try:
+            yield
+        finally:
+            self.recording = None
+            graph.end()
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[None]:
@@ -141,7 +158,14 @@ class PaperGpu(TorchDispatchMode):
             for index in args[1]
         )
         if crosses or by_mask or func in _SIZE_IS_DATA or func is aten.equal.default:
-            self.waits.append(str(func))
+            self.wait(str(func))
+
+    def wait(self, what: str) -> None:
+        if self.recording is not None:
+            raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
+        if self.waits_are_errors:
+            raise RuntimeError(f"{what}: called a synchronizing CUDA operation")
+        self.waits.append(what)
 
 
 def _refuse_two_devices(func: Any, args: tuple[Any, ...], given: Sequence[Tensor]) -> None:
@@ -187,13 +211,16 @@ def paper_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperGpu]:
         pass
 
     def wait(*args: Any, **kwargs: Any) -> None:
-        gpu.waits.append("synchronize")
+        gpu.wait("synchronize")
+
+    def within(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     class Event:
         record, synchronize = nothing, nothing
 
     class Stream:
-        synchronize = wait
+        synchronize, wait_stream = wait, nothing
 
     stand_ins = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
@@ -201,7 +228,10 @@ def paper_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperGpu]:
         "mem_get_info": lambda device=None: (80 * 10**9, 80 * 10**9),
         "get_rng_state": lambda device=None: gpu.random,
         "set_rng_state": lambda state, device=None: setattr(gpu, "random", state),
-        "current_stream": lambda device=None: Stream(), "Event": Event,
+        "current_stream": lambda device=None: Stream(), "Event": Event, "Stream": Stream,
+        "stream": within, "device": within, "CUDAGraph": PaperGraph, "graph": gpu.record,
+        "get_sync_debug_mode": lambda: 2 * gpu.waits_are_errors,
+        "set_sync_debug_mode": lambda mode: setattr(gpu, "waits_are_errors", mode in (2, "error")),
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)

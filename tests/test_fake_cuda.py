@@ -19,6 +19,7 @@ from musicgen_svc.catalog import read_catalog
 from musicgen_svc.codec import Codec
 from musicgen_svc.conditioning import MELODY, TEXT
 from musicgen_svc.diffusion import Band, MultiBandDiffusion, _Count, load_bands
+from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.loader import Loader
 from musicgen_svc.pipeline import Pipeline
 from musicgen_svc.progress import StopFlag
@@ -46,8 +47,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperGpu]:
         yield found
 
 
-def loader(weights: Path, name: str, device: torch.device, turn: Turns | None = None) -> Loader:
-    return Loader(Weights.at(weights, read_catalog(), str(weights / name)), device, Settings(), turn)
+def loader(
+    weights: Path, name: str, device: torch.device, turn: Turns | None = None, **settings: Any
+) -> Loader:
+    found = Weights.at(weights, read_catalog(), str(weights / name))
+    return Loader(found, device, Settings(**settings), turn)
 
 
 def codec_of(weights: Path, name: str, device: torch.device) -> Codec:
@@ -179,6 +183,12 @@ def test_both_channels_are_diffused_from_the_same_noise(gpu: PaperGpu, weights: 
     wav = MultiBandDiffusion(load_bands(file, GPU)[:1], codec, half=False).decode(both)
     assert wav.device == DEVICE and wav.std() > 0
     assert torch.equal(wav[0], wav[1])
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_steps_are_recorded_unless_an_operator_turns_that_off(on: bool, gpu: PaperGpu, weights: Path) -> None:
+    batch = loader(weights, "small", GPU, **({} if on else {"cuda_graphs": False})).start().engine.batch
+    assert isinstance(batch, StaticBatch) and batch.graphed.enabled == on
 
 
 def test_a_whole_request_runs(gpu: PaperGpu, weights: Path, tmp_path: Path) -> None:

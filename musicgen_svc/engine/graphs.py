@@ -56,12 +56,14 @@ class Graphed(Generic[Key]):
         with torch.cuda.device(self._device):  # a thread begins with the first one
             beside = self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
             beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(beside):  # to the end: a recording that fails does not leave its stream
                 for _ in range(WARM_UP_CALLS):
                     self._function(key)
-            torch.cuda.current_stream().wait_stream(beside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"):
-                self._function(key)
+                # Begins by waiting for the device, and with it for the warm-up.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"
+                ):
+                    self._function(key)
             self._pool = graph.pool()
             self._graphs[key] = graph

@@ -141,8 +141,10 @@ class State:
         """With every slot stopped a step writes only what the next one writes again."""
         end = self.end.clone()
         self.end.zero_()
-        call()
-        self.end.copy_(end)
+        try:
+            call()
+        finally:
+            self.end.copy_(end)
 
     def position(self) -> Tensor:
         """[slots]: where each slot's newest token stands behind its prefix."""

@@ -44,7 +44,7 @@ class StaticBatch:
         self.slots: list[StaticSlot] = []
         self.state = State(decoder, capacity)
         self._last_made = capacity
-        self._graphed: Graphed[Reach] = Graphed(self._step, decoder.device, enabled=graphs)
+        self.graphed: Graphed[Reach] = Graphed(self._step, decoder.device, enabled=graphs)
 
     def has_room(self, request: DecodeRequest) -> bool:
         """Whether the buffers are large enough; only ever false again without any."""
@@ -79,7 +79,7 @@ class StaticBatch:
             max(slot.positions for slot in running),
             max(slot.text for slot in running),
         )
-        self._graphed(self._bucketed(reach), self.state.without_a_trace)
+        self.graphed(self._bucketed(reach), self.state.without_a_trace)
         for slot in running:
             slot.filled += 1
 
@@ -138,7 +138,7 @@ class StaticBatch:
             return
         assert not self.slots, "buffers that are in use cannot grow"
         larger = self._last_made.for_request(*self._extent(request))
-        self._graphed.forget()
+        self.graphed.forget()
         self.state = State(self.decoder, Capacity(self.places, 0, 0, 0))  # both may not fit at once
         self.state = State(self.decoder, larger)
         self._last_made = larger

@@ -130,7 +130,7 @@ def test_with_them_a_number_of_slots_has_one_graph(monkeypatch: pytest.MonkeyPat
         batch = batch_for(lm, slots=2, static=True, kernels=kernels)
         assert isinstance(batch, StaticBatch)
         step = batch._step
-        batch._graphed._function = lambda reach, step=step, seen=seen: (seen.add(reach), step(reach))
+        batch.graphed._function = lambda reach, step=step, seen=seen: (seen.add(reach), step(reach))
         for tokens in (5, 70):
             codes.append(
                 Engine(batch).generate(

@@ -202,6 +202,15 @@ def test_a_graph_generates_what_the_step_does(kind: str, sampling: SamplingParam
 @pytest.mark.cuda
 @needs_gpu
 @pytest.mark.parametrize("kind", ["text", "melody"])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_graphs_pass_their_trial(kind: str, kernels: bool) -> None:
+    batch = batch_for(model(kind, "cuda"), graphs=None, kernels=kernels)
+    assert isinstance(batch, StaticBatch) and batch.graphed.enabled
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("kind", ["text", "melody"])
 def test_with_kernels_and_without_the_tokens_are_the_same(kind: str) -> None:
     """In fp32, where sums in another order hardly ever choose another token."""
     lm = language_model(kind, dim=128, heads=2, card=CARD, device="cuda")
@@ -304,7 +313,7 @@ def test_recorded_steps_are_forgotten_before_what_they_read_is_elsewhere(
     batch = batch_for(model("melody"), static=True)
     assert isinstance(batch, StaticBatch)
     tables, forgotten = [batch.decoder._table], []
-    monkeypatch.setattr(batch._graphed, "forget", lambda: forgotten.append(batch.decoder._table))
+    monkeypatch.setattr(batch.graphed, "forget", lambda: forgotten.append(batch.decoder._table))
 
     def give_up() -> None:
         tables.append(batch.decoder._table)
