@@ -5,6 +5,7 @@ An engine takes one set or the other when it is made. These are what the kernels
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -52,9 +53,14 @@ def add_norm(
 def attention(lengths: Tensor, reach: int) -> Attend:
     """lengths: [rows]; reach: a bound that the host knows, of the positions that are read."""
     positions = torch.arange(reach, device=lengths.device)
-    seen = positions < lengths[:, None].clamp(min=1)  # a softmax over nothing would be NaN
+    unseen = positions >= lengths[:, None].clamp(min=1)  # a softmax over nothing would be NaN
     empty = (lengths == 0)[:, None, None, None]
     rows, last = torch.arange(len(lengths), device=lengths.device), lengths - 1
+
+    @cache
+    def mask(dtype: torch.dtype) -> Tensor:
+        """[rows, reach] to be added to scores: SDPA would make the same of a bool one, in every layer."""
+        return torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill(unseen, -torch.inf)
 
     def attend(
         query: Tensor, keys: Tensor, values: Tensor, new: tuple[Tensor, Tensor] | None = None
@@ -63,9 +69,11 @@ def attention(lengths: Tensor, reach: int) -> Attend:
         if new is not None:
             keys[rows, :, last], values[rows, :, last] = new[0][:, :, 0], new[1][:, :, 0]
         by_cache = query.view(caches, -1, *query.shape[1:])[:, :, :, 0]  # [caches, sharing, heads, head]
-        mask = seen.view(caches, 1, -1, reach)
         found = F.scaled_dot_product_attention(
-            by_cache.transpose(1, 2), keys[:, :, :reach], values[:, :, :reach], attn_mask=mask
+            by_cache.transpose(1, 2),
+            keys[:, :, :reach],
+            values[:, :, :reach],
+            attn_mask=mask(query.dtype).view(caches, 1, -1, reach),
         )
         found = found.transpose(1, 2).flatten(0, 1)[:, :, None]
         return found if new is not None else found.masked_fill(empty, 0)
