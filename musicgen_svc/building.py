@@ -61,27 +61,52 @@ def conditioner_names(config: DictConfig) -> set[str]:
 
 
 class LMDraft:
-    """A language model whose weights are still on disk."""
+    """A language model whose weights are still on disk.
+
+    What is nearly all of it, its layers and its heads, an engine needs one by one, to pack it. So these
+    parts are lent, and never all there at once.
+    """
 
     def __init__(self, lm: LMModel, config: DictConfig, device: torch.device) -> None:
         self._lm, self.config, self._device = lm, config, device
+        self._state: State = {}
+        layers = enumerate(lm.transformer.layers)
+        self._lent = {lm.linears: "linears.", **{layer: f"transformer.layers.{i}." for i, layer in layers}}
 
     @property
     def size(self) -> int:
         """Bytes that its weights will take, without the few megabytes of the conditioners' projections."""
         return sum(tensor.nbytes for tensor in self._lm.state_dict().values())
 
-    def build(self, checkpoint: Checkpoint, conditioner: Conditioner) -> LMModel:
-        """The model around our conditioner, whose projections are part of the checkpoint.
+    def begin(self, checkpoint: Checkpoint, conditioner: Conditioner) -> LMModel:
+        """The model without what is lent, around our conditioner, whose projections are in the checkpoint.
 
         Raises:
             WeightsError: the state dict does not fit the configuration.
         """
+        self._state = checkpoint.state
         self._lm.condition_provider = conditioner
         own = self._lm.state_dict()
-        check_fit(own, checkpoint.state, "language model", checkpoint.origin)
-        _assign(self._lm, own, checkpoint.state, self._device)
+        check_fit(own, self._state, "language model", checkpoint.origin)
+        rest = {name: tensor for name, tensor in own.items() if not name.startswith((*self._lent.values(),))}
+        _assign(self._lm, rest, self._state, self._device)
         return self._lm.eval().requires_grad_(False)
+
+    @contextmanager
+    def lend(self, part: nn.Module) -> Iterator[None]:
+        """Within, a layer or the heads have their weights. What is to stay somebody else holds then."""
+        own = part.state_dict()
+        self.fill(part)
+        yield
+        part.load_state_dict(own, assign=True)
+
+    def fill(self, part: nn.Module) -> None:
+        own, prefix = part.state_dict(), self._lent[part]
+        _assign(part, own, {name: self._state[prefix + name] for name in own}, self._device)
+
+    def fill_all(self) -> None:
+        for part in self._lent:
+            self.fill(part)
 
 
 def draft_lm(config: DictConfig, origin: str, device: torch.device) -> LMDraft:
@@ -123,7 +148,10 @@ def build_lm(checkpoint: Checkpoint, conditioner: Conditioner, device: torch.dev
     Raises:
         WeightsError: the state dict does not fit the configuration.
     """
-    return draft_lm(checkpoint.config, checkpoint.origin, device).build(checkpoint, conditioner)
+    draft = draft_lm(checkpoint.config, checkpoint.origin, device)
+    lm = draft.begin(checkpoint, conditioner)
+    draft.fill_all()
+    return lm
 
 
 def build_codec(checkpoint: Checkpoint, device: torch.device) -> CompressionModel:
@@ -211,10 +239,10 @@ def _understood(origin: str) -> Iterator[None]:
 def _assign(module: nn.Module, own: State, state: State, device: torch.device) -> None:
     """Puts the tensors in place, each in the type that the module was drafted with, with no second copy.
 
-    own: the module's own, on the meta device
+    own: those of the module's own, on the meta device, that are to be filled
     """
     placed = {name: state[name].to(device, tensor.dtype) for name, tensor in own.items()}
-    module.load_state_dict(placed, assign=True)
+    module.load_state_dict(placed, strict=False, assign=True)
     for part in module.modules():
         if isinstance(part, nn.RNNBase):
             part.flatten_parameters()  # on a GPU cuDNN else copies them together, and warns, at every call

@@ -254,7 +254,7 @@ class Loader:
             separate = self._separate_with(opened.path, codec.sample_rate)
             followed = build_melody_conditioner(config, separate, codec.sample_rate, self.device)
         conditioner = Conditioner(described, followed)
-        lm = draft.build(opened.lm(), conditioner)
+        lm = draft.begin(opened.lm(), conditioner)
         return Model(
             name=name,
             place=opened.path,
@@ -268,7 +268,7 @@ class Loader:
                     precision=cast(Precision, self._settings.precision),
                     graphs=None if self._settings.cuda_graphs else False,
                     kernels=None if self._settings.gpu_kernels else False,
-                    exclusive=True,
+                    lend=draft.lend,
                 ),
                 self._turn,
             ),

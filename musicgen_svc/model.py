@@ -41,18 +41,19 @@ class Model:
 
 
 def engine_bytes(config: DictConfig, device: torch.device, *, slots: int, precision: str) -> int:
-    """What an engine keeps beside the model that it decodes with.
+    """How much more an engine takes than the model that it decodes with; below 0 where it packs that.
 
-    On a GPU keys and values of every slot's two rows and of its text, in fp16; and what a faster
-    precision packs: the matrices of the layers and the heads, in two bytes a number at most. What the
-    model lets go of for it is not taken off, as both are there for a moment.
+    On a GPU it keeps keys and values of every slot's two rows and of its text, in fp16. A precision other
+    than `reference` has matrices of the layers and the heads in two bytes a number at most, in place of
+    the model's own. So has `reference`, where a checkpoint is stored in float16, which is not known yet.
     """
     lm = config.transformer_lm
     # Of attention to a text only query and output: its keys and values are computed once a request.
     per_layer = 4 + (2 if config.fuser.get("cross") else 0) + 2 * lm.hidden_scale
     matrices = lm.num_layers * lm.dim**2 * per_layer + lm.n_q * lm.card * lm.dim
-    packed = 0 if precision == "reference" else 2 * matrices
-    return packed + (_buffer_bytes(config, slots) if device.type == "cuda" else 0)
+    own, packed = 2 if device.type == "cuda" else 4, 2
+    saved = 0 if precision == "reference" else (own - packed) * matrices
+    return (_buffer_bytes(config, slots) if device.type == "cuda" else 0) - saved
 
 
 def _buffer_bytes(config: DictConfig, slots: int) -> int:

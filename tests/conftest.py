@@ -52,6 +52,19 @@ def weights() -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture
+def lent_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loaded model keeps the weights of its layers and heads, which an engine has packed."""
+    from musicgen_svc.building import LMDraft
+
+    @contextlib.contextmanager
+    def lend(draft: LMDraft, part: torch.nn.Module) -> Iterator[None]:
+        draft.fill(part)
+        yield
+
+    monkeypatch.setattr(LMDraft, "lend", lend)
+
+
 @pytest.fixture(scope="session")
 def pretrained(weights: Path) -> Callable[[str], Any]:
     """`pretrained("melody")`: audiocraft's own `MusicGen` of that folder, made once and shared."""

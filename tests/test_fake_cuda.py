@@ -14,7 +14,6 @@ from sounds import noise, tone, written
 from torch import Tensor, nn
 
 from musicgen_svc import components
-from musicgen_svc.building import LMDraft
 from musicgen_svc.catalog import read_catalog
 from musicgen_svc.codec import Codec
 from musicgen_svc.conditioning import MELODY, TEXT
@@ -87,18 +86,15 @@ def placed(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.dev
 
 
 def test_weights_have_the_types_and_the_place_that_audiocraft_gives_them(
-    gpu: PaperGpu, weights: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: PaperGpu, weights: Path, lent_for_good: None
 ) -> None:
     from audiocraft.models.musicgen import MusicGen
 
-    built: list[Any] = []
-    build = LMDraft.build
-    monkeypatch.setattr(LMDraft, "build", lambda *args: built.append(build(*args)) or built[-1])
     ours = loader(weights, "melody", GPU).start()
     with warnings.catch_warnings():  # torch's older weight norm; an autocast to float32, which is none
         warnings.simplefilter("ignore")
         theirs = MusicGen.get_pretrained(str(weights / "melody"), device="cuda")
-    assert placed(built[0].state_dict()) == placed(theirs.lm.state_dict())
+    assert placed(ours.engine.decoder._lm.state_dict()) == placed(theirs.lm.state_dict())
     assert placed(ours.codec._mono.state_dict()) == placed(theirs.compression_model.state_dict())
     mine, their = ours.conditioner.conditioners, theirs.lm.condition_provider.conditioners
     chromas = (conditioners[MELODY].chroma for conditioners in (mine, their))

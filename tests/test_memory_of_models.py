@@ -11,7 +11,7 @@ import torch
 from _random_models import language_model
 from omegaconf import DictConfig, OmegaConf
 
-from musicgen_svc.building import build_codec, build_transformers_codec, codec_in
+from musicgen_svc.building import LMDraft, build_codec, build_transformers_codec, codec_in
 from musicgen_svc.catalog import read_catalog
 from musicgen_svc.checkpoints import Checkpoint, open_checkpoint
 from musicgen_svc.engine import projections
@@ -75,10 +75,9 @@ def modules_bytes(model: Model) -> int:
 @pytest.mark.parametrize("name", ["small", "finetuned", "melody"])
 @pytest.mark.parametrize("given", ["stereo", "hf-codec"])
 def test_a_models_size_is_known_before_it_is_loaded(
-    loader: MakeLoader, name: str, given: str, monkeypatch: pytest.MonkeyPatch
+    loader: MakeLoader, name: str, given: str, lent_for_good: None
 ) -> None:
-    """But for the conditioners' projections and some constants; before it lets go of what is packed."""
-    monkeypatch.setattr("musicgen_svc.engine.decoder._let_go", lambda module: None)
+    """But for the conditioners' projections and some constants."""
     models = loader(given=given)
     model = models.model(name)
     known = sum(t.nbytes for t in (*model.conditioner.parameters(), *model.conditioner.buffers()))
@@ -189,6 +188,28 @@ def test_what_decodes_keeps_nothing_alive(loader: MakeLoader, sizes: dict[str, i
     assert codec() is None
 
 
+def test_a_models_layers_are_there_while_they_are_packed(
+    loader: MakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread has one, whatever the size of the model."""
+    filled: list[int] = []
+    fill = LMDraft.fill
+
+    def there(lm: torch.nn.Module) -> list[torch.nn.Module]:
+        parts = [*lm.transformer.layers, lm.linears]  # type: ignore[union-attr,misc,list-item]
+        return [part for part in parts if not all(weight.is_meta for weight in part.parameters())]
+
+    def counted(draft: LMDraft, part: torch.nn.Module) -> None:
+        fill(draft, part)
+        filled.append(len(there(draft._lm)))
+
+    monkeypatch.setattr(LMDraft, "fill", counted)
+    model = loader().model("small")
+    lm = model.engine.decoder._lm
+    assert len(filled) == len(lm.transformer.layers) + 1 and max(filled) <= torch.get_num_threads()
+    assert there(lm) == [] and not any(emb.weight.is_meta for emb in lm.emb)
+
+
 @pytest.mark.parametrize("spelling", ["audiocraft", "transformers"])
 def test_a_codecs_weights_are_the_files_own_pages(weights: Path, spelling: str) -> None:
     if spelling == "audiocraft":
@@ -223,7 +244,7 @@ def test_what_a_faster_precision_packs_is_counted(kind: str, monkeypatch: pytest
     )
     batch_for(language_model(kind, dim=64, layers=3, heads=4), precision="bfloat16")
     counted = engine_bytes(_config(kind), CPU, slots=1, precision="bfloat16")
-    assert sum(packed) == counted
+    assert counted == -sum(packed), "two bytes of four are saved"
 
 
 def _config(kind: str) -> DictConfig:

@@ -9,6 +9,7 @@ text's are computed once per request, and rows that cannot change the result are
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -27,6 +28,9 @@ Conditions: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
 
 Pulse: TypeAlias = Callable[[], None]
 """Called a few times per layer; may raise to abandon a long prefill."""
+
+Lend: TypeAlias = Callable[[nn.Module], AbstractContextManager[object]]
+"""Within, a part of the model has its weights. Who needs one of them longer holds it, or packs it."""
 
 AddNorm: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """The residual stream in fp32, and what the block before adds to it -> their sum; and its norm, in the
@@ -52,7 +56,7 @@ class Layer:
 class Decoder:
     """Tokens and what came before -> logits.
 
-    exclusive: nobody else computes with the model, which lets go of each matrix that is packed here
+    lend: called for each layer and for the heads, once, from several threads; by default they are as they are
 
     Raises:
         WeightsError: the model is built in a way that no released MusicGen is.
@@ -63,8 +67,7 @@ class Decoder:
         lm: LMModel,
         precision: Precision = "reference",
         operations: Operations = PLAIN,
-        *,
-        exclusive: bool = False,
+        lend: Lend = nullcontext,
     ) -> None:
         check_architecture(lm)
         self._lm = lm
@@ -83,10 +86,8 @@ class Decoder:
 
         @torch.no_grad()  # which belongs to a thread
         def bind(layer: nn.Module) -> Layer:
-            bound = _layer(layer, precision, norm)
-            if exclusive:  # here, so that there are never two of the whole model
-                _let_go(layer)
-            return bound
+            with lend(layer):
+                return _layer(layer, precision, norm)
 
         if self.device.type == "cpu":  # side by side, as packing one matrix keeps one core busy
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -94,9 +95,8 @@ class Decoder:
         else:
             self.layers = [bind(layer) for layer in lm.transformer.layers]
         self._out_norm = norm(lm.out_norm)
-        self._logits = projection(_merged_heads(lm).to(self.dtype), precision)
-        if exclusive:
-            _let_go(lm.linears)
+        with lend(lm.linears):
+            self._logits = projection(_merged_heads(lm).to(self.dtype), precision)
         self._table = torch.empty(0)
         self.reserve(2048)
 
@@ -241,16 +241,9 @@ def _layer(layer: Any, precision: Precision, norm: Callable[[nn.LayerNorm], AddN
     )
 
 
-def _let_go(module: nn.Module) -> None:
-    """Empties a module's matrices. Whatever reads one as it is holds it by itself."""
-    for parameter in module.parameters():
-        if parameter.ndim == 2:
-            parameter.data = parameter.data.new_empty(0)
-
-
 def _add_norm(module: nn.LayerNorm, operations: Operations, dtype: torch.dtype) -> AddNorm:
     """LayerNorm in fp32; of its weights only fp16 ones are copied."""
-    weight, bias = module.weight.float(), module.bias.float()
+    weight, bias = module.weight.detach().float(), module.bias.detach().float()
     return lambda x, delta: operations.add_norm(x, delta, weight, bias, module.eps, dtype)
 
 

@@ -1,9 +1,11 @@
 """The one place that chooses how a model is decoded, by its device and by what was asked for."""
 
+from contextlib import nullcontext
+
 from musicgen_svc.compat import LMModel
 from musicgen_svc.engine.batch import Batch
 from musicgen_svc.engine.choice import operations_for
-from musicgen_svc.engine.decoder import Decoder
+from musicgen_svc.engine.decoder import Decoder, Lend
 from musicgen_svc.engine.projections import Precision
 from musicgen_svc.engine.ragged import RaggedBatch
 from musicgen_svc.engine.state import Capacity
@@ -19,7 +21,7 @@ def batch_for(
     static: bool | None = None,
     graphs: bool | None = None,
     kernels: bool | None = None,
-    exclusive: bool = False,
+    lend: Lend = nullcontext,
 ) -> Batch:
     """A batch that decodes with the weights of one language model.
 
@@ -31,7 +33,7 @@ def batch_for(
         where that draws the same tokens. True: or fail
     kernels: decode with Triton kernels of our own; None: on a GPU, where they work. True: or fail.
         Only where the state is static
-    exclusive: nobody else computes with the model, see `Decoder`
+    lend: gives the model its weights, see `Decoder`
 
     Raises:
         WeightsError: the model is built in a way that no released MusicGen is.
@@ -41,7 +43,7 @@ def batch_for(
     assert slots >= 1 and not lm.training, (slots, lm.training)
     if static is None:
         static = lm.emb[0].weight.device.type == "cuda"
-    decoder = Decoder(lm, precision, operations_for(lm, kernels if static else False), exclusive=exclusive)
+    decoder = Decoder(lm, precision, operations_for(lm, kernels if static else False), lend)
     if static:
         batch = StaticBatch(decoder, Capacity(slots), graphs=graphs is not False)
         if graphs is None:

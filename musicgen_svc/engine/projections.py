@@ -35,7 +35,7 @@ def projection(weight: Tensor, precision: Precision) -> Projection:
         return _bfloat16(weight)
     if precision == "int8":
         return _int8(weight)
-    if precision == "float16" or (_fbgemm(weight) and torch.equal(weight, _rounded(weight))):
+    if precision == "float16" or (_fbgemm(weight) and _fits_float16(weight)):
         return _float16(weight)
     return _plain(weight)
 
@@ -60,11 +60,15 @@ def _bfloat16(weight: Tensor) -> Projection:
 
 def _float16(weight: Tensor) -> Projection:
     if not _fbgemm(weight):
-        rounded = _rounded(weight)
-        return _plain(weight if torch.equal(rounded, weight) else rounded)
+        return _plain(weight if _fits_float16(weight) else _rounded(weight))
     packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
     multiply = torch.ops.quantized.linear_dynamic_fp16
     return lambda x: multiply(x, packed)
+
+
+def _fits_float16(weight: Tensor) -> bool:
+    """Looked at in pieces that stay in a cache: fresh memory for all of it costs more than to look."""
+    return all(torch.equal(rows, _rounded(rows)) for rows in torch.split(weight, 64))
 
 
 def _rounded(weight: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """A faster precision changes the logits a little, and nothing about requests; projections are products."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import get_args
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from _bench_workload import stored_in_float16
 from _random_models import audiocraft_generates, conditions, language_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from musicgen_svc.engine.batch import DecodeRequest
 from musicgen_svc.engine.engine import Engine
@@ -115,14 +117,24 @@ def test_silence_stays_silence(precision: Precision) -> None:
 
 @pytest.mark.skipif(not FBGEMM, reason="nothing is packed elsewhere")
 def test_the_reference_packs_a_matrix_that_fits_float16_and_shares_any_other() -> None:
-    exact, x = drawn(64, 96), drawn(2, 96)
+    exact, x = drawn(150, 96), drawn(2, 96)
     stored = exact.half().float()
-    for weight, packed in ((exact, False), (stored, True)):
+    nearly = stored.clone()
+    nearly[-1, -1] = 1 / 3
+    for weight, packed in ((exact, False), (stored, True), (nearly, False)):
         product = projection(weight, "reference")
         before = product(x)
         torch.testing.assert_close(before, F.linear(x, weight), rtol=1e-5, atol=1e-5)
         weight.zero_()
         assert torch.equal(product(x), before) is packed
+
+
+@contextmanager
+def lent(part: nn.Module) -> Iterator[None]:
+    """And then taken back."""
+    yield
+    for parameter in part.parameters():
+        parameter.data = torch.empty(0)
 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
@@ -133,18 +145,18 @@ def test_it_generates_audiocrafts_tokens_with_weights_that_are_stored_in_float16
     lm = stored_in_float16(language_model(kind, card=300))
     given, sampling = conditions(kind, chroma=13), SamplingParams()
     expected = audiocraft_generates(lm, given, prompt=None, length=150, sampling=sampling, seed=3)
-    engine = Engine(batch_for(lm, precision=precision, exclusive=True))
-    assert not any(p.numel() for layer in lm.transformer.layers for p in layer.parameters() if p.ndim == 2)
+    engine = Engine(batch_for(lm, precision=precision, lend=lent))
+    assert not any(p.numel() for part in (*lm.transformer.layers, lm.linears) for p in part.parameters())
     generator = torch.Generator().manual_seed(3)
     tokens = engine.generate(given, prompt=None, length=150, sampling=sampling, generator=generator)
     assert torch.equal(tokens, expected)
 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
-def test_what_is_not_packed_stays_when_the_model_lets_go_of_its_matrices(kind: str) -> None:
+def test_what_is_not_packed_is_held_when_its_part_of_the_model_is_taken_back(kind: str) -> None:
     lm, given, sampling = language_model(kind, card=300), conditions(kind, chroma=13), SamplingParams()
     expected = audiocraft_generates(lm, given, prompt=None, length=40, sampling=sampling, seed=3)
-    engine = Engine(batch_for(lm, exclusive=True))
+    engine = Engine(batch_for(lm, lend=lent))
     generator = torch.Generator().manual_seed(3)
     tokens = engine.generate(given, prompt=None, length=40, sampling=sampling, generator=generator)
     assert torch.equal(tokens, expected)
