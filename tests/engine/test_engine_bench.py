@@ -168,7 +168,7 @@ def gpu_check(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess
             [ROOT / "scripts" / "gpu_check", tmp_path / "rows"],
             env=os.environ
             | {"MUSICGEN_NO_VENV": "1", "CALLS": str(calls), "FAILING": failing, "NO_GPU": str(no_gpu)}
-            | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+            | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "MUSICGEN_PYTHON": ""},
             capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
         return ended, [line.split() for line in calls.read_text().splitlines()]
