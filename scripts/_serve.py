@@ -31,8 +31,9 @@ OPEN_REQUESTS_S = 5.0
 """How long requests that are running may take to end; coglet itself would wait for ever."""
 GROUP_END_S = 3.0
 """How long killed processes may take to go."""
-GPU_CONCURRENCY = 4
-"""`large` and four requests with their caches fit into 24 GB; cog.yaml says the same."""
+LARGE_GB, PLACE_GB = 14, 1.8
+"""Of a GPU: `large` with all that may be beside it, MultiBand Diffusion too; and a request's caches then."""
+MOST_AT_ONCE = 16
 COGLET_FOLDER = Path("/tmp/coglet/predictions")
 """Fixed in coglet, whatever TMPDIR says: it makes two folders a prediction here, and leaves them."""
 PATHS = ("COG_WEIGHTS", "MUSICGEN_WEIGHTS_DIR", "MUSICGEN_WORK_DIR")
@@ -157,14 +158,19 @@ def environment(port: int, temporary: Path) -> dict[str, str]:
 
 
 def concurrency() -> int:
-    """How many predictions run at once, unless the user says it: as in the image on a GPU, else one."""
+    """How many predictions run at once, unless the user says it: what the smallest GPU holds, else one."""
     if os.environ.get("MUSICGEN_DEVICE") == "cpu":
         return 1
     try:  # torch knows better, but takes seconds to ask
-        shown = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        shown = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True, timeout=10,
+        )  # fmt: skip
+        memory_gb = min(int(line) for line in shown.stdout.splitlines()) * 2**20 / 1e9
+    except (OSError, subprocess.TimeoutExpired, ValueError):  # there is none, or it is none of NVIDIA's
         return 1
-    return GPU_CONCURRENCY if shown.stdout.startswith(b"GPU ") else 1
+    held = min(max(1, int((memory_gb - LARGE_GB) / PLACE_GB)), MOST_AT_ONCE)
+    return 1 << (held.bit_length() - 1)  # steps are computed for 1, 2, 4, 8 ... of them
 
 
 class StopRequest:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _serve
 import pytest
 import torch
 from _random_models import language_model
@@ -233,6 +234,13 @@ def test_the_engines_buffers_on_a_gpu_are_counted(kind: str) -> None:
     counted = engine_bytes(_config(kind), torch.device("cuda"), slots=2, precision="reference")
     assert 2 * counted == sum(buffer.nbytes for buffer in buffers), "half of it in fp16"
     assert engine_bytes(_config(kind), CPU, slots=2, precision="reference") == 0
+
+
+def test_a_request_beside_others_takes_what_the_server_counts_with() -> None:
+    lm = {"num_layers": 48, "dim": 2048, "hidden_scale": 4, "n_q": 4, "card": 2048}
+    large = OmegaConf.create({"transformer_lm": lm, "fuser": {"cross": ["description"]}})
+    place = engine_bytes(large, torch.device("cuda"), slots=1, precision="reference")
+    assert place / GB == pytest.approx(_serve.PLACE_GB, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])

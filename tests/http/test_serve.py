@@ -169,7 +169,7 @@ def test_a_server_that_hangs_is_shown_thread_by_thread_and_stopped(checkout: Pat
             server.health()
 
 
-def test_a_gpu_takes_as_many_at_once_as_the_image_does_and_a_cpu_one(
+def test_a_gpu_takes_as_many_at_once_as_it_holds_and_a_cpu_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def at_once() -> str:
@@ -183,8 +183,14 @@ def test_a_gpu_takes_as_many_at_once_as_the_image_does_and_a_cpu_one(
     tool.write_text("#!/bin/sh\necho No devices were found; exit 6\n")
     tool.chmod(0o755)
     assert at_once() == "1"
-    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
-    assert f"COG_MAX_CONCURRENCY={at_once()} " in (ROOT / "cog.yaml").read_text()
+    expected = {"8192": "1", "15360": "1", "24564": "4", "32607": "8", "46068": "16", "143771": "16"}
+    for memory_mib, held in expected.items():
+        tool.write_text(f"#!/bin/sh\necho {memory_mib}\necho 150000\n")
+        assert at_once() == held
+    tool.write_text("#!/bin/sh\necho 24564\n")
+    assert f"COG_MAX_CONCURRENCY={at_once()} " in (ROOT / "cog.yaml").read_text(), (
+        "what the image is made for"
+    )
     monkeypatch.setenv("MUSICGEN_DEVICE", "cpu")
     assert at_once() == "1"
     monkeypatch.setenv("COG_MAX_CONCURRENCY", "7")
