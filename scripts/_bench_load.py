@@ -138,7 +138,8 @@ def build(folder: Path) -> None:
 
 def lm_package() -> dict[str, Any]:
     """audiocraft's export of `small`."""
-    import _tiny_weights
+    import _tiny_codecs
+    import _tiny_models
     from _random_models import SIZES, language_model
 
     size = SIZES["small"]
@@ -146,28 +147,28 @@ def lm_package() -> dict[str, Any]:
     projection = torch.nn.Linear(T5_BASE["d_model"], size["dim"]).state_dict()
     prefix = "condition_provider.conditioners.description.output_proj."
     state |= {prefix + name: tensor for name, tensor in projection.items()}
-    config = _tiny_weights._lm_config("small")
+    config = _tiny_models.lm_config("small")
     config["transformer_lm"] |= {
         "dim": size["dim"], "num_layers": size["layers"], "num_heads": size["heads"], "card": 2048,
     }  # fmt: skip
     config["conditioners"]["description"]["t5"]["name"] = "t5-base"
-    return _tiny_weights._package(state, config)
+    return _tiny_codecs.package(state, config)
 
 
 def codec_package() -> dict[str, Any]:
     """audiocraft's export of EnCodec at 32 kHz."""
-    import _tiny_weights
+    import _tiny_codecs
     from omegaconf import OmegaConf
 
     from musicgen_svc.compat import builders
 
-    config = _tiny_weights._codec_config()
+    config = _tiny_codecs.codec_config()
     config["seanet"] |= {"dimension": 128, "n_filters": 64}
     config["rvq"]["bins"] = 2048
     with warnings.catch_warnings():  # the checkpoints' spelling of weight norm, which torch deprecates
         warnings.simplefilter("ignore", FutureWarning)
         model = builders.get_compression_model(OmegaConf.create(config | {"device": "cpu"}))
-    return _tiny_weights._package(model.state_dict(), config)
+    return _tiny_codecs.package(model.state_dict(), config)
 
 
 def save_t5(folder: Path) -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import _tiny_weights
+import _tiny_models
 import checkpoint_models as tools
 import pytest
 import torch
@@ -75,12 +75,12 @@ def released_config(name: str) -> dict[str, Any]:
     """The configuration that the released checkpoint carries."""
     size, melody, codebooks = MODELS[name]
     width, layers, heads = SIZES[size]
-    config = _tiny_weights._lm_config("melody" if melody else "stereo" if codebooks == 8 else "small")
+    config = _tiny_models.lm_config("melody" if melody else "stereo" if codebooks == 8 else "small")
     config["transformer_lm"] |= {
         "dim": width, "num_layers": layers, "num_heads": heads, "card": CARD, "n_q": codebooks,
     }  # fmt: skip
     if codebooks == 8:
-        stereo = _tiny_weights._lm_config("stereo")
+        stereo = _tiny_models.lm_config("stereo")
         for section in ("codebooks_pattern", "channels", "interleave_stereo_codebooks"):
             config[section] = stereo[section]
     config["conditioners"]["description"]["t5"]["name"] = "t5-base"
