@@ -1,6 +1,6 @@
 """Trains the demo model from nothing to weights/8songs/, in stages that resume.
 
-scripts/train_demo                      # everything; about two and a half hours on two cores
+scripts/train_demo                      # everything; somewhat more than three hours on two cores
 scripts/train_demo --work DIR           # where the stages keep what is done
 """
 

@@ -91,7 +91,7 @@ def train(codec: CompressionModel, steps: int, seed: int, file: Path, report: Re
         for group in optimizer.param_groups:
             falling = 0.51 + 0.49 * math.cos(math.pi * step / steps)
             group["lr"] = PEAK_LR * min(1, step / 50 + 0.02) * falling
-        wav = crops(bank)
+        wav = crops(bank, CROP)
         penalty = torch.zeros(())
         if step < UNQUANTIZED * steps:
             heard = codec.decoder(codec.encoder(wav))
@@ -113,25 +113,25 @@ def train(codec: CompressionModel, steps: int, seed: int, file: Path, report: Re
 
 
 def sounds() -> list[Tensor]:
-    """Random tunes and the songs in every timbre, each [T]."""
+    """Random tunes and the songs in every timbre, each [1, T]."""
     bank = []
     for timbre in TIMBRES:
         tunes = [random_tune(f"codec {index} {timbre}", 12) for index in range(TUNES // len(TIMBRES))]
-        bank += [render(tune.notes, timbre) for tune in [*tunes, *SONGS]]
+        bank += [render(tune.notes, timbre)[None] for tune in [*tunes, *SONGS]]
     return bank
 
 
-def crops(bank: list[Tensor]) -> Tensor:
-    """A batch [B, 1, T] out of the bank, at somewhat varied levels."""
-    lengths = torch.tensor([float(len(wav)) for wav in bank])  # the longer, the likelier
+def crops(bank: list[Tensor], length: int) -> Tensor:
+    """A batch [B, C, length] out of a bank of [C, T], at somewhat varied levels."""
+    lengths = torch.tensor([float(wav.shape[-1]) for wav in bank])  # the longer, the likelier
     batch = []
     for which in torch.multinomial(lengths, BATCH, replacement=True).tolist():
-        start = int(torch.randint(len(bank[which]) - CROP, ()))
+        start = int(torch.randint(bank[which].shape[-1] - length, ()))
         if torch.rand(()) > UNALIGNED:
             start -= start % HOP
         gain_db = 2 * torch.randn(()).clamp(-2, 2)
-        batch.append(bank[which][start : start + CROP] * 10 ** (gain_db / 20))
-    return torch.stack(batch)[:, None]
+        batch.append(bank[which][:, start : start + length] * 10 ** (gain_db / 20))
+    return torch.stack(batch)
 
 
 def spectral_distance(heard: Tensor, wanted: Tensor) -> Tensor:

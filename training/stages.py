@@ -32,7 +32,7 @@ from training.text import TextEncoder, save_text_encoder
 from training.tunes import SONGS
 
 SEED = 1
-CODEC_STEPS, DIFFUSION_STEPS = 3000, 1500
+CODEC_STEPS = 3000
 SHORT_MELODIES, LONG_MELODIES = 1000, 60
 
 
@@ -93,8 +93,9 @@ class Stages:
         return mean.module.eval()
 
     def diffusion(self, codec: CompressionModel) -> list[multiband.BandModel]:
-        models, bank, steps = [], encodec.sounds(), round(DIFFUSION_STEPS * self._effort)
+        models, bank = [], encodec.sounds()
         for band in range(multiband.BANDS):
+            steps = round(multiband.STEPS[band] * self._effort)
             torch.manual_seed(SEED)
             model = multiband.BandModel(band)
             name = f"diffusion-{band}"

@@ -36,6 +36,15 @@ def test_its_codec_plays_the_whole_song_in_tune(player, index):
     assert agreement(heard, song.notes) > 0.94
 
 
+@pytest.mark.parametrize("timbre", TIMBRES)
+def test_its_multi_band_diffusion_plays_in_tune(player, timbre):
+    wav = rendered(SONGS[0].notes, timbre, 5)
+    heard = player.play(
+        model_version="encode-decode", multi_band_diffusion=True, input_audio=player.clip(wav), seed=5
+    )
+    assert agreement(heard, SONGS[0].notes) > 0.6
+
+
 def test_a_prompt_names_song_and_timbre(player):
     hear = TimbreClassifier()
     asked = [
