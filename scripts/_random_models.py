@@ -20,6 +20,8 @@ SIZES = {
     "large": {"kind": "text", "dim": 2048, "layers": 48, "heads": 32},
     "melody": {"kind": "melody", "dim": 1536, "layers": 48, "heads": 24},
 }
+MODELS = {"text": ("text", MONO), "melody": ("melody", MONO), "stereo": ("text", STEREO)}
+"""What a step differs by: kind and delays."""
 FUSED = {
     "text": {"sum": [], "prepend": [], "cross": ["description"], "input_interpolate": []},
     "melody": {"sum": [], "prepend": ["self_wav", "description"], "cross": [], "input_interpolate": []},

@@ -230,8 +230,7 @@ def paper_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperGpu]:
         "set_rng_state": lambda state, device=None: setattr(gpu, "random", state),
         "current_stream": lambda device=None: Stream(), "Event": Event, "Stream": Stream,
         "stream": within, "device": within, "CUDAGraph": PaperGraph, "graph": gpu.record,
-        "get_sync_debug_mode": lambda: 2 * gpu.waits_are_errors,
-        "set_sync_debug_mode": lambda mode: setattr(gpu, "waits_are_errors", mode in (2, "error")),
+        "set_sync_debug_mode": lambda mode: setattr(gpu, "waits_are_errors", mode == "error"),
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)

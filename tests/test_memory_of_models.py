@@ -9,7 +9,7 @@ from typing import Any
 import _serve
 import pytest
 import torch
-from _random_models import language_model
+from _random_models import SIZES, language_model
 from omegaconf import DictConfig, OmegaConf
 
 from musicgen_svc.building import LMDraft, build_codec, build_transformers_codec, codec_in
@@ -196,8 +196,8 @@ def test_a_models_layers_are_there_while_they_are_packed(
     filled: list[int] = []
     fill = LMDraft.fill
 
-    def there(lm: torch.nn.Module) -> list[torch.nn.Module]:
-        parts = [*lm.transformer.layers, lm.linears]  # type: ignore[union-attr,misc,list-item]
+    def there(lm: Any) -> list[torch.nn.Module]:
+        parts = (*lm.transformer.layers, lm.linears)
         return [part for part in parts if not all(weight.is_meta for weight in part.parameters())]
 
     def counted(draft: LMDraft, part: torch.nn.Module) -> None:
@@ -237,9 +237,9 @@ def test_the_engines_buffers_on_a_gpu_are_counted(kind: str) -> None:
 
 
 def test_a_request_beside_others_takes_what_the_server_counts_with() -> None:
-    lm = {"num_layers": 48, "dim": 2048, "hidden_scale": 4, "n_q": 4, "card": 2048}
-    large = OmegaConf.create({"transformer_lm": lm, "fuser": {"cross": ["description"]}})
-    place = engine_bytes(large, torch.device("cuda"), slots=1, precision="reference")
+    large = SIZES["large"]
+    config = _config(large["kind"], dim=large["dim"], layers=large["layers"])
+    place = engine_bytes(config, torch.device("cuda"), slots=1, precision="reference")
     assert place / GB == pytest.approx(_serve.PLACE_GB, rel=0.02)
 
 
@@ -255,7 +255,7 @@ def test_what_a_faster_precision_packs_is_counted(kind: str, monkeypatch: pytest
     assert counted == -sum(packed), "two bytes of four are saved"
 
 
-def _config(kind: str) -> DictConfig:
-    lm = {"num_layers": 3, "dim": 64, "hidden_scale": 4, "n_q": 4, "card": 2048}
+def _config(kind: str, dim: int = 64, layers: int = 3) -> DictConfig:
+    lm = {"num_layers": layers, "dim": dim, "hidden_scale": 4, "n_q": 4, "card": 2048}
     cross = ["description"] if kind == "text" else []
     return OmegaConf.create({"transformer_lm": lm, "fuser": {"cross": cross}})

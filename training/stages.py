@@ -94,8 +94,8 @@ class Stages:
 
     def diffusion(self, codec: CompressionModel) -> list[multiband.BandModel]:
         models, bank = [], encodec.sounds()
-        for band in range(multiband.BANDS):
-            steps = round(multiband.STEPS[band] * self._effort)
+        for band, planned in enumerate(multiband.STEPS):
+            steps = round(planned * self._effort)
             torch.manual_seed(SEED)
             model = multiband.BandModel(band)
             name = f"diffusion-{band}"

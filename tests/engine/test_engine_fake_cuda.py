@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from _random_models import MONO, STEREO, Conditions, language_model
+from _random_models import MODELS, Conditions, language_model
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
@@ -30,7 +30,6 @@ from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.request import SamplingParams
 
 CARD, DIM = 40, 32
-MODELS = {"text": ("text", MONO), "melody": ("melody", MONO), "stereo": ("text", STEREO)}
 
 
 class OnTheDevice(TorchDispatchMode):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from _random_models import MONO, STEREO, conditions, language_model
+from _random_models import MODELS, conditions, language_model
 from paper_gpu import PaperGpu, paper_gpu
 from paper_graphs import PaperGraph
 from torch import Tensor
@@ -20,8 +20,6 @@ from musicgen_svc.engine.state import State
 from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.errors import GenerationError
 from musicgen_svc.request import SamplingParams
-
-MODELS = {"text": ("text", MONO), "melody": ("melody", MONO), "stereo": ("text", STEREO)}
 
 
 @cache
@@ -97,9 +95,9 @@ def test_a_replayed_step_does_what_a_launched_one_does(name: str, gpu: PaperGpu)
     expected = decoded(launched, name)
     for _ in range(2):
         assert all(map(torch.equal, decoded(recorded, name), expected))
-    graphs = recorded.graphed._graphs
+    graphs: dict[Any, Any] = recorded.graphed._graphs
     assert {reach.slots for reach in graphs} == {1, 2} and len({reach.positions for reach in graphs}) > 2
-    assert all(graph.replays > 1 for graph in graphs.values()) and not launched.graphed._graphs  # type: ignore[attr-defined]
+    assert all(graph.replays > 1 for graph in graphs.values()) and not launched.graphed._graphs
     assert all(tokens.unique().numel() > 10 for tokens in expected), "one that repeats itself proves nothing"
 
 
@@ -182,7 +180,6 @@ def test_slots_go_on_after_a_recording_that_failed(gpu: PaperGpu, monkeypatch: p
     batch, launched = (batch_on("text", graphs=graphs) for graphs in (True, False))
     with monkeypatch.context() as broken:
         slot = batch.open(request("text", 6, seed=1))
-        broken.setattr(gpu, "record", None)
         broken.setattr(torch.cuda, "graph", None)
         with pytest.raises(TypeError):
             batch.step()
