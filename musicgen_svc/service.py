@@ -163,16 +163,35 @@ def _use(device: torch.device) -> None:
 
 def _device(name: str) -> torch.device:
     """With its index, if it is a GPU."""
+    usable = torch.cuda.is_available()
+    fault = None if usable else _gpu_fault()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if usable else "cpu"
+        if fault:
+            print(f"This runs on the CPU, as the GPU cannot be used: {fault}")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ServiceError(
             f"MUSICGEN_DEVICE is {name!r}; it must be auto, cpu, cuda or cuda:<number>."
         ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type != "cuda":
+        return device
+    if fault:
+        raise ServiceError(f"MUSICGEN_DEVICE is {name!r}, but the GPU cannot be used: {fault}")
+    if (device.index or 0) >= torch.cuda.device_count():
         raise ServiceError(
             f"MUSICGEN_DEVICE is {name!r}, but {torch.cuda.device_count()} GPUs can be used here."
         )
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    return torch.device("cuda", device.index or 0)
+
+
+def _gpu_fault() -> str | None:
+    """Why PyTorch cannot use a GPU that is there, such as an old driver. None: there is no GPU."""
+    if not torch.cuda.device_count():  # which asks the driver's library, and not CUDA
+        return None
+    try:
+        torch.cuda.current_device()
+    except RuntimeError as exc:
+        return " ".join(str(exc).split())
+    return None

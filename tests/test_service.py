@@ -1,6 +1,7 @@
 """Whatever goes wrong on the device becomes one sentence, and only what is final ends the service."""
 
 import asyncio
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def test_every_thread_uses_the_gpu_that_was_asked_for(
         assert used == {threading.current_thread().name: torch.device("cuda:1")}
         return run(*args)
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda device: used.update({threading.current_thread().name: device})
@@ -93,6 +95,30 @@ def test_a_gpu_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, expected in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
         assert str(_device(name)) == expected
+
+
+def test_a_gpu_that_is_there_and_cannot_be_used_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with an old driver: PyTorch's own warning is one of those that the server does not show."""
+
+    def refuse() -> int:
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 12040).")
+
+    reason = r"the GPU cannot be used: The NVIDIA driver on your system is too old \(found version 12040\)\.$"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", refuse)
+    assert str(_device("auto")) == "cpu"
+    assert re.search(reason, capsys.readouterr().out.strip())
+    with pytest.raises(ServiceError, match=reason):
+        _device("cuda")
+    assert str(_device("cpu")) == "cpu"
+    assert capsys.readouterr().out == ""
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert str(_device("auto")) == "cpu"
+    assert capsys.readouterr().out == "", "a machine without a GPU has nothing to be told"
 
 
 def test_a_finished_request_leaves_one_file_in_a_folder_of_its_own(service: Service) -> None:
