@@ -12,8 +12,8 @@ projections.py  its matrix products, per device and precision
 kv_cache.py     keys and values that never move, of one request or of several side by side
 sampling.py     logits to tokens
 delays.py       columns to codes and back
-operations.py   what a static step does besides products, in plain PyTorch
+operations.py   what a static step does besides most products, in plain PyTorch
 kernels.py      the same as Triton kernels; its draws are in sampling_kernels.py
 choice.py       which of the two is taken
-graphs.py       a static step as one CUDA graph
+graphs.py       a static step as one CUDA graph; trial.py: whether it draws the same tokens there
 """

@@ -100,6 +100,11 @@ def disagreements(ops: Operations, shape: Shape, device: torch.device) -> list[s
     other = ops.draw(*given) != PLAIN.draw(*given)
     if other.float().mean() > 0.1:  # one may be a matter of the last bit
         found.append("other tokens are drawn")
+
+    x, scales = noise(2, 1, shape.dim).to(shape.dtype), noise(shape.dim).abs() / 127 / shape.dim**0.5
+    weight = (127 * noise(shape.dim, shape.dim)).clamp(-127, 127).to(torch.int8)
+    if not _close(*([o.int8_linear(x, weight, scales)] for o in (ops, PLAIN))):
+        found.append("the product with int8 is another")
     return found
 
 

@@ -84,10 +84,13 @@ class Decoder:
         def norm(module: nn.LayerNorm) -> AddNorm:
             return _add_norm(module, operations, self.dtype)
 
+        def bound(weight: Tensor) -> Projection:
+            return projection(weight.detach(), precision, operations)
+
         @torch.no_grad()  # which belongs to a thread
         def bind(layer: nn.Module) -> Layer:
             with lend(layer):
-                return _layer(layer, precision, norm)
+                return _layer(layer, bound, norm)
 
         if self.device.type == "cpu":  # side by side, as packing one matrix keeps one core busy
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -96,7 +99,7 @@ class Decoder:
             self.layers = [bind(layer) for layer in lm.transformer.layers]
         self._out_norm = norm(lm.out_norm)
         with lend(lm.linears):
-            self._logits = projection(_merged_heads(lm).to(self.dtype), precision)
+            self._logits = bound(_merged_heads(lm).to(self.dtype))
         self._table = torch.empty(0)
         self.reserve(2048)
 
@@ -220,13 +223,11 @@ def position_table(
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
-def _layer(layer: Any, precision: Precision, norm: Callable[[nn.LayerNorm], AddNorm]) -> Layer:
+def _layer(
+    layer: Any, bound: Callable[[Tensor], Projection], norm: Callable[[nn.LayerNorm], AddNorm]
+) -> Layer:
     cross = layer.cross_attention
     dim = layer.linear1.in_features
-
-    def bound(weight: Tensor) -> Projection:
-        return projection(weight.detach(), precision)
-
     return Layer(
         norm=norm(layer.norm1),
         qkv=bound(layer.self_attn.in_proj_weight),

@@ -15,6 +15,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from musicgen_svc.engine import operations as plain
 from musicgen_svc.engine.operations import Attend, Operations
 from musicgen_svc.engine.sampling_kernels import draw, launching_on
 
@@ -26,6 +27,9 @@ UNSPLIT = 512
 
 PROGRAMS = 2048
 """That keep a large GPU busy: with fewer rows and heads, each is read by more programs."""
+
+FEW_ROWS = 64
+"""A step's, up to 32 requests: multiplying them costs little beside reading the weight."""
 
 
 # --- residual and norm --------------------------------------------------------------------------
@@ -198,4 +202,57 @@ def _combine(parts, sums, out, HEAD: tl.constexpr, WIDTH: tl.constexpr, SPLITS: 
     tl.store(out + reader * HEAD + at, found.to(out.dtype.element_ty), mask=inside)
 
 
-KERNELS = Operations(add_norm, attention, draw, reads_lengths=True)
+# --- product ------------------------------------------------------------------------------------
+
+
+def int8_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    outputs, inputs = weight.shape
+    flat = x.reshape(-1, inputs)
+    rows = len(flat)
+    if rows > FEW_ROWS:  # a prefill: the weight is multiplied out once for all of it
+        return plain.int8_linear(x, weight, scales)
+    assert flat.stride(1) == 1 and weight.is_contiguous() and scales.is_contiguous()
+    out = x.new_empty(rows, outputs)
+    block = 16 if outputs <= 2048 else 32  # or there are fewer programs than a large GPU has processors
+    with launching_on(x.device):
+        _int8_linear[(triton.cdiv(outputs, block),)](
+            flat, weight, scales, out, rows, outputs, flat.stride(0), INPUTS=inputs,
+            ROWS=max(triton.next_power_of_2(rows), 16), BLOCK_OUT=block, BLOCK_IN=256, num_stages=3,
+        )  # fmt: skip
+    return out.view(*x.shape[:-1], outputs)
+
+
+@triton.jit
+def _int8_linear(
+    x, weight, scales, out, rows, outputs, row_stride,
+    INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """One program per block of outputs, for all rows: the weight is read once, and widened in registers.
+
+    Eight bits fit the input's dtype exactly. Sums are in fp32, and get their scale at the end.
+    """
+    row = tl.arange(0, ROWS)
+    output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    cells = output.to(tl.int64)[None, :] * INPUTS
+    total = tl.zeros([ROWS, BLOCK_OUT], dtype=tl.float32)
+    for start in range(0, INPUTS, BLOCK_IN):
+        at = start + tl.arange(0, BLOCK_IN)
+        known = at < INPUTS
+        given = tl.load(
+            x + row[:, None] * row_stride + at[None, :],
+            mask=(row < rows)[:, None] & known[None, :],
+            other=0.0,
+        )
+        own = tl.load(
+            weight + cells + at[:, None], mask=known[:, None] & (output < outputs)[None, :], other=0
+        )
+        total = tl.dot(given, own.to(given.dtype), total, input_precision="ieee")
+    scale = tl.load(scales + output, mask=output < outputs, other=0.0)
+    tl.store(
+        out + row[:, None] * outputs + output[None, :],
+        (total * scale[None, :]).to(out.dtype.element_ty),
+        mask=(row < rows)[:, None] & (output < outputs)[None, :],
+    )
+
+
+KERNELS = Operations(add_norm, attention, draw, int8_linear, reads_lengths=True)

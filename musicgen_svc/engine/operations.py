@@ -37,6 +37,8 @@ class Operations:
     """(lengths, reach) -> what attends, for all layers of a step, see `attention`."""
     draw: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     """(logits, guidance, temperature, top_k, top_p, seed, step) -> tokens, see `draw`."""
+    int8_linear: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(x, weight, scales) -> their product, see `int8_linear`."""
     reads_lengths: bool
     """Whether attention costs what the lengths say, on the device. Otherwise it costs the reach."""
 
@@ -95,4 +97,12 @@ def draw(
     return draw_counted(mixed, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, step=step)
 
 
-PLAIN = Operations(add_norm, attention, draw, reads_lengths=False)
+def int8_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """[..., in] by an int8 weight [out, in] with one scale per output, [out] in fp32 -> [..., out].
+
+    Multiplies the weight out first, which is more to write and read than it was in half precision.
+    """
+    return F.linear(x, (weight * scales[:, None]).to(x.dtype))
+
+
+PLAIN = Operations(add_norm, attention, draw, int8_linear, reads_lengths=False)

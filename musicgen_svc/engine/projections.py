@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from musicgen_svc.engine.operations import PLAIN, Operations
+
 Precision = Literal["reference", "float16", "bfloat16", "int8"]
 """How the layers' matrices are kept and multiplied; `scripts/bench` reports what each changes.
 
@@ -22,19 +24,19 @@ Precision = Literal["reference", "float16", "bfloat16", "int8"]
 `float16`: the same, with what does not fit rounded. Layers on a GPU are float16 already.
 `bfloat16`: a second copy in bfloat16, multiplied in bfloat16.
 `int8`: a second copy in eight bits, with one scale per output channel. FBGEMM rounds the input to eight
-    bits as well, each row by itself; elsewhere the weight is multiplied out first, which is not fast.
+    bits as well, each row by itself; elsewhere it stays as it is, and only kernels of our own are fast.
 """
 
 Projection = Callable[[Tensor], Tensor]
 """[..., in] -> [..., out], in the dtype of the input."""
 
 
-def projection(weight: Tensor, precision: Precision) -> Projection:
+def projection(weight: Tensor, precision: Precision, operations: Operations = PLAIN) -> Projection:
     """The product with one bias-free weight [out, in]."""
     if precision == "bfloat16":
         return _bfloat16(weight)
     if precision == "int8":
-        return _int8(weight)
+        return _int8(weight, operations)
     if precision == "float16" or (_fbgemm(weight) and _fits_float16(weight)):
         return _float16(weight)
     return _plain(weight)
@@ -75,11 +77,11 @@ def _rounded(weight: Tensor) -> Tensor:
     return weight.to(torch.float16).to(weight.dtype)
 
 
-def _int8(weight: Tensor) -> Projection:
+def _int8(weight: Tensor, operations: Operations) -> Projection:
     scales = (weight.float().abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny)  # [out]
     if not _fbgemm(weight):
         rounded = (weight.float() / scales[:, None]).round().to(torch.int8)
-        return lambda x: F.linear(x, (rounded * scales[:, None]).to(x.dtype))
+        return lambda x: operations.int8_linear(x, rounded, scales)
     zeros = torch.zeros(len(scales), dtype=torch.long)
     quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(quantized, None)

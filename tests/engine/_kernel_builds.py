@@ -12,7 +12,14 @@ import torch
 from musicgen_svc.engine import kernels, sampling_kernels
 
 SHARED_MEMORY = 48 * 1024
-TYPES = {torch.float16: "*fp16", torch.float32: "*fp32", torch.long: "*i64", int: "i32", float: "fp32"}
+TYPES = {
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.long: "*i64",
+    torch.int8: "*i8",
+    int: "i32",
+    float: "fp32",
+}
 HALF, SINGLE, LONG = torch.float16, torch.float32, torch.long
 
 ATTEND: dict[str, Any] = {
@@ -52,6 +59,17 @@ BUILDS: dict[str, tuple[Any, dict[str, Any], int]] = {
         }, 4,
     ),
     "_finish": (sampling_kernels._finish, SAMPLED | {"races": SINGLE, "ROW": 2048}, 8),
+    **{
+        f"_int8_linear, {rows} rows, {block} outputs": (
+            kernels._int8_linear,
+            {
+                "x": HALF, "weight": torch.int8, "scales": SINGLE, "out": HALF,
+                **dict.fromkeys(("rows", "outputs", "row_stride"), int),
+                "INPUTS": 1536, "ROWS": rows, "BLOCK_OUT": block, "BLOCK_IN": 256,
+            }, 4,
+        )
+        for rows, block in ((16, 16), (32, 32))
+    },
 }  # fmt: skip
 
 

@@ -149,6 +149,24 @@ def draws_from_views(device: torch.device) -> None:
     assert torch.equal(kernels.draw(logits, *given), plain.draw(logits, *given))
 
 
+# --- product ------------------------------------------------------------------------------------
+
+
+def int8_product_of(shape: tuple[int, ...], outputs: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Rows that do not lie one after the other; numbers beyond the input's end must not matter."""
+    from musicgen_svc.engine import kernels
+
+    inputs = shape[-1]
+    x = noise(*shape[:-1], inputs + 7, device=device, dtype=dtype)[..., :inputs]
+    weight = (60 * noise(outputs, inputs, device=device, seed=1)).clamp(-127, 127).to(torch.int8)
+    scales = noise(outputs, device=device, seed=2).abs() / 127
+    found = kernels.int8_linear(x, weight, scales)
+    exact = x.double() @ (weight.double() * scales.double()[:, None]).T
+    assert (found.dtype, found.shape) == (dtype, exact.shape)
+    assert (found - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-3) * exact.abs().max()
+    close(found, plain.int8_linear(x, weight, scales), 1e-4 if dtype == torch.float32 else 0.1)
+
+
 # --- all of them --------------------------------------------------------------------------------
 
 
@@ -202,8 +220,9 @@ def the_choice(device: torch.device) -> None:
         add_norm=lambda x, delta, weight, bias, eps, dtype: plain.add_norm(x, None, weight, bias, eps, dtype),
         attention=one_position_less,
         draw=lambda logits, guidance, *rest: plain.draw(logits, guidance + 1, *rest),
+        int8_linear=lambda x, weight, scales: plain.int8_linear(x, weight, scales.flip(0)),
     )
-    assert len(disagreements(wrong, shape, device)) == 3
+    assert len(disagreements(wrong, shape, device)) == 4
 
 
 HALF, SINGLE = torch.float16, torch.float32
@@ -233,6 +252,13 @@ CHECKS: dict[str, Check] = {
     "splits": splits,
     **{f"draws-{case}": partial(draws_of, *case) for case in ((70, SINGLE), (128, HALF))},
     "draws-views": draws_from_views,
+    **{
+        f"int8-{case}": partial(int8_product_of, *case)
+        for case in (
+            ((2, 1, 96), 40, SINGLE), ((1, 1, 512), 96, HALF), ((32, 1, 300), 70, HALF),
+            ((2, 40, 96), 32, HALF),
+        )
+    },
     "static": a_static_batch,
     "choice": the_choice,
 }  # fmt: skip

@@ -178,13 +178,13 @@ def gpu_check(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess
 
 def test_only_what_failed_is_run_again(gpu_check: Any, tmp_path: Path) -> None:
     ended, calls = gpu_check(failing="medium-1")
-    assert (ended.returncode, len(calls)) == (1, 12)
+    assert (ended.returncode, len(calls)) == (1, 14)
     assert ended.stdout.splitlines()[-1] == "Failed: medium-1"
     assert (tmp_path / "rows" / "medium-1.failed.json").is_file()  # what was measured is kept
 
     ended, calls = gpu_check()
     assert ended.returncode == 0 and [call[-1] for call in calls] == [f"{tmp_path}/rows/medium-1.json.part"]
-    assert len(list((tmp_path / "rows").iterdir())) == 12  # and no longer what had failed
+    assert len(list((tmp_path / "rows").iterdir())) == 14  # and no longer what had failed
 
     ended, calls = gpu_check()
     assert (ended.returncode, calls) == (0, [])
@@ -205,6 +205,6 @@ def test_every_row_of_a_gpu_can_be_measured(gpu_check: Any, bench: Report) -> No
             assert here in options
             options = options.replace(here, there)
         found = bench(*options.split())
-        assert found["rows"][0]["tokens"] == "equal"
+        assert found["rows"][0]["tokens"] == "equal" or found["precision"] == "int8"
         seen.add((found["model"], found["rows"][0]["slots"]))
     assert seen == set(itertools.product(SIZES, (1, 16)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from musicgen_svc.engine.batch import DecodeRequest
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import batch_for
+from musicgen_svc.engine.operations import PLAIN
 from musicgen_svc.engine.projections import Precision, projection
 from musicgen_svc.request import SamplingParams
 
@@ -91,6 +93,16 @@ def test_int8_without_fbgemm_rounds_the_weight_alone(monkeypatch: pytest.MonkeyP
         product = projection(weight, "int8")(x)
         assert product.dtype == dtype
         assert (product - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_int8_without_fbgemm_is_multiplied_by_the_operations_that_were_chosen() -> None:
+    def product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        assert weight.dtype == torch.int8 and scales.dtype == torch.float32
+        return 2 * PLAIN.int8_linear(x, weight, scales)
+
+    x, weight = drawn(2, 96).half(), drawn(64, 96).half()
+    found = projection(weight, "int8", replace(PLAIN, int8_linear=product))(x)
+    assert torch.equal(found, 2 * projection(weight, "int8")(x))
 
 
 def test_float16_without_fbgemm_is_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
