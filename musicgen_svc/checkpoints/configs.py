@@ -16,7 +16,8 @@ _DROPPED = (
     ("self_wav", "chroma_stem", "cache_path"), ("args", "merge_text_conditions_p"), ("args", "drop_desc_p"),
 )  # fmt: skip
 """Under `conditioners`: the trainer's own paths and augmentations."""
-_RESOLVER = re.compile(r"\$\{[^}]*:")
+_CALL = re.compile(r"\$\{(?!\s*[\w.\[\]-]+\s*\})")
+"""Any `${` but a plain reference: a resolver may be called by a name that is itself put together."""
 
 
 def codec_config(source: Any, origin: str) -> DictConfig:
@@ -81,4 +82,4 @@ def _inert(value: Any) -> Any:
         return {key: _inert(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_inert(item) for item in value]
-    return value.replace("$", "") if isinstance(value, str) and _RESOLVER.search(value) else value
+    return value.replace("$", "") if isinstance(value, str) and _CALL.search(value) else value

@@ -7,7 +7,7 @@ from musicgen_svc.checkpoints.archives import MAX_UNPACKED_BYTES, is_archive, un
 from musicgen_svc.checkpoints.lora import LoraFolder
 from musicgen_svc.checkpoints.opened import OpenedCheckpoint
 from musicgen_svc.checkpoints.tensors import read_json
-from musicgen_svc.checkpoints.torch_file import open_file, open_in
+from musicgen_svc.checkpoints.torch_file import open_file, read_all
 from musicgen_svc.checkpoints.transformers_folder import MODEL_TYPES, TransformersFolder
 from musicgen_svc.errors import WeightsError
 
@@ -45,19 +45,22 @@ def open_checkpoint(
 def _open_folder(folder: Path, base: Callable[[str], Path] | None, strength: float) -> OpenedCheckpoint:
     if (folder / "adapter_config.json").is_file():
         return LoraFolder(folder, lambda name: _open_base(name, folder, base), strength)
-    if model := open_in(folder):
+    contents = read_all(folder)
+    if model := contents.lm():
         return model
     config = folder / "config.json"
+    kind = read_json(config).get("model_type") if config.is_file() else None
+    if kind in MODEL_TYPES:  # beside which trainers leave pickles of their own
+        return TransformersFolder(folder)
+    if contents.error:
+        raise contents.error
     if not config.is_file():
         raise WeightsError(
             f"{folder} holds no MusicGen: an audiocraft export, a dora checkpoint, a Cog trainer's file, "
             "a Lightning checkpoint, a bare state dict, a transformers folder or a LoRA adapter is one."
         )
-    kind = read_json(config).get("model_type")
-    if kind not in MODEL_TYPES:
-        wanted = " or ".join(MODEL_TYPES)
-        raise WeightsError(f"{folder} is a transformers folder of type {kind!r:.40}; it must be {wanted}.")
-    return TransformersFolder(folder)
+    wanted = " or ".join(MODEL_TYPES)
+    raise WeightsError(f"{folder} is a transformers folder of type {kind!r:.40}; it must be {wanted}.")
 
 
 def _open_base(name: str, adapter: Path, base: Callable[[str], Path] | None) -> OpenedCheckpoint:

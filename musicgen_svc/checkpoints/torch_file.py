@@ -29,9 +29,20 @@ class Contents:
     error: WeightsError | None
     """The last one: another tool's pickle need not matter."""
 
-    @property
-    def lms(self) -> dict[Path, Found]:
-        return {file: model for file, model in self.found.items() if isinstance(model, Found) and model.is_lm}
+    def lm(self) -> "TorchFile | None":
+        """
+        Raises:
+            WeightsError: there are several.
+        """
+        lms = {file: model for file, model in self.found.items() if isinstance(model, Found) and model.is_lm}
+        if len(lms) > 1:
+            names = ", ".join([file.name for file in lms][:4])
+            raise WeightsError(
+                f"{self.folder} holds {len(lms)} language models ({names}): name one of the files."
+            )
+        for file, model in lms.items():
+            return TorchFile(file, model, self)
+        return None
 
     def codec(self) -> Checkpoint | CodecPointer | None:
         """
@@ -79,7 +90,7 @@ class TorchFile(OpenedCheckpoint):
         public = str(named).startswith(_PRETRAINED)
         if self._beside is None and public:
             return CodecPointer(component_name(named))
-        if codec := (self._beside or _read_all(self.files[0].parent)).codec():
+        if codec := (self._beside or read_all(self.files[0].parent)).codec():
             return codec
         if public:
             return CodecPointer(component_name(named))
@@ -104,26 +115,7 @@ def open_file(file: Path) -> TorchFile:
     return TorchFile(file, found, None)
 
 
-def open_in(folder: Path) -> TorchFile | None:
-    """The language model in a folder; None: it holds none in a torch.save file.
-
-    Raises:
-        WeightsError: there are several, or there is none and one of the files cannot be read.
-    """
-    contents = _read_all(folder)
-    if len(contents.lms) > 1:
-        names = ", ".join([file.name for file in contents.lms][:4])
-        raise WeightsError(
-            f"{folder} holds {len(contents.lms)} language models ({names}): name one of the files."
-        )
-    for file, found in contents.lms.items():
-        return TorchFile(file, found, contents)
-    if contents.error:
-        raise contents.error
-    return None
-
-
-def _read_all(folder: Path) -> Contents:
+def read_all(folder: Path) -> Contents:
     found, error = {}, None
     for file in sorted(folder.iterdir()):
         try:

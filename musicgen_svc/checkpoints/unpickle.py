@@ -1,5 +1,7 @@
 """torch.save files, read without running what they carry."""
 
+import pickle
+import re
 import typing
 import zipfile
 from collections import defaultdict
@@ -48,7 +50,17 @@ def load_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as exc:  # torch.load raises whatever its zip, pickle or tensor reader raises
-        raise WeightsError(f"{path} cannot be read as a PyTorch checkpoint: {first_line(exc)}") from exc
+        raise WeightsError(f"{path} cannot be read as a PyTorch checkpoint: {_reason(exc)}") from exc
+
+
+def _reason(exc: Exception) -> str:
+    """Without PyTorch's advice, which is to read the file unsafely."""
+    if not isinstance(exc, pickle.UnpicklingError):
+        return first_line(exc)
+    named = re.search(r"GLOBAL (\S+)", str(exc))
+    return (
+        f"it holds {named[1]}, which is not read." if named else "it is damaged, or holds more than tensors."
+    )
 
 
 def _is_torch_zip(path: Path) -> bool:

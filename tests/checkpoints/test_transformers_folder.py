@@ -1,6 +1,7 @@
 """Folders of transformers' `save_pretrained`: our model on them computes what transformers' does."""
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,20 @@ def test_weights_of_older_versions_load(models: Any, tmp_path: Path) -> None:
     opened = open_checkpoint(tmp_path)
     assert opened.format == "transformers folder (musicgen)"
     torch.testing.assert_close(tools.logits(opened.lm()), theirs(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("beside", ["training_args.bin", "rng_state.pth"])
+def test_what_a_trainer_leaves_beside_it_does_not_matter(beside: str, models: Any, tmp_path: Path) -> None:
+    model = models("musicgen")
+    model.save_pretrained(tmp_path)
+    torch.save(Namespace(learning_rate=1e-5), tmp_path / beside)
+    torch.testing.assert_close(tools.logits(open_checkpoint(tmp_path).lm()), theirs(model), rtol=0, atol=1e-4)
+    (tmp_path / "config.json").unlink()
+    message = (
+        rf"{beside} cannot be read as a PyTorch checkpoint: it holds argparse\.Namespace, which is not read\."
+    )
+    with pytest.raises(WeightsError, match=message):
+        open_checkpoint(tmp_path)
 
 
 def test_a_language_model_without_its_codec_takes_the_public_one(models: Any, tmp_path: Path) -> None:
