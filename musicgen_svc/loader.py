@@ -50,11 +50,20 @@ class _Loaded:
 
     model: Item[Model]
     parts: tuple[Item[CompressionModel], Item[Text]]
+    files: tuple[FileState, ...]
+    """Of the model itself."""
 
     @property
     def items(self) -> tuple[Item[Model], Item[CompressionModel], Item[Text]]:
         """What a model is made of is used after it, and so outlives it."""
         return self.model, *self.parts
+
+    @property
+    def stands(self) -> bool:
+        """Whether its files are still those that it was loaded from, and on a CPU may lie in."""
+        return all(
+            file.stands for file in (*self.files, *(file for part in self.parts for file in part.files))
+        )
 
 
 class Loader:
@@ -96,7 +105,7 @@ class Loader:
         Raises:
             WeightsError: it is absent, does not load, or is larger than the budget.
         """
-        loaded = self._resident(name)
+        loaded = self._current(name)
         if loaded is None:
             loaded = self._models[name] = self._load(name, self._open(name))
             self._last_opened = None
@@ -106,7 +115,7 @@ class Loader:
 
     def takes_melody(self, name: str) -> bool:
         """Whether the model follows a melody, without loading it."""
-        if loaded := self._resident(name):
+        if loaded := self._current(name):
             return loaded.model.value().conditioner.takes_melody
         return MELODY in conditioner_names(self._open(name).config())
 
@@ -198,6 +207,11 @@ class Loader:
         loaded = self._models.get(name)
         return loaded if loaded and loaded.model.resident else None
 
+    def _current(self, name: str) -> _Loaded | None:
+        """The model if it is resident and nobody has put other files in the place of its own."""
+        loaded = self._resident(name)
+        return loaded if loaded and loaded.stands else None
+
     def _open(self, name: str) -> OpenedCheckpoint:
         """A checkpoint in whatever format; of its tensors nothing is read yet.
 
@@ -226,6 +240,7 @@ class Loader:
         text = self._store.find(components.text(self._weights, opened, config, self.device))
         lm = draft_lm(config, f"The {opened.format} {opened.path}", self.device)
         slots, precision = self._settings.slots, self._settings.precision
+        files = tuple(FileState.of(file) for file in opened.files)
         size = lm.size + engine_bytes(config, self.device, slots=slots, precision=precision)
 
         def assembled() -> Model:
@@ -240,7 +255,7 @@ class Loader:
         self._store.get(codec)
         self._store.get(text)
         self._store.get(model)
-        return _Loaded(model, (codec, text))
+        return _Loaded(model, (codec, text), files)
 
     def _assembled(
         self, name: str, opened: OpenedCheckpoint, draft: LMDraft, codec: Codec, text: Text

@@ -14,6 +14,7 @@ from musicgen_svc.conditioning import TEXT, TextConditioner
 from musicgen_svc.errors import InputError, WeightsError
 from musicgen_svc.loader import Loader, Model
 from musicgen_svc.settings import Settings
+from musicgen_svc.verification import sha256_of
 from musicgen_svc.weights import DEMO, Weights
 
 CPU = torch.device("cpu")
@@ -82,6 +83,30 @@ def test_components_are_the_checkpoints_own_first(weights: Path, own: Path, tmp_
     places = Weights.at(tmp_path, read_catalog(), str(own))
     assert places.component("t5-small", own) == own / "t5-small"
     assert loader(tmp_path, own).start().name == "finetuned"
+
+
+@pytest.mark.parametrize("by", ["rename", "copy"])
+def test_a_checkpoint_that_is_replaced_is_loaded_anew(by: str, weights: Path, own: Path) -> None:
+    """On a CPU a model lies in its files: it would go on with other numbers, and the old one's hash."""
+    models, file = loader(weights, own), own / "state_dict.bin"
+    first = models.start()
+    assert models.model("finetuned") is first
+    package = torch.load(file, weights_only=True)
+    package["best_state"]["out_norm.weight"] *= 2
+    torch.save(package, own / "newer")
+    if by == "rename":
+        (own / "newer").replace(file)
+    else:
+        content = (own / "newer").read_bytes()
+        (own / "newer").unlink()
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(WeightsError, match="own holds no MusicGen"):
+            models.model("finetuned")
+        file.write_bytes(content)
+    second = models.model("finetuned")
+    assert second is not first and models.model("finetuned") is second
+    assert second.content_hash == sha256_of(file) != first.content_hash
+    assert second.codec._mono is first.codec._mono, "what had stayed was loaded again"
 
 
 def test_only_models_with_a_melody_conditioner_take_melodies(weights: Path) -> None:
