@@ -51,7 +51,7 @@ class _Loaded:
     model: Item[Model]
     parts: tuple[Item[CompressionModel], Item[Text]]
     files: tuple[FileState, ...]
-    """Of the model itself."""
+    """Of the model itself, and the archive around them."""
 
     @property
     def items(self) -> tuple[Item[Model], Item[CompressionModel], Item[Text]]:
@@ -240,7 +240,8 @@ class Loader:
         text = self._store.find(components.text(self._weights, opened, config, self.device))
         lm = draft_lm(config, f"The {opened.format} {opened.path}", self.device)
         slots, precision = self._settings.slots, self._settings.precision
-        files = tuple(FileState.of(file) for file in opened.files)
+        given = self._weights.model(name)  # perhaps an archive, whose files lie elsewhere
+        files = tuple(FileState.of(file) for file in (*opened.files, given) if file.is_file())
         size = lm.size + engine_bytes(config, self.device, slots=slots, precision=precision)
 
         def assembled() -> Model:

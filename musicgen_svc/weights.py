@@ -105,6 +105,10 @@ class Weights:
             WeightsError: it is in none of them.
         """
         places = [checkpoint / name, checkpoint.parent / name, self.folder / name]
+        if (
+            self.finetuned and (self.folder / UNPACKED) in checkpoint.parents
+        ):  # an archive that lies elsewhere
+            places.insert(2, self.finetuned.parent / name)
         for place in places:
             if place.is_dir():
                 return place

@@ -109,6 +109,20 @@ def test_a_checkpoint_that_is_replaced_is_loaded_anew(by: str, weights: Path, ow
     assert second.codec._mono is first.codec._mono, "what had stayed was loaded again"
 
 
+def test_an_archive_finds_what_lies_beside_it_and_is_replaced_like_any_file(
+    weights: Path, own: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(weights / "t5-small", own.parent / "t5-small")
+    archive = Path(shutil.make_archive(str(own), "tar", own))
+    models = loader(tmp_path / "weights", archive)
+    first = models.start()
+    assert first.format == loader(weights, own).start().format
+    (own / "README.md").write_text("another version")
+    shutil.make_archive(str(own), "tar", own)
+    second = models.model("finetuned")
+    assert second is not first and second.place != first.place
+
+
 def test_only_models_with_a_melody_conditioner_take_melodies(weights: Path) -> None:
     models = loader(weights, weights / "stereo")
     assert models.takes_melody("melody")

@@ -7,7 +7,7 @@ import lzma
 import shutil
 import stat
 import tarfile
-import tempfile
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -103,7 +103,8 @@ def _unpack(path: Path, folder: Path, limit_bytes: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if total > free:
         raise WeightsError(f"{path} unpacks to {total} bytes, and {folder.parent} has {free} left.")
-    temporary = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
+    temporary = folder.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"  # tempfile's are the owner's alone
+    temporary.mkdir()
     try:
         with _opened(path) as (entries, read):
             for entry in entries:

@@ -29,17 +29,21 @@ def open_checkpoint(
     Raises:
         WeightsError: nothing there is a MusicGen, or it is unsafe or cannot be read.
     """
-    if not path.exists():
-        raise WeightsError(f"{path} is missing.")
-    if path.is_file() and is_archive(path):
-        if cache is None:
+    try:
+        if not path.exists():
+            raise WeightsError(f"{path} is missing.")
+        archive = _archive_at(path)
+        if archive and cache is None:
             raise WeightsError(
-                f"{path} is an archive, and no folder to unpack it in is set: unpack it first."
+                f"{archive} is an archive, and no folder to unpack it in is set: unpack it first."
             )
-        path = _heart(unpacked(path, cache, limit_bytes))
-    if path.is_file():
-        return open_file(path)
-    return _open_folder(path, base, strength)
+        if archive and cache:
+            path = _heart(unpacked(archive, cache, limit_bytes))
+        if path.is_file():
+            return open_file(path)
+        return _open_folder(path, base, strength)
+    except OSError as exc:
+        raise WeightsError(f"{exc.filename or path} cannot be read: {exc.strerror or exc}.") from exc
 
 
 def _open_folder(folder: Path, base: Callable[[str], Path] | None, strength: float) -> OpenedCheckpoint:
@@ -72,6 +76,14 @@ def _open_base(name: str, adapter: Path, base: Callable[[str], Path] | None) -> 
     if (path / "adapter_config.json").is_file():
         raise WeightsError(f"The LoRA adapter {adapter} needs {name!r:.80}, which is an adapter itself.")
     return _open_folder(path, None, 1.0)
+
+
+def _archive_at(path: Path) -> Path | None:
+    """The archive that the path is, or that lies alone in that folder."""
+    if path.is_dir():
+        entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        path = entries[0] if len(entries) == 1 else path
+    return path if path.is_file() and is_archive(path) else None
 
 
 def _heart(folder: Path) -> Path:

@@ -65,6 +65,29 @@ def test_a_model_in_an_archive_loads(
     assert opened.codec() == CodecPointer("encodec_32khz")
 
 
+def test_an_archive_alone_in_a_folder_is_what_the_folder_holds(model: Path, tmp_path: Path) -> None:
+    """As it was put into weights/finetuned; dot files come with git and file managers."""
+    folder, cache = tmp_path / "finetuned", tmp_path / "cache"
+    folder.mkdir()
+    pack(folder / "upload.zip", "zip", {"trained_model.tar": model})
+    (folder / ".gitkeep").touch()
+    assert open_checkpoint(folder, cache=cache).format == open_checkpoint(model).format
+    (folder / "notes.txt").touch()
+    with pytest.raises(WeightsError, match="finetuned holds no MusicGen"):
+        open_checkpoint(folder, cache=cache)
+
+
+def test_what_was_unpacked_is_for_whom_the_cache_is(model: Path, tmp_path: Path) -> None:
+    """Not for its owner alone: the next server may be another user's."""
+    umask = os.umask(0o022)
+    try:
+        folder = unpacked(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache")
+    finally:
+        os.umask(umask)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "m", tmp_path / "cache")]
+    assert modes == [0o755, 0o644, 0o755]
+
+
 def test_a_torch_save_file_is_no_archive_and_a_tar_that_ends_in_one_is(model: Path, tmp_path: Path) -> None:
     """Both are zips to a reader that looks at the end only."""
     assert zipfile.is_zipfile(model)
