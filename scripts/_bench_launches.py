@@ -47,9 +47,10 @@ def per_step(run: Callable[[int], object]) -> dict[str, float]:
 
 
 def profiled(run: Callable[[], object]) -> Iterable[Any]:
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import profile, supported_activities
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=supported_activities(), acc_events=True) as profiler:  # or it warns
         run()
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     return profiler.events() or []

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from musicgen_svc.compat import LMModel
 from musicgen_svc.meta import on_meta
+from musicgen_svc.randomness import GlobalRandom
 from musicgen_svc.request import SamplingParams
 
 
@@ -47,8 +48,7 @@ class TransformersMusicgen:
         assert sampling.guidance > 1 and not sampling.top_p, "one row, or another draw, than audiocraft's"
         text, _ = given["description"]  # the null text is the second row
         rows, words, _ = text.shape
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with GlobalRandom(seed, self._device).pinned():
             codes: Tensor = self._model.generate(
                 inputs=torch.ones(1, words, dtype=torch.long, device=self._device),
                 encoder_outputs=BaseModelOutput(text.to(self._device, self._dtype)),

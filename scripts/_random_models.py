@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from musicgen_svc.compat import ConditionFuser, ConditioningAttributes, DelayedPatternProvider, LMModel
 from musicgen_svc.meta import on_meta
+from musicgen_svc.randomness import GlobalRandom
 from musicgen_svc.request import SamplingParams
 
 MONO, STEREO = (0, 1, 2, 3), (0, 0, 1, 1, 2, 2, 3, 3)
@@ -111,8 +112,7 @@ def audiocraft_generates(
 ) -> Tensor:
     """[K, length] tokens by audiocraft's own loop, drawn from the global generator."""
     lm.condition_provider.tensors = given
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with GlobalRandom(seed, lm.emb[0].weight.device).pinned():
         codes: Tensor = lm.generate(
             prompt=None if prompt is None else prompt[None],
             conditions=[ConditioningAttributes()] if given else [],

@@ -32,7 +32,7 @@ OPEN_REQUESTS_S = 5.0
 GROUP_END_S = 3.0
 """How long killed processes may take to go."""
 LARGE_GB, PLACE_GB = 14, 1.8
-"""Of a GPU: `large` with all that may be beside it, MultiBand Diffusion too; and a request's caches then."""
+"""Of a GPU: `large` with what is beside it, and 4 GB for MultiBand Diffusion; and a request's caches then."""
 MOST_AT_ONCE = 16
 COGLET_FOLDER = Path("/tmp/coglet/predictions")
 """Fixed in coglet, whatever TMPDIR says: it makes two folders a prediction here, and leaves them."""

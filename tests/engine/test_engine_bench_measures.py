@@ -51,7 +51,7 @@ def test_a_shorter_piece_is_compared_as_far_as_it_can_be() -> None:
     assert _bench.compared(tokens, expected, long) == "differ from frame 11"
 
 
-def test_multiband_diffusion_has_the_released_size() -> None:
+def test_multiband_diffusion_has_the_published_widths() -> None:
     with on_meta():
         unet = _bench_beside.builders.get_diffusion_model(_bench_beside.band_config())
     widths = [layer.conv.out_channels for layer in unet.encoders]
@@ -124,6 +124,11 @@ def test_launches_syncs_and_kernels_are_told_apart() -> None:
         gpu_gemm=7, gpu_cudaLaunchKernel=1, gpu_Memcpy=4, gpu_Memset=1,
     )  # fmt: skip
     assert _bench_launches.count(events) == _bench_launches.Counts(launches=13, syncs=5, kernels=8)
+
+
+def test_a_run_is_profiled_without_a_warning() -> None:
+    names = [event.name for event in _bench_launches.profiled(lambda: torch.ones(8).sum())]
+    assert "aten::sum" in names
 
 
 def test_a_steps_share_leaves_out_what_a_run_has_once(monkeypatch: pytest.MonkeyPatch) -> None:

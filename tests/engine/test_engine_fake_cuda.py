@@ -174,3 +174,8 @@ def test_a_step_that_asks_the_host_is_found(
     monkeypatch.setattr(State, "position", lambda state: mistake(position(state)))
     with pytest.raises(error):
         watched(batch.step)
+
+
+def test_cudnns_attention_is_off() -> None:
+    """On a GPU of its choice it would plan anew for every length, and there is none here to show it."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
