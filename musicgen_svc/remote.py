@@ -54,8 +54,8 @@ class Rules:
             assert sent is not None
             parts = urlsplit(sent)
             host = (parts.hostname or "").rstrip(".")
-        except (requests.RequestException, ValueError) as exc:
-            raise WeightsError(f"{shown(url)} is not a URL that can be fetched.") from exc
+        except (requests.RequestException, ValueError):
+            raise WeightsError(f"{shown(url)} is not a URL that can be fetched.") from None
         if parts.scheme != "https":
             raise WeightsError(f"{shown(url)} cannot be fetched: a URL must begin with https://.")
         if parts.username is not None or not any(
@@ -223,7 +223,7 @@ class _Fetching:
                     url, headers=headers, allow_redirects=False, stream=True, timeout=_TIMEOUT_S
                 )
             except requests.RequestException as exc:
-                raise _Lost(_reason(exc)) from exc
+                raise _Lost(_reason(exc)) from None  # it names the URL
             if not response.is_redirect:
                 return self._accepted(response)
             response.close()
@@ -252,8 +252,7 @@ class _Fetching:
         elif not (response.status_code == 206 and offset and _continues(response, offset, etag)):
             self._place.forget()
             raise _Lost("the server goes on with another file")
-        length = response.headers.get("Content-Length", "")
-        total = offset + int(length) if length.isdecimal() else None
+        total = _size(response, offset)
         self._check(total or offset, offset)
         with self._place.partial.open("ab") as out:
             self._log(offset, total, first=True)
@@ -272,7 +271,7 @@ class _Fetching:
         try:
             yield from response.iter_content(_PIECE_BYTES)
         except requests.RequestException as exc:
-            raise _Lost(_reason(exc)) from exc
+            raise _Lost(_reason(exc)) from None  # it names the URL
 
     def _write(self, out: IO[bytes], piece: bytes) -> None:
         try:
@@ -314,6 +313,15 @@ def _continues(response: requests.Response, offset: int, etag: str) -> bool:
     """Whether a partial answer is the rest of the same file."""
     span = response.headers.get("Content-Range", "")
     return span.startswith(f"bytes {offset}-") and response.headers.get("ETag") == etag
+
+
+def _size(response: requests.Response, offset: int) -> int | None:
+    """Of the whole file, in bytes. A partial answer may give less of the rest than was asked for."""
+    whole = response.headers.get("Content-Range", "").rpartition("/")[2]
+    if response.status_code == requests.codes.partial_content and whole.isdecimal():
+        return int(whole)
+    length = response.headers.get("Content-Length", "")
+    return offset + int(length) if length.isdecimal() else None
 
 
 def _reason(exc: requests.RequestException) -> str:

@@ -1,5 +1,6 @@
 """Every setting of the service, read once from the environment when the server starts."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -83,7 +84,9 @@ def _parse(name: str, text: str, setting: Field[object]) -> object:
         try:
             number = kind(text)
         except ValueError:
-            raise ServiceError(f"{name} is {text!r}; it must be a number.") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise ServiceError(f"{name} is {text!r}; it must be a number.")
         if number <= 0 and number != setting.default:
             raise ServiceError(f"{name} is {text}; it must be above 0.")
         return number

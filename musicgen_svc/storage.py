@@ -43,7 +43,7 @@ class WorkFolder:
         timer.start()
 
     def remove(self) -> None:
-        shutil.rmtree(self._path, ignore_errors=True)
+        _remove(self._path)
         self._lock.close()
 
 
@@ -53,6 +53,14 @@ def _sweep(parent: Path) -> None:
         try:
             with lock.open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent, ignore_errors=True)
+                _remove(lock.parent)
         except OSError:
             continue  # another server's, alive or another user's
+
+
+def _remove(folder: Path) -> None:
+    """The lock at last: without it the rest would be nobody's, if this process were killed over it."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name != _LOCK:
+            shutil.rmtree(entry, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)

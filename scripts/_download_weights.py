@@ -258,6 +258,12 @@ def _bytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
+def chosen_folder() -> Path:
+    """MUSICGEN_WEIGHTS_DIR as `scripts/serve` reads it: from where the user is, or from the checkout."""
+    chosen = Settings.from_environment(os.environ).weights_dir
+    return chosen if os.environ.get("MUSICGEN_WEIGHTS_DIR") and chosen.exists() else ROOT / chosen
+
+
 def main(arguments: list[str] | None = None) -> int:
     catalog = read_catalog()
     names = ", ".join([*catalog.models, *catalog.components, *catalog.aliases])
@@ -274,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "HF_HUB_VERBOSITY" not in os.environ:
         hub_logging.set_verbosity_error()  # its retries need no words: errors are one sentence
     try:
-        weights_dir = args.weights_dir or ROOT / Settings.from_environment(os.environ).weights_dir
+        weights_dir = args.weights_dir or chosen_folder()
         if args.list:
             show(catalog, weights_dir)
         elif args.verify:

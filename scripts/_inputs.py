@@ -44,6 +44,14 @@ def impossible_input(schema: Json | None) -> Json | None:
     return None
 
 
+def expanded(path: Path) -> Path:
+    """With `~` as a shell reads it; where nobody is called so, it is a name like any other."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def _fields(schema: Json) -> dict[str, Json]:
     """The schema's inputs by name, in their order; those with choices are references."""
     schemas = schema["components"]["schemas"]
@@ -57,7 +65,7 @@ def _fields(schema: Json) -> dict[str, Json]:
 def _value(name: str, text: str, field: Json) -> Any:
     """`text` as the JSON type that the schema names; what does not parse is the server's to refuse."""
     if text.startswith("@") and field.get("format") == "uri":
-        return _data_uri(name, Path(text[1:]).expanduser())
+        return _data_uri(name, expanded(Path(text[1:])))
     kind = field.get("type")
     if kind == "boolean" and text.lower() in ("true", "false"):
         return text.lower() == "true"

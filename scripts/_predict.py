@@ -22,7 +22,7 @@ from urllib.parse import unquote_to_bytes
 
 import requests
 from _client import Client, FailedError, sentence
-from _inputs import UsageError, request_input
+from _inputs import UsageError, expanded, request_input
 from tqdm import tqdm
 
 Json = dict[str, Any]
@@ -147,20 +147,30 @@ def predict(client: Client, values: Json, schema: Json | None) -> Json:
 # The output
 
 
-def checked_output(path: Path) -> Path:
+def checked_output(path: Path | None) -> Path | None:
     """The file to write, known before minutes of work and not after.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: it cannot be written, or a file of any name here.
     """
-    path = path.expanduser()
+    if path is None:
+        if not os.access(Path(), os.W_OK):
+            raise UsageError(f"{Path().absolute()} cannot be written to: name a file elsewhere with -o.")
+        return None
+    path = expanded(path)
     if path.is_dir():
         raise UsageError(f"-o {path}: that is a folder; name a file in it.")
-    if not path.parent.is_dir():
-        raise UsageError(f"-o {path}: there is no folder {path.parent}.")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"-o {path}: {path.parent} cannot be written to.")
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        raise UsageError(f"-o {path}: there is no folder {parent}.")
+    if not os.access(path if _takes_bytes_alone(path) else parent, os.W_OK):
+        raise UsageError(f"-o {path}: {parent} cannot be written to.")
     return path
+
+
+def _takes_bytes_alone(path: Path) -> bool:
+    """A device or a pipe, such as /dev/null or /dev/stdout: written to, never replaced."""
+    return path.exists() and not path.is_file()
 
 
 def fetch(output: str) -> tuple[bytes, str]:
@@ -184,17 +194,21 @@ def fetch(output: str) -> tuple[bytes, str]:
 
 
 def save(body: bytes, suffix: str, wanted: Path | None) -> Path:
-    """Writes all or nothing; over no file but the wanted one."""
-    temporary = (wanted.parent if wanted else Path()) / f".output-{uuid.uuid4().hex}"
+    """Writes all or nothing; over no file but the wanted one, or the one that it links to."""
+    target = wanted.resolve() if wanted else None
+    temporary = (target.parent if target else Path()) / f".output-{uuid.uuid4().hex}"
     try:
+        if wanted and _takes_bytes_alone(wanted):
+            wanted.write_bytes(body)
+            return wanted
         temporary.write_bytes(body)
-        path = wanted or _free_name(suffix)
-        temporary.replace(path)
+        target = target or _free_name(suffix)
+        temporary.replace(target)
     except OSError as error:
         raise FailedError(f"The output cannot be written to {error.filename}: {error.strerror}.") from None
     finally:
         temporary.unlink(missing_ok=True)
-    return path
+    return wanted or target
 
 
 def _free_name(suffix: str) -> Path:
@@ -234,7 +248,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UsageError, FailedError: with the sentence for the user.
     """
-    wanted = checked_output(args.output) if args.output else None
+    wanted = checked_output(args.output)
     with contextlib.ExitStack() as stack:
         if args.url:
             client = Client(args.url)

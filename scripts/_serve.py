@@ -149,7 +149,7 @@ def environment(port: int, temporary: Path) -> dict[str, str]:
         "TMPDIR": str(temporary),
     }
     paths = {
-        name: str(Path(os.environ[name]).resolve())
+        name: str(Path(os.environ[name]).absolute())  # a link stays one: what lies beside it counts
         for name in PATHS
         if os.environ.get(name) and Path(os.environ[name]).exists()
     }

@@ -436,6 +436,44 @@ def test_a_named_file_is_replaced_at_once_or_not_at_all(
     assert path.read_bytes() == b"new"
 
 
+def test_a_link_is_followed_and_a_pipe_or_device_is_written_to(tmp_path: Path) -> None:
+    """`-o /dev/null`, as root: it must be there afterwards."""
+    target = tmp_path / "elsewhere" / "song.wav"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    (tmp_path / "link.wav").symlink_to(target)
+    assert (
+        _predict.save(b"new", ".wav", _predict.checked_output(tmp_path / "link.wav")) == tmp_path / "link.wav"
+    )
+    assert target.read_bytes() == b"new" and (tmp_path / "link.wav").is_symlink()
+
+    os.mkfifo(tmp_path / "pipe")
+    end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    _predict.save(b"new", ".wav", _predict.checked_output(tmp_path / "pipe"))
+    assert os.read(end, 10) == b"new" and (tmp_path / "pipe").is_fifo()
+    os.close(end)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _predict.checked_output(None) is None
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UsageError, match="name a file elsewhere with -o"):
+        _predict.checked_output(None)
+    with pytest.raises(UsageError, match=r"^-o song\.wav: .* cannot be written to"):
+        _predict.checked_output(Path("song.wav"))
+
+
+def test_a_tilde_of_nobody_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("~nobody-here.wav").write_bytes(b"RIFF")
+    schema = json.loads((ROOT / "openapi_schema.json").read_text())
+    assert request_input(["input_audio=@~nobody-here.wav"], schema)["input_audio"].startswith("data:audio/")
+    assert _predict.checked_output(Path("~nobody-here.wav")) == Path("~nobody-here.wav")
+
+
 @pytest.mark.parametrize("name", [".", "nowhere/song.wav"])
 def test_an_impossible_output_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"^-o "):

@@ -54,3 +54,13 @@ def test_tensors_lie_in_large_pages_as_in_the_image_if_nobody_says_otherwise(wan
     config = yaml.safe_load((ROOT / "cog.yaml").read_text())
     image = dict(entry.split("=", 1) for entry in config["environment"])
     assert said == (wanted or image["THP_MEM_ALLOC_ENABLE"])
+
+
+def test_a_search_path_for_folders_does_not_lead_elsewhere(tmp_path: Path) -> None:
+    """`cd` says where it went, if CDPATH brought it there."""
+    said = subprocess.run(
+        ["bash", "-euc", 'source scripts/_env; echo "$ROOT"'], cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "CDPATH": f"{tmp_path}:."},
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    assert said == f"{ROOT}\n"

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,6 +43,8 @@ class Host:
     heeds_if_range: bool = True
     declares: bool = True
     """Whether it says how long a file is."""
+    longest_rest: int | None = None
+    """The most that it gives of a rest that is asked for."""
     extra: dict[str, str] = field(default_factory=dict)
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     """Each request: host and path, and headers."""
@@ -76,8 +79,9 @@ class Handler(BaseHTTPRequestHandler):
         span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = 0
         if span and (not host.heeds_if_range or self.headers["If-Range"] == etag):
-            start = int(span[1])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            start, size = int(span[1]), len(content)
+            content = content[: start + (host.longest_rest or size)]
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{size}"
         if host.declares:
             headers["Content-Length"] = str(len(content) - start)
         self._head(206 if start else 200, headers | host.extra)
@@ -107,7 +111,7 @@ class Network(HTTPAdapter):
         assert request.url is not None
         parts = urlsplit(request.url)
         assert parts.scheme == "https"
-        request.url = f"http://127.0.0.1:{self._port}/{parts.hostname}{parts.path}"
+        request.url = f"http://127.0.0.1:{self._port}/{parts.hostname}{parts.path}?{parts.query}"
         return super().send(request, *args, **kwargs)
 
 
@@ -245,6 +249,12 @@ def test_a_cut_connection_is_gone_on_with(host: Host, get: Any, tmp_path: Path) 
     assert seen == [[]], "while it is on its way there is nothing to load"
 
 
+def test_a_rest_that_is_less_than_was_asked_for_is_not_the_end(host: Host, get: Any) -> None:
+    host.cuts, host.longest_rest = [remote._PIECE_BYTES], 700_000
+    assert get().read_bytes() == CONTENT
+    assert len(host.starts()) == 4
+
+
 def test_a_server_that_stays_away_leaves_nothing_to_load_and_the_next_start_goes_on(
     host: Host, get: Any, tmp_path: Path
 ) -> None:
@@ -317,6 +327,17 @@ def test_progress_is_logged_without_secrets(host: Host, get: Any, capsys: pytest
     log = capsys.readouterr().out
     assert f"Fetching '{URL}': 0 of 3 MB" in log and "has arrived: sha256" in log
     assert "secret" not in log
+
+
+def test_no_error_says_the_secret_of_a_url_in_what_caused_it(tmp_path: Path) -> None:
+    """The log shows an error with all of its causes."""
+    nobody = requests.Session()
+    nobody.trust_env = False
+    nobody.mount("https://", Network(1))
+    for url in (f"{URL}?token=secret", "https://[secret/x"):
+        with pytest.raises(WeightsError) as caught:
+            fetch(url, tmp_path, RULES, nobody)
+        assert "token=secret" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_two_that_fetch_at_once_end_with_one_whole_file(host: Host, get: Any) -> None:

@@ -55,6 +55,8 @@ def test_every_setting_is_read_in_its_own_type() -> None:
         ("TAG_PROMPT", "maybe"),
         ("PRECISION", "int4"),
         ("MEMORY_BUDGET_GB", "-1"),
+        ("MEMORY_BUDGET_GB", "inf"),
+        ("MAX_REQUEST_S", "nan"),
     ],
 )
 def test_what_cannot_be_read_is_named(name: str, value: str) -> None:

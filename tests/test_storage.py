@@ -6,6 +6,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from musicgen_svc.storage import WorkFolder
 
 
@@ -44,3 +46,23 @@ def test_what_a_killed_server_left_goes_when_the_next_one_starts(tmp_path: Path)
     assert kept.is_dir() and (tmp_path / "musicgen-not-ours").is_dir()
     for work in (alive, successor):
         work.remove()
+
+
+def test_a_removal_that_is_killed_leaves_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which the next server knows that the rest is nobody's."""
+    dying = WorkFolder(tmp_path)
+    (dying.new_request() / "left.wav").touch()
+    removed: list[Path] = []
+
+    def remove(path: Path, ignore_errors: bool) -> None:
+        assert path.is_dir()
+        removed.append(path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("musicgen_svc.storage.shutil.rmtree", remove)
+        dying.remove()
+    assert [path.parent.parent for path in removed] == [tmp_path]
+    dying._lock.close()  # as its end does
+    WorkFolder(tmp_path).remove()
+    assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import _download_weights
 import _serve
 import pytest
 import requests
@@ -167,6 +168,26 @@ def test_a_server_that_hangs_is_shown_thread_by_thread_and_stopped(checkout: Pat
         assert server.process.wait(60) == 0
         with pytest.raises(requests.ConnectionError):
             server.health()
+
+
+def test_a_path_is_where_the_user_is_and_a_link_stays_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies beside a link is looked for there; and what is not there is the checkout's."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "current").symlink_to(tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COG_WEIGHTS", "current")
+    monkeypatch.setenv("MUSICGEN_WEIGHTS_DIR", "store")
+    given = _serve.environment(5000, tmp_path)
+    assert given["COG_WEIGHTS"] == str(tmp_path / "current")
+    assert given["MUSICGEN_WEIGHTS_DIR"] == str(_download_weights.chosen_folder().absolute())
+    monkeypatch.setenv("MUSICGEN_WEIGHTS_DIR", "weights")
+    assert _serve.environment(5000, tmp_path)["MUSICGEN_WEIGHTS_DIR"] == "weights"  # the server runs there
+    assert _download_weights.chosen_folder() == _download_weights.ROOT / "weights"
+    (tmp_path / "weights").mkdir()
+    monkeypatch.delenv("MUSICGEN_WEIGHTS_DIR")
+    assert _download_weights.chosen_folder() == _download_weights.ROOT / "weights"
 
 
 def test_a_gpu_takes_as_many_at_once_as_it_holds_and_a_cpu_one(
