@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from musicgen_svc.chroma import Chroma
+from musicgen_svc.errors import InputError
+from musicgen_svc.separation import REACH_S
 from musicgen_svc.ticks import Tick, no_tick
 
 Condition: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -25,6 +27,10 @@ Separate: TypeAlias = Callable[[torch.Tensor, Tick], torch.Tensor]
 TEXT = "description"
 MELODY = "self_wav"
 
+MAX_TOKENS = 2048
+"""Of a prompt. 2,000 characters are hardly more, but for signs that T5's tokenizer writes out in up to 18
+letters each; and what T5 takes grows with the square."""
+
 
 class TextConditioner(nn.Module):
     """A prompt through a frozen T5 encoder and the checkpoint's projection."""
@@ -36,14 +42,20 @@ class TextConditioner(nn.Module):
         self._tokenizer = tokenizer
 
     @torch.inference_mode()
-    def forward(self, prompt: str | None) -> Condition:
+    def forward(self, prompt: str | None, tick: Tick = no_tick) -> Condition:
+        """
+        Raises:
+            InputError: the prompt is more than `MAX_TOKENS`.
+        """
         device = self.output_proj.weight.device
         # Both rows in one batch, padded together, as audiocraft runs them: T5's numbers depend on it.
         inputs = self._tokenizer([prompt or "", ""], return_tensors="pt", padding=True).to(device)
         mask = inputs["attention_mask"]
+        if mask.shape[1] > MAX_TOKENS:
+            raise InputError(f"prompt has {mask.shape[1]} tokens; at most {MAX_TOKENS} are accepted.")
         mask[torch.tensor([not prompt, True], device=device)] = 0
         with torch.autocast(device.type, enabled=False):
-            embedding = self._t5[0](inputs["input_ids"], mask)
+            embedding = self._t5[0](inputs["input_ids"], mask, tick)
         embedding = self.output_proj(embedding.to(self.output_proj.weight))
         return embedding * mask.unsqueeze(-1), mask
 
@@ -64,6 +76,7 @@ class MelodyConditioner(nn.Module):
         self.chroma = chroma
         self._separate = separate
         self._chroma_frames = 1 + int(chroma.sample_rate * duration_s) // chroma.winhop
+        self._heard = int(chroma.sample_rate * (duration_s + REACH_S))  # what lies beyond changes nothing
 
     @torch.inference_mode()
     def forward(self, melody: torch.Tensor | None, tick: Tick = no_tick) -> Condition:
@@ -73,6 +86,7 @@ class MelodyConditioner(nn.Module):
             stems = torch.zeros(2, 1, 1, device=device)
         else:
             # The null row is silence of the melody's length, and treated like the melody.
+            melody = melody[:, : self._heard]
             batch = torch.stack([melody, torch.zeros_like(melody)]).to(device)
             with torch.autocast(device.type, enabled=False):
                 stems = self._separate(batch, tick)
@@ -98,8 +112,12 @@ class Conditioner(nn.Module):
     def takes_melody(self) -> bool:
         return MELODY in self.conditioners
 
-    def text(self, prompt: str | None) -> Conditions:
-        return {TEXT: self.conditioners[TEXT](prompt)}
+    def text(self, prompt: str | None, tick: Tick = no_tick) -> Conditions:
+        """
+        Raises:
+            InputError: the prompt is too long for T5.
+        """
+        return {TEXT: self.conditioners[TEXT](prompt, tick)}
 
     def melody(self, melody: torch.Tensor | None, tick: Tick = no_tick) -> Conditions:
         """The melody's condition, [1, T] at the model's rate; nothing on a model that takes none."""

@@ -46,7 +46,7 @@ def write_score(
     known = 0 if context is None else context.shape[1]
     plan = list(windows.plan(known + frames, known, model.window, stride))
 
-    text = model.conditioner.text(prompt)
+    text = model.conditioner.text(prompt, lambda *_: tick(0, 1))
     conditioned: list[tuple[windows.Window, Conditions]] = []
     for index, window in enumerate(plan):
         heard = melody

@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import requests
 
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.locking import locked
+from musicgen_svc.url_rules import Rules, is_page, shown
 from musicgen_svc.verification import sha256_of
 
 _MAX_REDIRECTS = 5
@@ -32,39 +33,6 @@ _TIMEOUT_S = (10, 60)  # to connect, and between two pieces
 _PIECE_BYTES = 1 << 20
 _LOG_EVERY_S = 5.0
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What may be fetched."""
-
-    hosts: tuple[str, ...]
-    """Names of hosts; each stands for its subdomains too."""
-    max_bytes: int
-
-    def check(self, url: str) -> str:
-        """The URL as it is sent.
-
-        Raises:
-            WeightsError: it is not https, or its host is none of `hosts`.
-        """
-        try:
-            # In requests' own spelling: what is checked is what is asked.
-            sent = requests.Request("GET", url).prepare().url
-            assert sent is not None
-            parts = urlsplit(sent)
-            host = (parts.hostname or "").rstrip(".")
-        except (requests.RequestException, ValueError):
-            raise WeightsError(f"{shown(url)} is not a URL that can be fetched.") from None
-        if parts.scheme != "https":
-            raise WeightsError(f"{shown(url)} cannot be fetched: a URL must begin with https://.")
-        if parts.username is not None or not any(
-            host == allowed or host.endswith(f".{allowed}") for allowed in self.hosts
-        ):
-            raise WeightsError(
-                f"{shown(url)} may not be fetched: MUSICGEN_WEIGHTS_HOSTS allows {', '.join(self.hosts)}."
-            )
-        return sent
 
 
 class _Lost(Exception):
@@ -79,7 +47,7 @@ def fetch(url: str, cache: Path, rules: Rules, session: requests.Session | None 
             arrived until then is no file of a checkpoint, and is gone on with the next time.
     """
     url = rules.check(url)
-    if _is_page(url):
+    if is_page(url):
         raise WeightsError(
             f"{shown(url)} is a page of a repository and no file: download the repository into "
             "weights/finetuned, or name one of its files, https://huggingface.co/<repository>/resolve/main/<file>."
@@ -96,20 +64,6 @@ def fetch(url: str, cache: Path, rules: Rules, session: requests.Session | None 
     except OSError as exc:
         reason = "the disk is full" if exc.errno in _DISK_FULL else exc.strerror or exc
         raise WeightsError(f"{shown(url)} cannot be kept in {cache}: {reason}.") from exc
-
-
-def shown(url: str) -> str:
-    """A URL for the log: without what may be a secret, and not too long."""
-    head = url.split("?", 1)[0].split("#", 1)[0]
-    scheme, _, rest = head.partition("://")
-    host, slash, path = rest.partition("/")
-    text = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" if rest else head
-    return repr(text if len(text) <= 120 else text[:119] + "…")
-
-
-def _is_page(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.hostname == "huggingface.co" and "/resolve/" not in parts.path
 
 
 @dataclass(frozen=True)

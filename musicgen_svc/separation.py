@@ -1,6 +1,7 @@
 """Demucs: audio -> the stems that carry its melody."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ MELODIC_STEMS = ("vocals", "other")
 _ARCHITECTURES = ("demucs.htdemucs.HTDemucs", "demucs.hdemucs.HDemucs", "demucs.demucs.Demucs")
 _BAG = "htdemucs"
 
+REACH_S = 10.0
+"""How far behind a place what is heard may change the stems there: a segment of HTDemucs, 7.8 s, and what it
+is shifted by at random, 0.5 s."""
+
 
 class Separator:
     """Keeps vocals and accompaniment, leaves out drums and bass: what audiocraft calls the melody."""
@@ -25,6 +30,11 @@ class Separator:
         self._stems = [bag.sources.index(stem) for stem in MELODIC_STEMS]
         # Those that normalize scale what they make by the deviation of what they hear: none, in silence.
         self._leaves_silence = all(getattr(model, "normalize", True) for model in bag.models)
+        # Of a thread: at a tick another request may have its turn, and come here, too.
+        self._running = threading.local()
+        for part in (part for model in bag.models for part in model.modules()):
+            if next(part.children(), None) is None:
+                part.register_forward_hook(self._report)
 
     @torch.inference_mode()
     def __call__(self, audio: torch.Tensor, tick: Tick = no_tick) -> torch.Tensor:
@@ -43,12 +53,24 @@ class Separator:
 
         mix = convert_audio(audio, self._sample_rate, self._bag.samplerate, self._bag.audio_channels)
         length = mix.shape[-1]
-        stems = apply_model(
-            self._bag, mix, device=mix.device, callback=lambda event: tick(event["segment_offset"], length)
-        )
+        reached = 0
+
+        def note(event: dict[str, Any]) -> None:
+            nonlocal reached
+            reached = event["segment_offset"]
+
+        self._running.tick = lambda: tick(reached, length)
+        try:
+            stems = apply_model(self._bag, mix, device=mix.device, callback=note)
+        finally:
+            del self._running.tick
         melody = stems[:, self._stems].sum(1)
         mono: torch.Tensor = convert_audio(melody, self._bag.samplerate, self._sample_rate, 1)
         return mono
+
+    def _report(self, *_: Any) -> None:
+        """After each layer: a segment takes seconds on a CPU."""
+        getattr(self._running, "tick", lambda: None)()
 
 
 def load_separator(folder: Path, sample_rate: int, device: torch.device) -> Separator:

@@ -19,6 +19,7 @@ from musicgen_svc.checkpoints.fitting import check_fit
 from musicgen_svc.checkpoints.tensors import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
 from musicgen_svc.errors import WeightsError, first_line
 from musicgen_svc.meta import on_meta
+from musicgen_svc.ticks import Tick, no_tick
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _SHARED = "shared.weight"
@@ -100,15 +101,19 @@ class T5Encoder(nn.Module):
         norm = _RmsNorm(d_model, layer_norm_epsilon)
         self.encoder = nn.ModuleDict({"block": nn.ModuleList(blocks), "final_layer_norm": norm})
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[B, S], [B, S] (1: a token, 0: padding) -> [B, S, D]"""
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tick: Tick = no_tick
+    ) -> torch.Tensor:
+        """[B, S], [B, S] (1: a token, 0: padding) -> [B, S, D]; `tick` counts blocks."""
         assert input_ids.shape == attention_mask.shape
         hidden: torch.Tensor = self.shared(input_ids)
         # A number, not -inf, which would make a row without any token NaN.
         unseen = torch.finfo(hidden.dtype).min
         bias = torch.where(attention_mask[:, None, None].bool(), self._position_bias(input_ids), unseen)
-        for block in self.encoder["block"]:  # type: ignore[attr-defined]
+        blocks: nn.ModuleList = self.encoder["block"]  # type: ignore[assignment]
+        for index, block in enumerate(blocks):
             hidden = block(hidden, bias)
+            tick(index + 1, len(blocks))
         encoded: torch.Tensor = self.encoder["final_layer_norm"](hidden)
         return encoded
 

@@ -23,7 +23,8 @@ def local(given: str | None, settings: Settings) -> str | None:
     """
     if not given or "://" not in given:
         return given
-    from musicgen_svc.remote import Rules, fetch  # an HTTP client takes its time to import
+    from musicgen_svc.remote import fetch  # an HTTP client takes its time to import
+    from musicgen_svc.url_rules import Rules
 
     hosts = tuple(host.strip().lower() for host in settings.weights_hosts.split(",") if host.strip())
     rules = Rules(hosts, int(settings.weights_max_gb * 1e9))

@@ -18,8 +18,9 @@ from requests.adapters import HTTPAdapter
 
 from musicgen_svc import remote
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.remote import Rules, fetch
+from musicgen_svc.remote import fetch
 from musicgen_svc.settings import Settings
+from musicgen_svc.url_rules import Rules
 from musicgen_svc.weights import FETCHED, Weights, local
 
 URL = "https://weights.example.com/a/trained_model.tar"

@@ -1,6 +1,7 @@
 """Demucs is not asked what is in silence, and whoever asks cannot tell."""
 
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -70,3 +71,31 @@ def test_silence_alone_draws_as_sound_does(both: Tensor, monkeypatch: pytest.Mon
     found, _, state = separated(separator(), both[1:], monkeypatch)
     assert found.count_nonzero() == 0
     assert state == separated(separator(), both[:1], monkeypatch)[2]
+
+
+def test_every_layer_gives_a_chance_to_stop_to_the_request_that_runs_in_it(both: Tensor) -> None:
+    """Not to another one that came in between, in a thread of its own."""
+    separate = separator()
+    ticks: dict[str, list[int]] = {"outer": [], "inner": []}
+
+    def inner_tick(done: int, total: int) -> None:
+        ticks["inner"].append(done)
+
+    def tick(done: int, total: int) -> None:
+        ticks["outer"].append(done)
+        if len(ticks["outer"]) == 5:
+            other = threading.Thread(target=separate, args=(both[:1], inner_tick))
+            other.start()
+            other.join()
+
+    separate(both[:1], tick)
+    layers = sum(next(part.children(), None) is None for part in separate._bag.modules())
+    assert len(ticks["outer"]) == len(ticks["inner"]) > layers
+    assert ticks["outer"] == sorted(ticks["outer"]) and ticks["outer"][-1] > 0
+
+    def stop(done: int, total: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        separate(both[:1], stop)
+    separate(both[:1], tick)

@@ -1,0 +1,71 @@
+"""What a model is told: no more of a clip than it can hear, no more of a prompt than T5 can take."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from musicgen_svc.catalog import read_catalog
+from musicgen_svc.conditioning import MAX_TOKENS, MELODY, Conditioner, MelodyConditioner
+from musicgen_svc.errors import InputError
+from musicgen_svc.loader import Loader
+from musicgen_svc.randomness import GlobalRandom
+from musicgen_svc.separation import REACH_S
+from musicgen_svc.settings import Settings
+from musicgen_svc.ticks import Tick
+from musicgen_svc.weights import Weights
+
+CPU = torch.device("cpu")
+RATE_HZ, WINDOW_S = 32_000, 30
+
+
+@pytest.fixture(scope="module")
+def conditioner(weights: Path) -> Conditioner:
+    model = Loader(Weights.at(weights, read_catalog(), None), CPU, Settings()).model("melody")
+    assert model.window_s == WINDOW_S
+    return model.conditioner
+
+
+def noise(seconds: float) -> Tensor:
+    return torch.randn(1, int(seconds * RATE_HZ), generator=torch.Generator().manual_seed(0)) / 5
+
+
+def test_of_a_long_melody_only_what_can_be_heard_is_looked_at(
+    conditioner: Conditioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Demucs over a quarter of an hour takes minutes and gigabytes, for a condition of 30 s."""
+    seen: list[int] = []
+    melody = conditioner.conditioners[MELODY]
+    assert isinstance(melody, MelodyConditioner)
+    separate = melody._separate
+
+    def counted(audio: Tensor, tick: Tick) -> Tensor:
+        seen.append(audio.shape[-1])
+        return separate(audio, tick)
+
+    monkeypatch.setattr(melody, "_separate", counted)
+    clip = noise(50)
+    embeddings = []
+    for heard in (clip, clip[:, : int(WINDOW_S + REACH_S) * RATE_HZ], clip[:, : 20 * RATE_HZ]):
+        with GlobalRandom(0, CPU).pinned():
+            embeddings.append(conditioner.melody(heard)[MELODY][0])
+    assert seen == [40 * RATE_HZ, 40 * RATE_HZ, 20 * RATE_HZ]
+    monkeypatch.setattr(melody, "_heard", clip.shape[1])
+    with GlobalRandom(0, CPU).pinned():
+        whole = conditioner.melody(clip)[MELODY][0]
+    assert torch.equal(embeddings[0], whole) and torch.equal(embeddings[1], whole)
+    assert not torch.equal(embeddings[2], whole)
+
+
+def test_a_prompt_of_too_many_tokens_is_refused(conditioner: Conditioner) -> None:
+    """T5's tokenizer writes out some signs as words, so that characters do not bound them."""
+    with pytest.raises(InputError, match=rf"^prompt has \d+ tokens; at most {MAX_TOKENS} are accepted\.$"):
+        conditioner.text("a b " * MAX_TOKENS)
+    conditioner.text("a b " * 300)
+
+
+def test_t5_gives_a_chance_to_stop_after_each_block(conditioner: Conditioner) -> None:
+    ticks: list[tuple[int, int]] = []
+    conditioner.text("rock", lambda *tick: ticks.append(tick))
+    assert ticks and ticks == [(i + 1, len(ticks)) for i in range(len(ticks))]
