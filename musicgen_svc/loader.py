@@ -17,7 +17,7 @@ from musicgen_svc.building import (
     wrap_codec,
 )
 from musicgen_svc.catalog import DIFFUSION_FILE
-from musicgen_svc.checkpoints import OpenedCheckpoint, open_checkpoint
+from musicgen_svc.checkpoints import OpenedCheckpoint
 from musicgen_svc.codec import Codec
 from musicgen_svc.compat import CompressionModel
 from musicgen_svc.components import Text
@@ -30,18 +30,20 @@ from musicgen_svc.engine.projections import Precision
 from musicgen_svc.errors import InputError, WeightsError
 from musicgen_svc.memory import GB, budget
 from musicgen_svc.model import Model, check_codec, engine_bytes
+from musicgen_svc.opener import Opener
 from musicgen_svc.residency import DoesNotFit
 from musicgen_svc.separation import Separator
 from musicgen_svc.settings import Settings
 from musicgen_svc.store import Draft, Item, Recipe, Store
 from musicgen_svc.ticks import Tick, no_tick
 from musicgen_svc.turns import Turns
-from musicgen_svc.weights import FINETUNED, UNPACKED, Weights
+from musicgen_svc.weights import FINETUNED, Weights
 
 __all__ = ["Loader", "Model"]
 
 DEMUCS = "htdemucs"
 DIFFUSION = "multiband-diffusion"
+WITH_DIFFUSION = "MultiBand Diffusion beside what it decodes for"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Loader:
         self._asked_last = ""
         self._coding: tuple[Item[CompressionModel], weakref.ref[Codec]] | None = None
         self._diffusion: tuple[Item[list[Band]], MultiBandDiffusion, Codec] | None = None
-        self._last_opened: tuple[str, Sequence[FileState], OpenedCheckpoint] | None = None
+        self._opener = Opener(weights, settings.lora_strength)
         self._fitting: set[tuple[FileState, str]] = set()
 
     def start(self) -> Model:
@@ -107,8 +109,8 @@ class Loader:
         """
         loaded = self._current(name)
         if loaded is None:
-            loaded = self._models[name] = self._load(name, self._open(name))
-            self._last_opened = None
+            loaded = self._models[name] = self._load(name, self._opener.open(name))
+            self._opener.forget()
         self._asked_last = name
         self._store.use(*loaded.items)
         return loaded.model.value()
@@ -117,7 +119,7 @@ class Loader:
         """Whether the model follows a melody, without loading it."""
         if loaded := self._current(name):
             return loaded.model.value().conditioner.takes_melody
-        return MELODY in conditioner_names(self._open(name).config())
+        return MELODY in conditioner_names(self._opener.open(name).config())
 
     def melody_models(self) -> list[str]:
         """The names of the models that follow a melody."""
@@ -131,8 +133,8 @@ class Loader:
         Raises:
             WeightsError: neither is there.
         """
-        opened = self._open(next(iter(self._weights.base_models()), FINETUNED))
-        self._last_opened = None
+        opened = self._opener.open(next(iter(self._weights.base_models()), FINETUNED))
+        self._opener.forget()
         config = opened.config()
         codec = self._store.find(components.codec(self._weights, opened, config, self.device))
         # It has no model of its own, and whether the one that was asked for last still runs is not known.
@@ -143,6 +145,22 @@ class Loader:
 
     def diffusion(self, place: Path, codec: Codec) -> MultiBandDiffusion:
         """MultiBand Diffusion for the codec of the checkpoint at `place`.
+
+        Raises:
+            InputError, WeightsError: as `diffusion_weights`.
+        """
+        bands = self.diffusion_weights(place, codec)
+        if self._diffusion and self._diffusion[0] is bands and self._diffusion[2] is codec:
+            self._store.use(bands)
+            return self._diffusion[1]
+        keep, last = self._beside_diffusion(codec)
+        self._make_room(WITH_DIFFUSION, [bands], keep=keep, last=last)
+        decoder = MultiBandDiffusion(self._store.get(bands), codec, self._settings.diffusion_window_s)
+        self._diffusion = bands, decoder, codec
+        return decoder
+
+    def diffusion_weights(self, place: Path, codec: Codec) -> Item[list[Band]]:
+        """What `diffusion` loads, which need not be in memory: asked for before the work that it decodes.
 
         Raises:
             InputError: the diffusion weights belong to another codec, or are larger than what the budget
@@ -157,21 +175,18 @@ class Loader:
                 f"multi_band_diffusion is true, but {place.name} has a codec of its own and the "
                 "diffusion decoder fits only the one that it was trained for: set it to false."
             )
-        if self._diffusion and self._diffusion[0] is bands and self._diffusion[2] is codec:
-            self._store.use(bands)
-            return self._diffusion[1]
-        model = self._resident(self._asked_last)
         try:
-            if model is not None and model.model.value().codec is codec:
-                self._make_room("MultiBand Diffusion beside the model", [bands], keep=model.items)
-            else:
-                coding = [self._coding[0]] if self._coding and self._coding[1]() is codec else []
-                self._make_room("MultiBand Diffusion", [bands], keep=coding, last=self._in_use())
+            self._check_room(WITH_DIFFUSION, [bands], self._beside_diffusion(codec)[0])
         except WeightsError as exc:
             raise InputError(f"multi_band_diffusion is true, but {exc}") from exc
-        decoder = MultiBandDiffusion(self._store.get(bands), codec, self._settings.diffusion_window_s)
-        self._diffusion = bands, decoder, codec
-        return decoder
+        return bands
+
+    def _beside_diffusion(self, codec: Codec) -> tuple[Sequence[Item[Any]], Sequence[Item[Any]]]:
+        """What must stay while it decodes, and what goes last."""
+        model = self._resident(self._asked_last)
+        if model is not None and model.model.value().codec is codec:
+            return model.items, ()
+        return ([self._coding[0]] if self._coding and self._coding[1]() is codec else []), self._in_use()
 
     def _in_use(self) -> Sequence[Item[Any]]:
         """The model that was asked for last, and its parts."""
@@ -194,9 +209,14 @@ class Loader:
         """
         if all(item.resident for item in items):
             return
+        self._check_room(what, items, keep)
         self._diffusion = None  # it would keep a codec and its own models from going
+        self._store.make_room(items, keep, last)
+
+    def _check_room(self, what: str, items: Sequence[Item[Any]], keep: Sequence[Item[Any]]) -> None:
+        """Raises what `_make_room` would."""
         try:
-            self._store.make_room(items, keep, last)
+            self._store.check_room(items, keep)
         except DoesNotFit as exc:
             raise WeightsError(
                 f"{what} takes {exc.need / GB:.3g} GB of memory, and the budget is {exc.budget / GB:.3g} GB: "
@@ -211,27 +231,6 @@ class Loader:
         """The model if it is resident and nobody has put other files in the place of its own."""
         loaded = self._resident(name)
         return loaded if loaded and loaded.stands else None
-
-    def _open(self, name: str) -> OpenedCheckpoint:
-        """A checkpoint in whatever format; of its tensors nothing is read yet.
-
-        The last one is remembered: a request first asks what its model can do, and then for the model.
-        """
-        if self._last_opened is not None:
-            last, files, opened = self._last_opened
-            if last == name and all(file.stands for file in files):
-                return opened
-        opened = self._open_path(self._weights.model(name))
-        self._last_opened = name, [FileState.of(path) for path in opened.files], opened
-        return opened
-
-    def _open_path(self, path: Path) -> OpenedCheckpoint:
-        return open_checkpoint(
-            path,
-            base=self._weights.base,
-            strength=self._settings.lora_strength,
-            cache=self._weights.folder / UNPACKED,
-        )
 
     def _load(self, name: str, opened: OpenedCheckpoint) -> _Loaded:
         config = opened.config()
@@ -310,7 +309,7 @@ class Loader:
         """Whether a codec is one of those beside the diffusion weights, which were trained for them."""
         pair = FileState.of(diffusion), codec.fingerprint()
         if pair not in self._fitting and pair[1] in components.fingerprints(
-            self._weights, diffusion.parent.parent, self._open_path
+            self._weights, diffusion.parent.parent, self._opener.open_path
         ):
             self._fitting.add(pair)
         return pair in self._fitting

@@ -87,6 +87,8 @@ class Pipeline:
         random = GlobalRandom(request.seed, self._loader.device)
         with progress.stage("load") as tick, self._device_held(tick, random):
             model = self._loader.model(request.model)
+            if request.multi_band_diffusion:  # refused before the work that it would decode
+                self._loader.diffusion_weights(model.place, model.codec)
         codec = model.codec
         with progress.stage("condition") as tick:
             clip = _read_clip(request, codec, tick)
@@ -112,6 +114,8 @@ class Pipeline:
         random = GlobalRandom(request.seed, self._loader.device)
         with progress.stage("load") as tick, self._device_held(tick, random):
             checkpoint, codec = self._loader.codec()
+            if request.multi_band_diffusion:
+                self._loader.diffusion_weights(checkpoint, codec)
         with progress.stage("condition") as tick:
             clip = _read_clip(request, codec, tick)
             assert clip is not None
@@ -151,13 +155,13 @@ class Pipeline:
     def _queued(self, turns: Turns, progress: Progress, kind: str | None = None) -> Iterator[None]:
         """Holds a turn at something else; the wait for it, and only that, is the stage `queue`."""
         with ExitStack() as held:
-            with progress.stage("queue") as tick:
+            with progress.waiting() as tick:
                 held.enter_context(turns.taken(lambda: tick(0, 1), kind))
             yield
 
     def _refuse_what_no_wait_mends(self, request: Request, progress: Progress) -> None:
         """Says that a model is absent or deaf before the request waits for it, and makes others wait."""
-        with progress.stage("queue") as tick, self._device_turn.taken(lambda: tick(0, 1)):
+        with progress.waiting() as tick, self._device_turn.taken(lambda: tick(0, 1)):
             if self._loader.takes_melody(request.model) or request.mode is not Mode.MELODY:
                 return
             able = " or ".join(map(repr, self._loader.melody_models()))

@@ -28,6 +28,17 @@ class StopFlag:
         """The wall-clock limit counts from here: waiting for the device is not the request's fault."""
         self._started_s = time.monotonic()
 
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Waiting for another request does not count either."""
+        started_s, self._started_s = self._started_s, None
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            if started_s is not None:
+                self._started_s = started_s + time.monotonic() - began_s
+
     def cancel(self) -> None:
         self._cancelled.set()
 
@@ -70,6 +81,12 @@ class Progress:
             mininterval=0.25,
             bar_format="{percentage:3.0f}%|{bar:25}| {desc} [{elapsed}<{remaining}]",
         )
+
+    @contextmanager
+    def waiting(self) -> Iterator[Tick]:
+        """The stage `queue`: others go first, and the clock stands still."""
+        with self.stage("queue") as tick, self._stop.clock_stopped():
+            yield tick
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Tick]:

@@ -36,6 +36,15 @@ class Residency:
         for key in keys:
             self._sizes[key] = self._sizes.pop(key)
 
+    def check(self, need: int, keep: Collection[Hashable]) -> None:
+        """
+        Raises:
+            DoesNotFit: `need` more bytes are too many beside what is kept, whatever else goes.
+        """
+        kept = sum(size for key, size in self._sizes.items() if key in keep)
+        if kept + need > self.budget:
+            raise DoesNotFit(kept + need, self.budget)
+
     def make_room(
         self, need: int, keep: Collection[Hashable] = (), last: Collection[Hashable] = ()
     ) -> list[Hashable]:
@@ -48,9 +57,7 @@ class Residency:
         Raises:
             DoesNotFit: not beside what is kept; nothing is forgotten then.
         """
-        kept = sum(size for key, size in self._sizes.items() if key in keep)
-        if kept + need > self.budget:
-            raise DoesNotFit(kept + need, self.budget)
+        self.check(need, keep)
         candidates = sorted((key for key in self._sizes if key not in keep), key=lambda key: key in last)
         gone = []
         while self.used + need > self.budget:

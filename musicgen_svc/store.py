@@ -108,8 +108,7 @@ class Store:
         Raises:
             DoesNotFit: nothing has been let go.
         """
-        missing = sum(item.size for item in items if not item.resident)
-        gone = self._residency.make_room(missing, keep={*keep, *items}, last=last)
+        gone = self._residency.make_room(_missing(items), keep={*keep, *items}, last=last)
         if not gone:
             return
         for item in gone:
@@ -119,6 +118,13 @@ class Store:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def check_room(self, items: Sequence[Item[Any]], keep: Collection[Item[Any]] = ()) -> None:
+        """
+        Raises:
+            DoesNotFit: `make_room` could not make these fit beside what is kept.
+        """
+        self._residency.check(_missing(items), keep={*keep, *items})
 
     def get(self, item: Item[T]) -> T:
         """The thing itself, built if need be; there must be room. It is the most recently used now."""
@@ -134,3 +140,8 @@ class Store:
     def use(self, *items: Item[Any]) -> None:
         """They are the most recently used, the last of them the most."""
         self._residency.use(*items)
+
+
+def _missing(items: Sequence[Item[Any]]) -> int:
+    """In bytes."""
+    return sum(item.size for item in items if not item.resident)

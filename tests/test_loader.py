@@ -259,7 +259,7 @@ def test_a_model_is_opened_once_for_all_that_a_request_asks(
         opened.append(path)
         return open_checkpoint(path, **options)
 
-    monkeypatch.setattr("musicgen_svc.loader.open_checkpoint", counted)
+    monkeypatch.setattr("musicgen_svc.opener.open_checkpoint", counted)
     models = loader(weights)
     for _ in range(2):
         assert models.takes_melody("melody")

@@ -2,8 +2,10 @@
 
 import asyncio
 import re
+import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from fields import FIELDS
 from sounds import encode, tone
 from torch import Tensor
 
-from musicgen_svc.errors import GenerationError, ServiceError
+from musicgen_svc.errors import GenerationError, InputError, ServiceError
 from musicgen_svc.pipeline import Pipeline
+from musicgen_svc.progress import Progress, StopFlag
 from musicgen_svc.service import Service, _device
 from musicgen_svc.settings import Settings
 from musicgen_svc.turns import Turn
@@ -121,6 +124,35 @@ def test_a_gpu_that_is_there_and_cannot_be_used_is_told(
     assert capsys.readouterr().out == "", "a machine without a GPU has nothing to be told"
 
 
+@pytest.mark.parametrize("version", ["finetuned", "encode-decode"])
+def test_diffusion_that_cannot_be_is_refused_before_the_work(
+    version: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute of music is not made first that then cannot be decoded."""
+    own, places = shutil.copytree(weights / "small", tmp_path / "own"), tmp_path / "weights"
+    package = torch.load(own / "compression_state_dict.bin", weights_only=True)
+    next(tensor for name, tensor in package["best_state"].items() if name.endswith("embed")).add_(0.01)
+    torch.save(package, own / "compression_state_dict.bin")
+    places.mkdir()
+    for name in ("t5-small", "multiband-diffusion"):
+        (places / name).symlink_to(weights / name)
+    service = Service(Settings(weights_dir=places, work_dir=tmp_path, device="cpu"))
+    service.start(str(own))
+    clip = tmp_path / "clip.wav"
+    clip.write_bytes(encode(tone(330.0, 1.0, 32_000), 32_000, "wav16"))
+
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("it began")
+
+    monkeypatch.setattr("musicgen_svc.pipeline.write_score", work)
+    monkeypatch.setattr("musicgen_svc.codec.Codec.encode", work)
+    change = {"multi_band_diffusion": True, "model_version": version}
+    if version == "encode-decode":
+        change["input_audio"] = clip
+    with pytest.raises(InputError, match="multi_band_diffusion is true, but"):
+        asyncio.run(service.predict(FIELDS | change, lambda name, value: None))
+
+
 def test_a_finished_request_leaves_one_file_in_a_folder_of_its_own(service: Service) -> None:
     first, second = predict(service), predict(service)
     assert first.parent != second.parent and first.name != second.name
@@ -222,3 +254,21 @@ def test_one_that_is_cancelled_while_it_waits_lets_the_next_one_begin(shared: Se
         return ended
 
     assert asyncio.run(run()) == ["short"]
+
+
+def test_waiting_for_anothers_diffusion_is_not_a_requests_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    clock = SimpleNamespace(monotonic=lambda: now_s, perf_counter=lambda: now_s)
+    monkeypatch.setattr("musicgen_svc.progress.time", clock)
+    stop = StopFlag(10.0)
+    with Progress({"queue": 1, "decode": 1}, stop) as progress:
+        stop.start_clock()
+        with progress.waiting() as tick:
+            now_s = 100.0
+            tick(0, 1)
+        with progress.stage("decode") as tick:
+            now_s = 109.0
+            tick(0, 1)
+            now_s = 111.0
+            with pytest.raises(GenerationError, match="ran longer than the limit"):
+                tick(1, 1)
