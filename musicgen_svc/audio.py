@@ -48,7 +48,7 @@ CONTAINERS = "aac,aiff,asf,au,avi,flac,matroska,mov,mp3,ogg,w64,wav"
 # video that lie beside the sound, just to describe them.
 DECODERS = ",".join(
     [
-        "aac,aac_latm,ac3,eac3,alac,flac,mp1float,mp2float,mp3,mp3float,opus,libopus,vorbis",
+        "aac,aac_latm,ac3,eac3,alac,flac,mp1,mp1float,mp2,mp2float,mp3,mp3float,opus,libopus,vorbis",
         "wmav1,wmav2,wmapro,wmalossless,adpcm_ima_wav,adpcm_ima_qt,adpcm_ms,gsm_ms",
         *sorted(name for name in av.codecs_available if name.startswith("pcm_")),
     ]
@@ -85,10 +85,9 @@ def read_clip(
     round(n * sample_rate / source rate). An `end_s` past the file's end means the end. The whole file
     is decoded in any case: its length is a limit and part of the result. `tick` counts bytes.
 
-    Raises AudioError: empty, too large, too long, not audio, undecodable, or nothing at `start_s`.
+    Raises AudioError: empty, too large, too long, not audio, undecodable, or nothing between the two.
     """
-    assert channels in (1, 2)
-    assert start_s >= 0 and (end_s is None or start_s < end_s)
+    assert channels in (1, 2) and start_s >= 0
     size = _size(path, max_bytes)
     blocks: deque[Block] = deque()
     elapsed_s = Fraction(0)  # up to where `run` begins
@@ -112,9 +111,10 @@ def read_clip(
     elapsed_s += run.length_s
     samples = _joined(blocks, channels)
     if samples.shape[1] == 0:
+        end = "" if end_s is None or end_s > start_s else f", continuation_end is {end_s} s"
         raise AudioError(
-            f"continuation_start is {start_s} s but input_audio is {float(elapsed_s):.2f} s long; "
-            "the start must come before its end."
+            f"continuation_start is {start_s} s{end} and input_audio is {float(elapsed_s):.2f} s long; "
+            "the start must come before the end (-1 stands for the end of the clip)."
         )
     tick(size, size)
     return Clip(samples, sample_rate, float(elapsed_s))

@@ -53,6 +53,8 @@ def write_audio(
 ) -> None:
     """Writes samples [C, T] float32 in [-1, 1], mono or stereo, to a .wav (16 bit) or .mp3 (320 kbit/s CBR).
 
+    ffmpeg resamples for an mp3 what is at a rate that 320 kbit/s are not defined for.
+
     `tags` may hold `title` and `comment`. An existing file is replaced. When this raises, be it out of
     `tick`, nothing of the new file is left.
 
@@ -97,7 +99,6 @@ def _write_wav(pcm: Pcm, sample_rate: int, draft: Path, tags: Mapping[str, str],
 
 
 def _write_mp3(pcm: Pcm, sample_rate: int, draft: Path, tags: Mapping[str, str], tick: Tick) -> None:
-    assert sample_rate in MP3_RATES_HZ
     segment = AudioSegment(pcm.tobytes(), sample_width=2, frame_rate=sample_rate, channels=pcm.shape[1])
     segment.converter = _ffmpeg()
     with ThreadPoolExecutor(1, "mp3") as pool:
@@ -125,11 +126,17 @@ def _encode(segment: AudioSegment, draft: Path) -> None:
     with ExitStack() as opened, draft.open("wb+") as file:
         _scratch.set(_Scratch(draft.parent, opened, WAV_HEADER_BYTES + len(segment.raw_data)))
         try:
-            segment.export(file, format="mp3", bitrate=f"{MP3_BITRATE_KBPS}k")
+            rate = ["-ar", str(_mp3_rate_hz(segment.frame_rate))]
+            segment.export(file, format="mp3", bitrate=f"{MP3_BITRATE_KBPS}k", parameters=rate)
         except (FileNotFoundError, PermissionError) as exc:
             if exc.filename != segment.converter:
                 raise
             raise _no_ffmpeg(segment.converter) from exc
+
+
+def _mp3_rate_hz(sample_rate: int) -> int:
+    """The rate itself, the first multiple of it, or the highest."""
+    return next((rate for rate in MP3_RATES_HZ if rate % sample_rate == 0), MP3_RATES_HZ[-1])
 
 
 def _cut_short(folder: Path) -> None:

@@ -8,7 +8,8 @@
 | `clip`     | level as it is, clipped at -1 dBFS                              |
 
 What differs from audiocraft, on purpose: `loudness` bends what goes above a knee instead of clipping it;
-silence stays silence and is never divided by; a clip too short for a gating block is measured whole; and
+silence stays silence and is never divided by; an offset, which nobody hears, is neither counted as sound nor
+turned up with it; a clip too short for a gating block is measured whole; and
 a stereo signal whose channels cancel each other in the downmix is not blown up for it.
 """
 
@@ -27,6 +28,7 @@ TARGET_LUFS = -14.0
 TARGET_RMS_DB = -18.0
 TARGET_PEAK_DB = -1.0
 ENERGY_FLOOR = 2e-3  # RMS; quieter sound counts as background noise, which `loudness` does not turn up
+OFFSET_CEILING = 0.01  # to which a constant in the sound may be turned up with it
 SILENCE = 2**-16  # peak; rounds to nothing in the 16 bits that are written
 # Below the knee the limiter changes nothing. At full scale it takes away 0.42 dB: a signal that would
 # have fitted without it does not lose half a LU to it.
@@ -62,10 +64,14 @@ def normalize(
         return (samples * (_amplitude(TARGET_RMS_DB) / level)).clamp_(-1, 1)
     assert strategy == "loudness", strategy
     output = samples.clone()
-    if rms >= ENERGY_FLOOR:
+    offset = _offset(samples)
+    if rms**2 - float(offset.square().mean()) >= ENERGY_FLOOR**2:
         lufs = measure_lufs(samples, sample_rate, tick=tick)
-        if lufs > ABSOLUTE_GATE_LUFS:  # what nobody can hear, such as a constant, is not turned up
-            output *= _amplitude(TARGET_LUFS - lufs)
+        if lufs > ABSOLUTE_GATE_LUFS:
+            gain = _amplitude(TARGET_LUFS - lufs)
+            if gain > 1 and gain * float(offset.abs().max()) > OFFSET_CEILING:
+                output -= offset.float()
+            output *= gain
     _limit_(output)
     return output
 
@@ -139,6 +145,13 @@ def _peak(samples: torch.Tensor) -> float:
 def _rms(samples: torch.Tensor) -> float:
     squares = [float(chunk.double().square().sum()) for chunk in _chunks(samples)]
     return math.sqrt(math.fsum(squares) / samples.numel())
+
+
+def _offset(samples: torch.Tensor) -> torch.Tensor:
+    """The mean of each channel: [C, 1], in double precision."""
+    return (
+        torch.stack([chunk.double().sum(1) for chunk in _chunks(samples)]).sum(0)[:, None] / samples.shape[1]
+    )
 
 
 def _chunks(samples: torch.Tensor) -> Iterator[torch.Tensor]:

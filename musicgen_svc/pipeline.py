@@ -12,7 +12,7 @@ Requests run side by side, each on a thread of its own, and take turns at three 
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from musicgen_svc.codec import Codec
 from musicgen_svc.errors import InputError
 from musicgen_svc.export import write_audio
 from musicgen_svc.generation import perform, write_score
-from musicgen_svc.loader import Loader, Model
+from musicgen_svc.loader import Loader
 from musicgen_svc.loudness import normalize
 from musicgen_svc.progress import Progress, StopFlag
 from musicgen_svc.randomness import GlobalRandom
@@ -108,12 +108,19 @@ class Pipeline:
             generator = torch.Generator().manual_seed(request.seed)
             tokens, steps = perform(model, score, request.sampling, generator, tick)
         samples = self._decode(request, model.place, codec, tokens, random, progress)
-        return Sound(samples, codec.sample_rate, self._tags(request, model), steps)
+        made_by = {
+            "model_sha256": model.content_hash,
+            "model_format": model.format,
+            "precision": model.engine.precision,
+            **asdict(request.sampling),
+        }
+        return Sound(samples, codec.sample_rate, self._tags(request, made_by), steps)
 
     def _encode_decode(self, request: Request, progress: Progress) -> Sound:
         random = GlobalRandom(request.seed, self._loader.device)
         with progress.stage("load") as tick, self._device_held(tick, random):
             checkpoint, codec = self._loader.codec()
+            made_by = {"codebooks_sha256": codec.fingerprint()}
             if request.multi_band_diffusion:
                 self._loader.diffusion_weights(checkpoint, codec)
         with progress.stage("condition") as tick:
@@ -122,7 +129,7 @@ class Pipeline:
             with self._device_held(tick, random) as tick:
                 tokens = codec.encode(clip, tick)
         samples = self._decode(request, checkpoint, codec, tokens, random, progress)[:, : clip.shape[1]]
-        return Sound(samples, codec.sample_rate, self._tags(request, None), 0)
+        return Sound(samples, codec.sample_rate, self._tags(request, made_by), 0)
 
     def _decode(
         self, request: Request, checkpoint: Path, codec: Codec, tokens: torch.Tensor,
@@ -170,7 +177,7 @@ class Pipeline:
                 "or set continuation to true."
             )
 
-    def _tags(self, request: Request, model: Model | None) -> dict[str, str]:
+    def _tags(self, request: Request, made_by: Mapping[str, object]) -> dict[str, str]:
         """What reproduces the file. No time, so that the same request gives the same bytes."""
         recipe: dict[str, object] = {
             "seed": request.seed,
@@ -180,14 +187,10 @@ class Pipeline:
             "duration": request.duration_s,
             "multi_band_diffusion": request.multi_band_diffusion,
             "normalization_strategy": request.normalization,
+            **made_by,
         }
-        if model is not None:
-            recipe |= {
-                "model_sha256": model.content_hash,
-                "model_format": model.format,
-                "precision": model.engine.precision,
-            }
-            recipe |= asdict(request.sampling)
+        if request.input_audio is not None:
+            recipe |= {"continuation_start": request.start_s, "continuation_end": request.end_s}
         if self._tag_prompt and request.prompt is not None:
             recipe["prompt"] = request.prompt
         return {"title": f"MusicGen {request.model} {request.seed}", "comment": json.dumps(recipe)}

@@ -22,6 +22,8 @@ T = TypeVar("T", bound=str)
 MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**32 - 1
 MAX_DURATION_S = 600
+MAX_TOP_K = 2**31 - 1
+"""More than any codebook has, and so the same as anything above."""
 
 
 class Mode(Enum):
@@ -97,7 +99,7 @@ class Request:
             multi_band_diffusion=bool(fields["multi_band_diffusion"]),
             normalization=_choice(fields, "normalization_strategy", get_args(Normalization)),
             sampling=SamplingParams(
-                top_k=_required_integer(fields, "top_k", 0, None),
+                top_k=min(_required_integer(fields, "top_k", 0, None), MAX_TOP_K),
                 top_p=_number(fields, "top_p", 0, 1),
                 temperature=_number(fields, "temperature", 0, 10),
                 guidance=_required_integer(fields, "classifier_free_guidance", 0, 20),
@@ -120,11 +122,6 @@ class Request:
                 )
             if self.prompt is None:
                 raise InputError("prompt and input_audio are both missing: give at least one of them.")
-        elif self.end_s is not None and self.start_s >= self.end_s:
-            raise InputError(
-                f"continuation_start is {self.start_s} s and continuation_end is {self.end_s} s: "
-                "the start must come before the end (-1 stands for the end of the clip)."
-            )
 
 
 def _prompt(fields: Mapping[str, object]) -> str | None:

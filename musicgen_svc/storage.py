@@ -11,6 +11,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+from musicgen_svc.errors import GenerationError
+
 _PREFIX = "musicgen-"
 _LOCK = "lock"
 
@@ -19,19 +21,36 @@ class WorkFolder:
     """The server's own folder; nobody else's files are ever touched."""
 
     def __init__(self, parent: Path | None = None) -> None:
-        parent = parent or Path(tempfile.gettempdir())
-        parent.mkdir(parents=True, exist_ok=True)
-        _sweep(parent)
-        unlocked = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
+        self._parent = parent or Path(tempfile.gettempdir())
+        self._making = threading.Lock()
+        self._make()
+        atexit.register(self.remove)
+
+    def _make(self) -> None:
+        self._parent.mkdir(parents=True, exist_ok=True)
+        _sweep(self._parent)
+        unlocked = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=self._parent))
         self._lock = (unlocked / _LOCK).open("w")  # held as long as this process lives
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         # Under its name, where a neighbour looks for dead servers' folders, it is locked already.
-        self._path = unlocked.rename(parent / unlocked.name.removeprefix("."))
-        atexit.register(self.remove)
+        self._path = unlocked.rename(self._parent / unlocked.name.removeprefix("."))
 
     def new_request(self) -> Path:
-        """An empty folder that belongs to one request."""
-        return Path(tempfile.mkdtemp(dir=self._path))
+        """An empty folder that belongs to one request.
+
+        Raises:
+            GenerationError: the disk is full, or nothing may be written there.
+        """
+        try:
+            with self._making:
+                if not self._path.is_dir():  # a temporary folder is cleared of what is old
+                    self._lock.close()
+                    self._make()
+            return Path(tempfile.mkdtemp(dir=self._path))
+        except OSError as exc:
+            raise GenerationError(
+                f"The server cannot write where outputs lie ({exc.strerror or exc}); see MUSICGEN_WORK_DIR."
+            ) from exc
 
     def release(self, request_folder: Path, after_s: float = 0.0) -> None:
         """Removes a request's folder, now or after a grace period."""

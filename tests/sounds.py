@@ -20,6 +20,7 @@ Samples = npt.NDArray[np.float32]
 # name: (container, encoder) as PyAV knows them
 ENCODERS = {
     "mp3": ("mp3", "libmp3lame"),
+    "mp2": ("mp2", "mp2"),
     "flac": ("flac", "flac"),
     "opus": ("ogg", "libopus"),
     "webm": ("webm", "libopus"),

@@ -78,6 +78,20 @@ def test_mp3_is_320_kbit_per_second_constant(tmp_path: Path) -> None:
     assert sizes == {320_000 // 8 * 1152 // RATE}
 
 
+@pytest.mark.parametrize(
+    ("rate", "written"),
+    [(8_000, 32_000), (16_000, 32_000), (22_050, 44_100), (24_000, 48_000), (37_800, 48_000)],
+)
+def test_a_rate_that_mp3_has_no_320_kbit_for_is_resampled(rate: int, written: int, tmp_path: Path) -> None:
+    path = tmp_path / "song.mp3"
+    samples = torch.from_numpy(tone(440, 2, rate))
+    write_audio(samples, rate, path, {})
+    found, found_rate = decoded(path)
+    assert found_rate == written and mutagen.mp3.MP3(path).info.bitrate == 320_000
+    assert found.shape[1] / written == pytest.approx(2, abs=2 / rate)
+    assert level_at(found, written, 440) == pytest.approx(level_at(samples.numpy(), rate, 440), rel=0.01)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("given", "kept"),

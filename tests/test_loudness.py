@@ -239,3 +239,16 @@ def test_measuring_reports_and_can_be_stopped() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         normalize(sound, RATE, "loudness", tick=stop)
+
+
+def test_an_offset_is_neither_heard_nor_turned_up() -> None:
+    hiss = torch.from_numpy(noise(3, RATE, rms=ENERGY_FLOOR / 4))
+    assert torch.equal(normalize(hiss + 0.01, RATE, "loudness"), hiss + 0.01)
+    constant = torch.full((2, 3 * RATE), 0.5)
+    assert torch.equal(normalize(constant, RATE, "loudness"), constant)
+    sound = music(level=0.1)
+    output = normalize(sound + 0.1, RATE, "loudness")
+    assert abs(float(output.mean())) < 1e-3
+    torch.testing.assert_close(output, normalize(sound, RATE, "loudness"), atol=1e-2, rtol=0)
+    loud = normalize(music(level=300) + 0.1, RATE, "loudness")
+    torch.testing.assert_close(loud, normalize(music(level=300), RATE, "loudness"), atol=1e-2, rtol=0)

@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from musicgen_svc.errors import GenerationError
 from musicgen_svc.storage import WorkFolder
 
 
@@ -66,3 +68,19 @@ def test_a_removal_that_is_killed_leaves_the_lock(tmp_path: Path, monkeypatch: p
     dying._lock.close()  # as its end does
     WorkFolder(tmp_path).remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_cleared_away_is_made_again(tmp_path: Path) -> None:
+    """As systemd does with what has lain in /tmp for ten days."""
+    work = WorkFolder(tmp_path / "outputs")
+    shutil.rmtree(tmp_path / "outputs")
+    assert work.new_request().is_dir()
+    WorkFolder(tmp_path / "outputs").remove()
+    assert len(list((tmp_path / "outputs").iterdir())) == 1, "it is locked as the first one was"
+    shutil.rmtree(tmp_path / "outputs")
+    (tmp_path / "outputs").touch()
+    with pytest.raises(
+        GenerationError, match=r"cannot write where outputs lie \(.+\); see MUSICGEN_WORK_DIR"
+    ):
+        work.new_request()
+    work.remove()

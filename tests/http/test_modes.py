@@ -196,10 +196,19 @@ def test_tags_hold_what_reproduces_the_file_and_neither_prompt_nor_time(server: 
         tags = recipe(reply, format)
         assert (tags["seed"], tags["top_k"], tags["temperature"], tags["guidance"]) == (4, 50, 0.5, 3)
         assert tags["model"] == "finetuned" and len(tags["model_sha256"]) == 64 and tags["version"]
-        assert tags["precision"] == "reference"
+        assert tags["precision"] == "reference" and "continuation_start" not in tags
         content = output(reply)
         assert b"secret" not in content
         assert b"TDRC" not in content and b"ICRD" not in content and b"TDTG" not in content
+
+
+def test_tags_hold_the_selection_and_the_codec_where_there_is_no_model(server: CogServer) -> None:
+    fields = {"input_audio": clip(3.0), "continuation_start": 1, "continuation_end": 2, "seed": 4}
+    tags = recipe(server.predict(fields | {"model_version": "encode-decode"}), "wav")
+    assert (tags["continuation_start"], tags["continuation_end"]) == (1, 2)
+    assert len(tags["codebooks_sha256"]) == 64 and "top_k" not in tags
+    tags = recipe(server.predict(fields | {"continuation": True, "duration": 1}), "wav")
+    assert (tags["continuation_start"], tags["continuation_end"]) == (1, 2)
 
 
 def test_two_different_melodies_are_heard(server: CogServer) -> None:
