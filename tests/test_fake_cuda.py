@@ -20,6 +20,7 @@ from musicgen_svc.conditioning import MELODY, TEXT
 from musicgen_svc.diffusion import Band, MultiBandDiffusion, _Count, load_bands
 from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.loader import Loader
+from musicgen_svc.opener import Opener
 from musicgen_svc.pipeline import Pipeline
 from musicgen_svc.progress import StopFlag
 from musicgen_svc.randomness import GlobalRandom
@@ -55,7 +56,7 @@ def loader(
 
 def codec_of(weights: Path, name: str, device: torch.device) -> Codec:
     found = Weights.at(weights, read_catalog(), str(weights / name))
-    opened = Loader(found, CPU, Settings())._open(FINETUNED)
+    opened = Opener(found, 1.0).open(FINETUNED)
     return Codec(components.built_codec(components.codec_source(found, opened), device))
 
 
