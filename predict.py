@@ -7,7 +7,7 @@ default, bound and description is one plain literal, else it is silently dropped
 
 import os
 
-from cog import BaseRunner, Input, Path
+from cog import BaseRunner, Input, Path, concurrent
 
 
 class Predictor(BaseRunner):
@@ -23,6 +23,7 @@ class Predictor(BaseRunner):
     async def healthcheck(self) -> bool:  # async: on the loop, where Cog needs no thread for it
         return self.service.healthy()
 
+    @concurrent(max=4)  # as in cog.yaml, where `cog push` does not look for it; COG_MAX_CONCURRENCY decides
     async def run(
         self,
         model_version: str = Input(

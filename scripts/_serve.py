@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from datetime import datetime
@@ -113,6 +114,23 @@ def address(host: str, port: int) -> tuple[str, int]:
                 f"Port {port} on {host} is taken: stop what listens there, or choose another by PORT=..."
             )
         sys.exit(f"Cannot listen on HOST={host} PORT={port}: {error.strerror or error}.")
+
+
+def check_coglet_folder() -> None:
+    """
+    Raises:
+        SystemExit: another user's, or full. A prediction for which coglet cannot make its folders takes one
+            of its places for ever.
+    """
+    try:
+        COGLET_FOLDER.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=COGLET_FOLDER):
+            pass
+    except OSError as error:
+        sys.exit(
+            f"Cog cannot write to {COGLET_FOLDER} ({error.strerror or error}), which it must: remove it, or "
+            "have its owner do so."
+        )
 
 
 def place_schema(folder: Path) -> None:
@@ -266,8 +284,10 @@ class Server:
     def _remove_files(self) -> None:
         self._folder.remove()
         for prediction in self._console.predictions:
-            if Path(prediction).name == prediction:  # clients choose ids: never follow one elsewhere
-                shutil.rmtree(COGLET_FOLDER / prediction, ignore_errors=True)
+            # Clients choose ids: never follow one elsewhere.
+            folder = COGLET_FOLDER / prediction
+            if folder.parent == COGLET_FOLDER and folder.name != "..":
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _in_url(host: str) -> str:
@@ -288,6 +308,7 @@ def main() -> int:
     if not (wanted_port.isdecimal() and int(wanted_port) <= 65535):
         sys.exit(f"PORT is {wanted_port!r}; it must be a number from 0 (any that is free) to 65535.")
     host, port = address(os.environ.get("HOST") or "127.0.0.1", int(wanted_port))
+    check_coglet_folder()
     place_schema(ROOT / ".cog")
     console = Console(sys.stdout, raw=os.environ.get("LOG_FORMAT", "console") == "json")
     stop = StopRequest()

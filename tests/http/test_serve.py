@@ -16,6 +16,8 @@ import toy
 from server import ROOT, CogServer
 from toy import needs_proc, processes_with, wait_for
 
+from musicgen_svc.storage import WorkFolder
+
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -102,6 +104,37 @@ def test_paths_are_relative_to_the_user_and_not_to_the_checkout(checkout: Path, 
     (tmp_path / "mine").mkdir()
     with CogServer(root=checkout, cwd=tmp_path, COG_WEIGHTS="mine") as server:
         wait_for(lambda: f"weights: {tmp_path / 'mine'}\n" in server.log)
+
+
+def test_an_id_leads_to_no_other_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients choose ids, and coglet makes folders of them, which we remove."""
+    folder = tmp_path / "coglet" / "predictions"
+    for path in (folder / "mine", folder / "anothers", tmp_path / "coglet" / "other"):
+        path.mkdir(parents=True)
+    monkeypatch.setattr(_serve, "COGLET_FOLDER", folder)
+    server = object.__new__(_serve.Server)
+    server._folder = WorkFolder(tmp_path / "work")
+    server._console = _serve.Console(sys.stdout, raw=False)
+    server._console.predictions = {"mine", "..", ".", "../other", "", "/"}
+    server._remove_files()
+    assert [path.name for path in folder.iterdir()] == ["anothers"]
+    assert (tmp_path / "coglet" / "other").is_dir()
+
+
+def test_a_folder_of_coglets_that_is_somebody_elses_is_told_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else every prediction would take a place and keep it."""
+    monkeypatch.setattr(_serve, "COGLET_FOLDER", tmp_path / "coglet" / "predictions")
+    _serve.check_coglet_folder()
+    assert list((tmp_path / "coglet" / "predictions").iterdir()) == []
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(_serve.tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(SystemExit, match=r"^Cog cannot write to .*predictions \(Permission denied\)"):
+        _serve.check_coglet_folder()
 
 
 @needs_proc
@@ -209,6 +242,7 @@ def test_a_gpu_takes_as_many_at_once_as_it_holds_and_a_cpu_one(
         tool.write_text(f"#!/bin/sh\necho {memory_mib}\necho 150000\n")
         assert at_once() == held
     tool.write_text("#!/bin/sh\necho 24564\n")
+    assert f"@concurrent(max={at_once()})" in (ROOT / "predict.py").read_text()
     assert f"COG_MAX_CONCURRENCY={at_once()} " in (ROOT / "cog.yaml").read_text(), (
         "what the image is made for"
     )
