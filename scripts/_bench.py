@@ -129,6 +129,8 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     if args.vs and SIZES[args.model]["kind"] != "text":
         parser.error(f"--vs transformers: {args.model} was given, a model with text alone is expected")
     if args.mbd and args.engine_only:

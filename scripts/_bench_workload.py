@@ -11,14 +11,14 @@ from torch import Tensor
 
 from musicgen_svc.compat import LMModel
 from musicgen_svc.engine.batch import Batch, DecodeRequest
-from musicgen_svc.engine.projections import Precision
+from musicgen_svc.engine.projections import Precision, packs_float16
 from musicgen_svc.engine.static import CHUNK
 from musicgen_svc.request import SamplingParams
 
 GB = 1e9
 
 WEIGHT_BYTES = {"float16": 2, "bfloat16": 2, "int8": 1}
-"""Of one number, where it does not have the layers' dtype."""
+"""Of one number, where the precision says it."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class Workload:
             if lm.fuser.cond2fuse[name] == "prepend"
         )
         cached = (prefix + self.columns / 2) * self.bytes_per_position(slots)
-        return read * WEIGHT_BYTES.get(precision, self._itemsize) + cached
+        kept = 2 if packs_float16(lm.linears[0].weight) else self._itemsize
+        return read * WEIGHT_BYTES.get(precision, kept) + cached
 
     def bytes_per_position(self, slots: int) -> int:
         """Of the cache: keys and values of both rows in every layer."""

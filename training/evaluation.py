@@ -126,15 +126,19 @@ def melody(player: Player) -> Figures:
 
 
 def unseen(player: Player, recordings: list[Array]) -> Figures:
-    """Clips of tunes, and of recordings if any, that it never saw."""
+    """Clips of tunes that it never saw; and, by themselves, of recordings, if there are any."""
     tunes = [tune.notes for tune in UNSEEN] + [random_tune(f"unseen {n}", 18).notes for n in range(12)]
     clips = [rendered(notes, list(TIMBRES)[n % 3], SECONDS) for n, notes in enumerate(tunes)] + recordings
     said = EVALUATED_TIMBRE_ONLY[0].format(timbre="harp")
     outputs = [
         player.play(prompt=said, input_audio=player.clip(clip), seed=n) for n, clip in enumerate(clips)
     ]
-    own, shuffled, p = shuffled_p(outputs, clips)
-    return {"similarity": own, "shuffled": shuffled, "p": p, "of": len(clips)}
+    own, shuffled, p = shuffled_p(outputs[: len(tunes)], clips[: len(tunes)])
+    found: Figures = {"similarity": own, "shuffled": shuffled, "p": p, "of": len(tunes)}
+    if recordings:
+        own, shuffled, _ = shuffled_p(outputs[len(tunes) :], recordings)
+        found |= {"recordings": own, "recordings, shuffled": shuffled, "of recordings": len(recordings)}
+    return found
 
 
 def continuation(player: Player) -> Figures:

@@ -37,9 +37,14 @@ def projection(weight: Tensor, precision: Precision, operations: Operations = PL
         return _bfloat16(weight)
     if precision == "int8":
         return _int8(weight, operations)
-    if precision == "float16" or (_fbgemm(weight) and _fits_float16(weight)):
+    if precision == "float16" or packs_float16(weight):
         return _float16(weight)
     return _plain(weight)
+
+
+def packs_float16(weight: Tensor) -> bool:
+    """Whether `reference` keeps a matrix in float16, as nothing is lost by it."""
+    return _fbgemm(weight) and _fits_float16(weight)
 
 
 def _plain(weight: Tensor) -> Projection:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from _bench_agreement import LEAST_TOP1, with_audiocraft
 from _bench_growth import growth
-from _bench_workload import Workload
+from _bench_workload import Workload, stored_in_float16
 from _random_models import audiocraft_generates, conditions, language_model
 from torch.autograd import DeviceType
 
 from musicgen_svc.engine import ragged
 from musicgen_svc.engine.factory import batch_for
+from musicgen_svc.engine.projections import packs_float16
 from musicgen_svc.engine.static import CHUNK
 from musicgen_svc.meta import on_meta
 from musicgen_svc.request import SamplingParams
@@ -69,6 +70,9 @@ def test_bytes_read_are_the_weights_and_the_mean_cache() -> None:
     assert work.bytes_per_step(3) == 4 * (weights + 3 * position * 50 / 2)
     for precision, size in (("reference", 4), ("float16", 2), ("bfloat16", 2), ("int8", 1)):
         assert work.bytes_per_step(1, precision) == size * weights + 4 * position * 50 / 2
+    if packs_float16(torch.ones(1, 1)):
+        stored_in_float16(work.lm)
+        assert work.bytes_per_step(1) == 2 * weights + 4 * position * 50 / 2
 
 
 # --- step times by position ---------------------------------------------------------------------

@@ -116,6 +116,14 @@ class TestScorer:
             assert goes_on_right(wav, song.name, there, songs())
             assert not goes_on_right(wav, song.name, there + 36, songs())
 
+    @pytest.mark.parametrize(("seconds", "then"), [(3, None), (5, None), (5, SONGS[6]), (2, SONGS[1])])
+    def test_a_song_that_does_not_go_on_to_the_end_is_not_right(self, seconds, then):
+        """Nor one that is followed by silence, or by another."""
+        for song in SONGS[2:6]:
+            wav, cut = rendered(song.notes, "piano", 8, 5).copy(), seconds * SAMPLE_RATE
+            wav[cut:] = 0 if then is None else rendered(then.notes, "piano", 8)[cut:]
+            assert not goes_on_right(wav, song.name, 5 * SAMPLE_RATE // HOP, songs())
+
     def test_tells_noise_silence_and_other_tunes_from_a_song(self):
         noise = np.random.default_rng(0).standard_normal(8 * SAMPLE_RATE) * 0.1
         ode = SONGS[0].notes
