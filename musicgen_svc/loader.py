@@ -53,7 +53,7 @@ class _Loaded:
     model: Item[Model]
     parts: tuple[Item[CompressionModel], Item[Text]]
     files: tuple[FileState, ...]
-    """Of the model itself, and the archive around them."""
+    """Of the model itself, the archive around them, and its parts, wherever an equal one was loaded from."""
 
     @property
     def items(self) -> tuple[Item[Model], Item[CompressionModel], Item[Text]]:
@@ -63,9 +63,7 @@ class _Loaded:
     @property
     def stands(self) -> bool:
         """Whether its files are still those that it was loaded from, and on a CPU may lie in."""
-        return all(
-            file.stands for file in (*self.files, *(file for part in self.parts for file in part.files))
-        )
+        return all(file.stands for file in self.files)
 
 
 class Loader:
@@ -235,12 +233,14 @@ class Loader:
     def _load(self, name: str, opened: OpenedCheckpoint) -> _Loaded:
         config = opened.config()
         melody = MELODY in conditioner_names(config)
-        codec = self._store.find(components.codec(self._weights, opened, config, self.device))
-        text = self._store.find(components.text(self._weights, opened, config, self.device))
+        codec_recipe = components.codec(self._weights, opened, config, self.device)
+        text_recipe = components.text(self._weights, opened, config, self.device)
+        codec, text = self._store.find(codec_recipe), self._store.find(text_recipe)
         lm = draft_lm(config, f"The {opened.format} {opened.path}", self.device)
         slots, precision = self._settings.slots, self._settings.precision
         given = self._weights.model(name)  # perhaps an archive, whose files lie elsewhere
-        files = tuple(FileState.of(file) for file in (*opened.files, given) if file.is_file())
+        made_of = (*opened.files, given, *codec_recipe.files, *text_recipe.files)
+        files = tuple(FileState.of(file) for file in made_of if file.is_file())
         size = lm.size + engine_bytes(config, self.device, slots=slots, precision=precision)
 
         def assembled() -> Model:
@@ -250,8 +250,8 @@ class Loader:
         needed: list[Item[Any]] = [model, codec, text]
         if melody:  # built when it is first heard: there must be room for it, too
             needed.append(self._store.find(self._separator(opened.path, config.get("sample_rate"))))
-        parts = "its codec, T5 and Demucs" if melody else "its codec and T5"
-        self._make_room(f"model_version {name!r} with {parts}", needed)
+        beside = "its codec, T5 and Demucs" if melody else "its codec and T5"
+        self._make_room(f"model_version {name!r} with {beside}", needed)
         self._store.get(codec)
         self._store.get(text)
         self._store.get(model)

@@ -109,6 +109,24 @@ def test_a_checkpoint_that_is_replaced_is_loaded_anew(by: str, weights: Path, ow
     assert second.codec._mono is first.codec._mono, "what had stayed was loaded again"
 
 
+def test_a_part_that_is_replaced_is_too_and_anothers_files_do_not_matter(
+    weights: Path, own: Path, tmp_path: Path
+) -> None:
+    """A codec is loaded once for all that have equal files, from the first one's."""
+    shutil.copytree(weights / "t5-small", tmp_path / "weights" / "t5-small")
+    base = Path(shutil.copytree(weights / "small", tmp_path / "weights" / "small"))
+    models = loader(tmp_path / "weights", own)
+    codec = models.model("small").codec._mono
+    finetuned = models.model("finetuned")
+    assert finetuned.codec._mono is codec
+    shutil.rmtree(base)
+    assert models.model("finetuned") is finetuned
+    (own / "compression_state_dict.bin").touch()
+    anew = models.model("finetuned")
+    assert anew is not finetuned and anew.codec._mono is codec, "its content is the same"
+    assert models.model("finetuned") is anew
+
+
 def test_an_archive_finds_what_lies_beside_it_and_is_replaced_like_any_file(
     weights: Path, own: Path, tmp_path: Path
 ) -> None:
