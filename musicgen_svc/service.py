@@ -163,11 +163,9 @@ def _use(device: torch.device) -> None:
 
 def _device(name: str) -> torch.device:
     """With its index, if it is a GPU."""
-    usable = torch.cuda.is_available()
-    fault = None if usable else _gpu_fault()
     if name == "auto":
-        name = "cuda" if usable else "cpu"
-        if fault:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and (fault := _gpu_fault()):
             print(f"This runs on the CPU, as the GPU cannot be used: {fault}")
     try:
         device = torch.device(name)
@@ -177,7 +175,7 @@ def _device(name: str) -> torch.device:
         ) from None
     if device.type != "cuda":
         return device
-    if fault:
+    if not torch.cuda.is_available() and (fault := _gpu_fault()):
         raise ServiceError(f"MUSICGEN_DEVICE is {name!r}, but the GPU cannot be used: {fault}")
     if (device.index or 0) >= torch.cuda.device_count():
         raise ServiceError(

@@ -32,12 +32,11 @@ def open_checkpoint(
     try:
         if not path.exists():
             raise WeightsError(f"{path} is missing.")
-        archive = _archive_at(path)
-        if archive and cache is None:
-            raise WeightsError(
-                f"{archive} is an archive, and no folder to unpack it in is set: unpack it first."
-            )
-        if archive and cache:
+        if archive := _archive_at(path):
+            if cache is None:
+                raise WeightsError(
+                    f"{archive} is an archive, and no folder to unpack it in is set: unpack it first."
+                )
             path = _heart(unpacked(archive, cache, limit_bytes))
         if path.is_file():
             return open_file(path)
