@@ -6,7 +6,7 @@ import gc
 import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from musicgen_svc.loader import Loader
 from musicgen_svc.pipeline import Pipeline, Result
 from musicgen_svc.progress import StopFlag
 from musicgen_svc.request import Request
+from musicgen_svc.request_threads import RequestThreads
 from musicgen_svc.settings import Settings
 from musicgen_svc.storage import WorkFolder
 from musicgen_svc.turns import Turns
@@ -26,6 +27,11 @@ from musicgen_svc.verification import check_sizes
 from musicgen_svc.weights import Weights, local
 
 RecordMetric = Callable[[str, object], None]
+GivenUp = Callable[[], bool]
+"""Whether Cog has ended a prediction that is still running here."""
+
+GIVEN_UP_POLL_S = 0.5
+"""How often a running request asks that."""
 
 
 class Service:
@@ -34,7 +40,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         # Cog's own event loop must stay free. Cog sends no more at once than there are threads.
-        self._threads = ThreadPoolExecutor(settings.slots, thread_name_prefix="request")
+        self._threads = RequestThreads(settings.slots)
         self._device_turn = Turns(1)
         self._work = WorkFolder(settings.work_dir)
         self._pipeline: Pipeline | None = None
@@ -48,7 +54,7 @@ class Service:
             ServiceError: what is missing or wrong.
         """
         try:
-            self._threads.submit(self._start, weights).result()
+            self._threads.run(partial(self._start, weights))
         except ServiceError:
             traceback.print_exc()
             raise
@@ -73,12 +79,15 @@ class Service:
         """False once the device has failed for good. Never waits for the device."""
         return not self._device_failed.is_set()
 
-    async def predict(self, fields: dict[str, object], record_metric: RecordMetric) -> Path:
-        """One prediction; its file stays for the grace period of the settings.
+    async def predict(
+        self, fields: dict[str, object], record_metric: RecordMetric, given_up: GivenUp = lambda: False
+    ) -> Path:
+        """Runs one prediction. Its file stays for the grace period of the settings.
 
         Raises:
             ServiceError: with the one sentence that the user reads.
             asyncio.CancelledError: the client cancelled; the request has let go of everything by then.
+            Stopped: Cog had given the prediction up; nobody reads the outcome.
         """
         request = Request.from_fields(fields, self._settings.max_duration_s)
         print(f"seed: {request.seed}")
@@ -87,7 +96,7 @@ class Service:
         folder = self._work.new_request()
         grace_s = 0.0
         try:
-            result = await self._in_thread(request, stop, folder)
+            result = await self._in_thread(request, stop, folder, given_up)
             grace_s = self._settings.output_grace_s
         finally:
             self._work.release(folder, grace_s)
@@ -95,19 +104,28 @@ class Service:
             record_metric(name, value)
         return result.path
 
-    async def _in_thread(self, request: Request, stop: StopFlag, folder: Path) -> Result:
+    async def _in_thread(self, request: Request, stop: StopFlag, folder: Path, given_up: GivenUp) -> Result:
+        """Runs a request on a thread, and stops it when it is cancelled or nobody waits for it.
+
+        A cancellation that reaches Cog in the first millisecond makes it answer the client and free the
+        prediction's place, although it has started the prediction: nobody could cancel that one any more.
+        """
         assert self._pipeline is not None, "start() comes first"
         # Cog tells predictions' log lines apart by context, which a thread does not inherit.
         context = contextvars.copy_context()
-        job = self._threads.submit(context.run, self._run, self._pipeline, request, stop, folder)
-        future = asyncio.wrap_future(job)
+        work = partial(context.run, self._run, self._pipeline, request, stop, folder)
+        job, outcome = self._threads.submit(work)
         try:
-            return await asyncio.shield(future)
+            while not (await asyncio.wait([outcome], timeout=GIVEN_UP_POLL_S))[0]:
+                if given_up() and not stop.cancelled:
+                    print("Cog gave this prediction up, so it is stopped.")
+                    stop.cancel()
+            return outcome.result()
         except asyncio.CancelledError:
             stop.cancel()
-            job.cancel()  # which is all, if no thread has begun with it
-            await asyncio.wait([future])
-            future.cancelled() or future.exception()  # read, so that asyncio does not report it as lost
+            if not job.withdraw():
+                await asyncio.wait([outcome])
+                outcome.exception()  # read, so that asyncio does not report it as lost
             raise
 
     def _run(self, pipeline: Pipeline, request: Request, stop: StopFlag, folder: Path) -> Result:

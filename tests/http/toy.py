@@ -17,24 +17,36 @@ SERVICE = Path(__file__).with_name("toy_service.py")
 KEPT = ("__init__.py", "errors.py", "settings.py", "storage.py")
 
 
-def checkout(folder: Path, open_requests_s: float = 1.0) -> Path:
-    """Makes it in `folder`, which is returned. A server that is told to stop waits so long for requests."""
+def checkout(folder: Path, **constants: float) -> Path:
+    """Makes it in `folder`, which is returned.
+
+    Args:
+        folder: an empty or absent folder.
+        constants: other values for constants of `musicgen_svc/cli`, by their names.
+    """
     (folder / "scripts").mkdir(parents=True)
     (folder / "musicgen_svc").mkdir()
     for name in ("predict.py", "openapi_schema.json"):
         shutil.copy(ROOT / name, folder)
     for script in ("_serve.py", "_predict.py", "_client.py", "_inputs.py"):
         shutil.copy(ROOT / "scripts" / script, folder / "scripts")
-    serve = folder / "scripts" / "_serve.py"
-    text, found = re.subn(
-        r"(?m)^OPEN_REQUESTS_S = .*", f"OPEN_REQUESTS_S = {open_requests_s}", serve.read_text()
-    )
-    assert found == 1
-    serve.write_text(text)
+    shutil.copytree(ROOT / "musicgen_svc" / "cli", folder / "musicgen_svc" / "cli")
+    for name, value in {"OPEN_REQUESTS_S": 1.0, **constants}.items():
+        replaced = [
+            _replace(path, rf"(?m)^{name} = .*", f"{name} = {value}")
+            for path in (folder / "musicgen_svc" / "cli").glob("*.py")
+        ]
+        assert sum(replaced) == 1, name
     for name in KEPT:
         shutil.copy(ROOT / "musicgen_svc" / name, folder / "musicgen_svc")
     shutil.copy(SERVICE, folder / "musicgen_svc" / "service.py")
     return folder
+
+
+def _replace(path: Path, pattern: str, by: str) -> int:
+    text, found = re.subn(pattern, by, path.read_text())
+    path.write_text(text)
+    return found
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")

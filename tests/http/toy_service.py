@@ -18,6 +18,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._healthy = True
+        self._running = 0
 
     def start(self, weights: str | None) -> None:
         print(f"weights: {weights}")
@@ -29,7 +30,24 @@ class Service:
     def healthy(self) -> bool:
         return self._healthy
 
-    async def predict(self, fields: dict[str, object], record_metric: Callable[[str, object], None]) -> Path:
+    async def predict(
+        self,
+        fields: dict[str, object],
+        record_metric: Callable[[str, object], None],
+        given_up: Callable[[], bool],
+    ) -> Path:
+        self._running += 1
+        try:
+            return await self._predict(fields, record_metric, given_up)
+        finally:
+            self._running -= 1
+
+    async def _predict(
+        self,
+        fields: dict[str, object],
+        record_metric: Callable[[str, object], None],
+        given_up: Callable[[], bool],
+    ) -> Path:
         prompt = str(fields["prompt"])
         print(f"seed: {fields['seed']}")
         record_metric("seed", fields["seed"] if fields["seed"] is not None else 12345)
@@ -53,6 +71,10 @@ class Service:
                     f"\r{percent:3d}%|##        | generate [00:01<00:09]", end="", file=sys.stderr, flush=True
                 )
                 await asyncio.sleep(0.2 if percent < 20 else 60)  # nobody is to see its end
+        if fields["duration"] == 600:  # as long as anybody waits for it
+            while not given_up():
+                await asyncio.sleep(0.05)
+        record_metric("running", self._running)
         for name, seconds in {"load": 0.5, "generate": 1.25}.items():
             record_metric(name, seconds)
         record_metric("audio_seconds", fields["duration"])

@@ -1,0 +1,204 @@
+"""One Cog server as a child: two processes, Cog's own and its Python worker, in a group of their own."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from musicgen_svc.cli.cog_log import CogLog, Console
+from musicgen_svc.cli.prediction_folders import PredictionFolders
+from musicgen_svc.cli.reaper import Reaper, end_group
+from musicgen_svc.storage import WorkFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = ROOT / "openapi_schema.json"
+PATHS = ("COG_WEIGHTS", "MUSICGEN_WEIGHTS_DIR", "MUSICGEN_WORK_DIR")
+"""Settings that may hold a path relative to where the user is; the server runs elsewhere."""
+LARGE_GB, PLACE_GB = 14, 1.8
+"""GPU memory for `large` with what is beside it and 4 GB for MultiBand Diffusion; and for each request."""
+MOST_AT_ONCE = 16
+LINE_BYTES = 2**24
+"""The longest line of Cog's log that is read; Cog cuts its own at 4 MB."""
+HEALTH_S = 12.0
+"""How long a health check may take; Cog gives its worker 10 s."""
+
+Json = dict[str, Any]
+
+
+class CogServer:
+    """A Cog server from its start until no process and no file of it is left."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, port: int, places: int,
+        reaper: Reaper, log: CogLog, folders: PredictionFolders, work: WorkFolder,
+    ) -> None:  # fmt: skip
+        self._process = process
+        self._reaper = reaper
+        self._work = work
+        self.port = port
+        self.places = places
+        self.log = log
+        self.folders = folders
+        self.was_ready = False
+        self._reading = asyncio.create_task(self._read_log())
+
+    @classmethod
+    async def start(cls, more: list[str], console: Console) -> "CogServer":
+        """Starts one on the loopback device. `more`: further arguments for Cog."""
+        reaper = Reaper()
+        work = WorkFolder()
+        reaper.watch_folder(work.path)
+        folders = PredictionFolders(reaper)
+        port = free_port()
+        variables = environment(port, work.new_request())
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1", *more,
+            cwd=ROOT,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            limit=LINE_BYTES,
+            start_new_session=True,  # a process group to kill, and Ctrl-C comes to the supervisor alone
+        )  # fmt: skip
+        reaper.watch_group(process.pid)
+        log = CogLog(console, folders.started, folders.finished)
+        return cls(process, port, int(variables["COG_MAX_CONCURRENCY"]), reaper, log, folders, work)
+
+    @property
+    def exit_status(self) -> int | None:
+        """As a shell gives it; None while the server runs."""
+        status = self._process.returncode
+        return status if status is None or status >= 0 else 128 - status
+
+    async def wait(self) -> None:
+        """Returns when Cog's own process has ended."""
+        await self._process.wait()
+
+    async def health(self) -> Json | None:
+        """What its health check says, or None: no answer."""
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                answer = json.loads(await _get(self.port, "/health-check"))
+        except (OSError, ValueError, asyncio.IncompleteReadError):
+            return None
+        return answer if isinstance(answer, dict) else None
+
+    async def stop(self, open_requests_s: float, hurried: asyncio.Event) -> None:
+        """Asks it to stop, and waits for requests that are running, but no longer than this."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        stopped = asyncio.create_task(self._process.wait())
+        hurry = asyncio.create_task(hurried.wait())
+        await asyncio.wait((stopped, hurry), timeout=open_requests_s, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+
+    async def end(self) -> None:
+        """Kills what still runs of it, and removes its files."""
+        await asyncio.to_thread(self._reaper.reap)
+        await asyncio.to_thread(end_group, self._process.pid)  # again: somebody may have killed the reaper
+        await self._process.wait()
+        with contextlib.suppress(TimeoutError):  # a process that left the group may hold the pipe
+            await asyncio.wait_for(self._reading, 1)
+        self._work.remove()
+        self.folders.clear()
+
+    async def _read_log(self) -> None:
+        assert self._process.stdout
+        while True:
+            try:
+                line = await self._process.stdout.readline()
+            except ValueError:  # longer than any line that means something
+                continue
+            if not line:
+                return
+            self.log.line(line.decode(errors="replace").rstrip("\r\n"))
+
+
+async def _get(port: int, path: str) -> bytes:
+    """The body of what a server on the loopback device answers."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+        return (await reader.read()).partition(b"\r\n\r\n")[2]
+    finally:
+        writer.close()
+
+
+def free_port() -> int:
+    """A port of the loopback device that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def place_schema(folder: Path) -> None:
+    """Puts the schema where Cog looks for it, unless an equal one lies there.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    target = folder / SCHEMA.name
+    if target.is_file() and target.read_bytes() == SCHEMA.read_bytes():
+        return
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f"{SCHEMA.name}.{os.getpid()}"  # another server may be doing the same right now
+    shutil.copyfile(SCHEMA, temporary)
+    temporary.replace(target)
+
+
+def warning_filters() -> str:
+    """Python's warnings: ours are shown, everybody else's not. The variable takes no wildcards."""
+    files = sorted((ROOT / "musicgen_svc").rglob("*.py"))
+    modules = [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files
+    ]
+    return ",".join(["ignore", *(f"default:::{module}" for module in [*modules, "predict"])])
+
+
+def environment(port: int, temporary: Path) -> dict[str, str]:
+    """The server's variables: the user's own, what the user may override, and what must be."""
+    quiet = {
+        "PYTHONWARNINGS": warning_filters(),
+        "RUST_LOG": "warn,coglet::setup=info,coglet::user=info,coglet::prediction=info",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    fixed = {
+        "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+        "HF_HUB_OFFLINE": "1",
+        "LOG_FORMAT": "json",  # for CogLog
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # Cog runs `python`
+        "PORT": str(port),
+        "TMPDIR": str(temporary),
+    }
+    paths = {
+        name: str(Path(os.environ[name]).absolute())  # a link stays one: what lies beside it counts
+        for name in PATHS
+        if os.environ.get(name) and Path(os.environ[name]).exists()
+    }
+    at_once = {} if os.environ.get("COG_MAX_CONCURRENCY") else {"COG_MAX_CONCURRENCY": str(concurrency())}
+    return quiet | os.environ | at_once | paths | fixed
+
+
+def concurrency() -> int:
+    """How many predictions run at once, unless the user says it: what the smallest GPU holds, else one."""
+    if os.environ.get("MUSICGEN_DEVICE") == "cpu":
+        return 1
+    try:  # torch knows better, but takes seconds to ask
+        shown = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True, timeout=10,
+        )  # fmt: skip
+        memory_gb = min(int(line) for line in shown.stdout.splitlines()) * 2**20 / 1e9
+    except (OSError, subprocess.TimeoutExpired, ValueError):  # there is none, or it is none of NVIDIA's
+        return 1
+    held = min(max(1, int((memory_gb - LARGE_GB) / PLACE_GB)), MOST_AT_ONCE)
+    return 1 << (held.bit_length() - 1)  # steps are computed for 1, 2, 4, 8 ... of them

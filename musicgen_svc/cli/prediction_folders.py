@@ -1,0 +1,93 @@
+"""The folders that Cog makes for each prediction, named after its id, and never removes."""
+
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from musicgen_svc.cli.reaper import Reaper
+
+COG_FOLDER = Path("/tmp/coglet/predictions")
+"""Fixed in Cog 0.23.1, whatever TMPDIR says."""
+
+
+class UnusableFolderError(Exception):
+    """Cog cannot make its folders: each prediction would take one of its places for ever."""
+
+
+def check(root: Path = COG_FOLDER) -> None:
+    """Makes sure that Cog can make its folders.
+
+    Raises:
+        UnusableFolderError: the folder belongs to another user, or the disk is full.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root):
+            pass
+    except OSError as error:
+        raise UnusableFolderError(
+            f"Cog cannot write to {root} ({error.strerror or error}), which it must: remove it, or "
+            "have its owner do so."
+        ) from None
+
+
+class PredictionFolders:
+    """Removes a prediction's folder when Cog has ended it and no request with its id is on its way.
+
+    Cog reads a prediction's outputs before it says that the prediction has ended. A second prediction may
+    have the same id, but only after the first.
+    """
+
+    def __init__(self, reaper: Reaper, root: Path = COG_FOLDER) -> None:
+        self._reaper = reaper
+        self._root = root
+        self._running: set[str] = set()
+        self._ended: set[str] = set()
+        self._requests: Counter[str] = Counter()
+
+    def requested(self, id: str) -> None:
+        """A request with this id goes to Cog."""
+        self._requests[id] += 1
+
+    def answered(self, id: str) -> None:
+        """It was answered, or its client has hung up."""
+        self._requests[id] -= 1
+        if not self._requests[id]:
+            del self._requests[id]
+        self._clear(id)
+
+    def started(self, id: str) -> None:
+        """Cog has started the prediction. It makes the folder next."""
+        self._running.add(id)
+        if (folder := self._folder(id)) is not None:
+            self._reaper.watch_folder(folder)
+
+    def finished(self, id: str) -> None:
+        """Cog has ended the prediction."""
+        self._running.discard(id)
+        self._ended.add(id)
+        self._clear(id)
+
+    def clear(self) -> None:
+        """Removes all that are left: Cog has ended."""
+        for id in self._running | self._ended:
+            self._remove(id)
+        self._running.clear()
+        self._ended.clear()
+
+    def _clear(self, id: str) -> None:
+        if id not in self._ended or id in self._running or id in self._requests:
+            return
+        self._ended.discard(id)
+        self._remove(id)
+
+    def _remove(self, id: str) -> None:
+        if (folder := self._folder(id)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._reaper.forget_folder(folder)
+
+    def _folder(self, id: str) -> Path | None:
+        """None: the id leads to another folder. Such an id can only come to Cog past the gate."""
+        folder = self._root / id
+        return folder if folder.parent == self._root and folder.name not in ("", "..") else None

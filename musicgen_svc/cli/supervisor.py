@@ -1,0 +1,137 @@
+"""Keeps a Cog server running behind the gate: starts it, watches it, and restarts it when it must be."""
+
+import asyncio
+import time
+from collections.abc import Awaitable
+
+from musicgen_svc.cli.cog_log import Console, sentence
+from musicgen_svc.cli.cog_server import CogServer, Json
+from musicgen_svc.cli.gate import Gate
+from musicgen_svc.cli.watch import Fault, Observation, Restarts, Watch
+
+OPEN_REQUESTS_S = 5.0
+"""How long running requests may take to end when the server is stopped; Cog itself would wait for ever."""
+DRAIN_S = 60.0
+"""How long running requests may take to end before a restart that can wait for them."""
+SET_UP_POLL_S, POLL_S = 0.1, 1.0
+SET_UP = ("READY", "BUSY", "UNHEALTHY", "DEFUNCT")
+"""What a server says of its health once it was set up. It may be unwell by then already."""
+
+
+class StopRequest:
+    """Whether the server was told to stop. Told once, it gives open requests their time; told twice, none."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.hurried = asyncio.Event()
+
+    def __call__(self) -> None:
+        (self.hurried if self.asked.is_set() else self.asked).set()
+
+
+class Supervisor:
+    """Runs one Cog server after another until it is told to stop."""
+
+    def __init__(self, url: str, more: list[str], gate: Gate, console: Console, stop: StopRequest) -> None:
+        """`url`: where clients reach the gate; `more`: arguments for Cog."""
+        self._url = url
+        self._more = more
+        self._gate = gate
+        self._console = console
+        self._stop = stop
+        self._restarts = Restarts()
+
+    async def run(self) -> int:
+        """Returns when everything is gone. The result is 0 if it was told to stop, else Cog's exit status."""
+        first = True
+        while True:
+            server = await CogServer.start(self._more, self._console)
+            self._gate.lead_to(server.port, server.folders)
+            try:
+                fault = await self._serve(server, first)
+                if fault is not None:
+                    await self._prepare_restart(server, fault)
+            finally:
+                if self._stop.asked.is_set():
+                    self._console.say("Stopping ...")
+                    await server.stop(OPEN_REQUESTS_S, self._stop.hurried)
+                await server.end()
+            if self._stop.asked.is_set():
+                return 0
+            if fault is None:
+                return server.exit_status or 0
+            first = False
+
+    async def _serve(self, server: CogServer, first: bool) -> Fault | None:
+        """Returns when the server must be restarted. None: it is to stop, or has stopped by itself.
+
+        What fails in the first set-up would fail again: the server stays up to say so, or has ended.
+        """
+        watching = asyncio.create_task(self._watch(server, first))
+        await _first(watching, server.wait(), self._stop.asked.wait())
+        if self._stop.asked.is_set():
+            return None
+        if not watching.cancelled():
+            return watching.result()
+        if server.exit_status and (server.was_ready or not first):
+            return Fault(f"it ended with status {server.exit_status}")
+        return None
+
+    async def _watch(self, server: CogServer, first: bool) -> Fault:
+        """Says how set-up goes and where the server is. Returns with the first fault."""
+        start_s = time.monotonic()
+        watch = Watch()
+        announced = False
+        while True:
+            health = await server.health()
+            if health is not None and not announced:
+                self._console.say(f"Setting up {self._url} ...")
+                announced = True
+                if first:
+                    self._gate.open()  # Cog itself tells clients that set-up has not ended
+            status = (health or {}).get("status")
+            if status == "SETUP_FAILED":
+                return await self._failed_set_up(health or {}, first)
+            if status in SET_UP and not server.was_ready:
+                server.was_ready = True
+                self._gate.open()
+                took_s = time.monotonic() - start_s
+                self._console.say(f"Ready after {took_s:.1f} s: {self._url} (Ctrl-C stops it)")
+            if announced:
+                seen = Observation(health, server.places, len(server.log.lost), server.log.running)
+                if (fault := watch.fault(time.monotonic(), seen)) is not None:
+                    return fault
+            await asyncio.sleep(POLL_S if server.was_ready else SET_UP_POLL_S)
+
+    async def _failed_set_up(self, health: Json, first: bool) -> Fault:
+        """Says why. In the first set-up the server stays up, else this is a fault."""
+        reason = sentence(str(health.get("setup", {}).get("logs", "")))
+        if not first:
+            return Fault(f"its set-up failed: {reason.rstrip('.')}")
+        self._console.say(f"Setup failed: {reason} (The server stays up to say so; Ctrl-C stops it.)")
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def _prepare_restart(self, server: CogServer, fault: Fault) -> None:
+        """Says why there is a restart, and returns when it is due and, where possible, nothing runs."""
+        delay_s = self._restarts.delay_s(time.monotonic(), fault)
+        when = f" in {delay_s:.0f} s" if delay_s >= 1 else ""
+        self._console.say(f"Cog's server is restarted{when}: {fault.reason}.")
+        if not fault.drain:
+            self._gate.close()
+        await _first(asyncio.sleep(delay_s), self._stop.asked.wait())
+        self._gate.close()
+        if fault.drain:
+            idle = server.log.idle.wait()
+            await _first(idle, asyncio.sleep(DRAIN_S), server.wait(), self._stop.asked.wait())
+
+
+async def _first(*awaitables: Awaitable[object]) -> None:
+    """Returns when one of them has ended, and the others are cancelled."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
