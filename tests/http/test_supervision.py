@@ -131,6 +131,27 @@ def test_a_process_that_is_stopped_is_replaced(
     check_that_it_serves(server, right)
 
 
+def test_lost_places_are_found_again_when_most_are_lost_and_nothing_runs(
+    server: CogServer, right: list[str]
+) -> None:
+    """Past the gate, where nothing refuses an id, a client can still make Cog lose its places."""
+    before = server.log.count("Ready after")
+    variables = Path(f"/proc/{worker(server)}/environ").read_bytes().split(b"\0")
+    port = int(next(v for v in variables if v.startswith(b"PORT=")).removeprefix(b"PORT="))
+    running = server.submit(LONG, "runs-on")
+    for number in range(PLACES - 1):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            id = "x" * 300 + str(number)
+            client.sendall(message("PUT", f"/predictions/{id}", {"input": good(0)}))
+            assert b"File name too long" in client.recv(9999)
+    wait_for(lambda: "of its 4 places are lost" in server.log)
+    assert server.log.count("Ready after") == before
+    server.cancel("runs-on")
+    assert running.result(30)["status"] == "canceled"
+    await_restart(server, before)
+    check_that_it_serves(server, right)
+
+
 def test_predictions_that_come_during_a_restart_wait_for_it(server: CogServer, right: list[str]) -> None:
     before = server.log.count("Cog's server is restarted")
     os.kill(cog(server), signal.SIGKILL)
