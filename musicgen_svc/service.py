@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from musicgen_svc.catalog import read_catalog
+from musicgen_svc.device import find_device, is_out_of_memory, use_device
 from musicgen_svc.engine.engine import StepError
 from musicgen_svc.errors import GenerationError, ServiceError, Stopped
 from musicgen_svc.loader import Loader
@@ -55,15 +56,15 @@ class Service:
         """
         try:
             self._threads.run(partial(self._start, weights))
-        except ServiceError:
-            traceback.print_exc()
+        except ServiceError as exc:
+            _print_cause(exc)
             raise
 
     def _start(self, given: str | None) -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        device = self._device = _device(self._settings.device)
-        _use(device)
+        device = self._device = find_device(self._settings.device)
+        use_device(device)
         check_sizes(self._settings.weights_dir)
         given = local(given, self._settings)
         weights = Weights.at(self._settings.weights_dir, read_catalog(), given)
@@ -131,12 +132,12 @@ class Service:
     def _run(self, pipeline: Pipeline, request: Request, stop: StopFlag, folder: Path) -> Result:
         """In the request's thread. Whatever goes wrong becomes one sentence, its cause goes to the log."""
         try:
-            _use(self._device)
+            use_device(self._device)
             return pipeline.run(request, stop, folder)
         except Stopped:
             raise
-        except ServiceError:
-            traceback.print_exc()
+        except ServiceError as exc:
+            _print_cause(exc)
             raise
         except Exception as exc:
             traceback.print_exc()
@@ -145,7 +146,7 @@ class Service:
     def _failure(self, exc: Exception) -> GenerationError:
         cause = exc.__cause__ if isinstance(exc, StepError) else exc
         assert cause is not None
-        if _is_out_of_memory(cause):
+        if is_out_of_memory(cause):
             exc.__traceback__ = cause.__traceback__ = None  # the frames hold what filled the memory
             with self._device_turn.taken_next():
                 gc.collect()
@@ -162,52 +163,7 @@ class Service:
         return GenerationError(f"The service failed ({type(cause).__name__}); its log has the cause.")
 
 
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
-"""In the words of torch's allocator on a CPU, of CUDA and Triton, and of CUDA's libraries."""
-
-
-def _is_out_of_memory(exc: BaseException) -> bool:
-    # Whatever asks past torch's allocator on a GPU fails with a plain RuntimeError or an AcceleratorError.
-    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(exc, RuntimeError) and any(words in str(exc) for words in _OUT_OF_MEMORY)
-    )
-
-
-def _use(device: torch.device) -> None:
-    """For every thread: each begins with the first GPU, and Triton launches on a thread's, not a tensor's."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
-def _device(name: str) -> torch.device:
-    """With its index, if it is a GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and (fault := _gpu_fault()):
-            print(f"This runs on the CPU, as the GPU cannot be used: {fault}")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ServiceError(
-            f"MUSICGEN_DEVICE is {name!r}; it must be auto, cpu, cuda or cuda:<number>."
-        ) from None
-    if device.type != "cuda":
-        return device
-    if not torch.cuda.is_available() and (fault := _gpu_fault()):
-        raise ServiceError(f"MUSICGEN_DEVICE is {name!r}, but the GPU cannot be used: {fault}")
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise ServiceError(
-            f"MUSICGEN_DEVICE is {name!r}, but {torch.cuda.device_count()} GPUs can be used here."
-        )
-    return torch.device("cuda", device.index or 0)
-
-
-def _gpu_fault() -> str | None:
-    """Why PyTorch cannot use a GPU that is there, such as an old driver. None: there is no GPU."""
-    if not torch.cuda.device_count():  # which asks the driver's library, and not CUDA
-        return None
-    try:
-        torch.cuda.current_device()
-    except RuntimeError as exc:
-        return " ".join(str(exc).split())
-    return None
+def _print_cause(exc: ServiceError) -> None:
+    """Puts an error into the log that came from another one. Of the others the sentence says all."""
+    if exc.__cause__ is not None:
+        traceback.print_exception(exc)

@@ -14,10 +14,11 @@ from fields import FIELDS
 from sounds import encode, tone
 from torch import Tensor
 
+from musicgen_svc.device import find_device
 from musicgen_svc.errors import GenerationError, InputError, ServiceError, Stopped
 from musicgen_svc.pipeline import Pipeline
 from musicgen_svc.progress import Progress, StopFlag
-from musicgen_svc.service import Service, _device
+from musicgen_svc.service import Service
 from musicgen_svc.settings import Settings
 from musicgen_svc.turns import Turn
 
@@ -107,7 +108,7 @@ def test_every_thread_uses_the_gpu_that_was_asked_for(
         torch.cuda, "set_device", lambda device: used.update({threading.current_thread().name: device})
     )
     monkeypatch.setattr(Pipeline, "run", ran)
-    service._device = _device("cuda:1")
+    service._device = find_device("cuda:1")
     assert predict(service).is_file()
 
 
@@ -115,7 +116,7 @@ def test_a_gpu_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, expected in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
-        assert str(_device(name)) == expected
+        assert str(find_device(name)) == expected
 
 
 def test_a_gpu_that_is_there_and_cannot_be_used_is_told(
@@ -130,15 +131,15 @@ def test_a_gpu_that_is_there_and_cannot_be_used_is_told(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", refuse)
-    assert str(_device("auto")) == "cpu"
+    assert str(find_device("auto")) == "cpu"
     assert re.search(reason, capsys.readouterr().out.strip())
     with pytest.raises(ServiceError, match=reason):
-        _device("cuda")
-    assert str(_device("cpu")) == "cpu"
+        find_device("cuda")
+    assert str(find_device("cpu")) == "cpu"
     assert capsys.readouterr().out == ""
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert str(_device("auto")) == "cpu"
+    assert str(find_device("auto")) == "cpu"
     assert capsys.readouterr().out == "", "a machine without a GPU has nothing to be told"
 
 
