@@ -22,7 +22,9 @@ def checkout(tmp_path: Path) -> Path:
         (tmp_path / name).touch()
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "test", tmp_path / "scripts")
-    (tmp_path / "scripts" / "_env").write_text('environment() { PYTHON="$PWD/python"; }\n')
+    (tmp_path / "scripts" / "_env").write_text(
+        f'ROOT="{tmp_path}"; environment() {{ PYTHON="$ROOT/python"; }}\n'
+    )
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
     return tmp_path
