@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import requests
-from _inputs import impossible_input
+from _fields import impossible_input
 
 Json = dict[str, Any]
 OnProgress = Callable[[int, str], None]
@@ -24,17 +24,29 @@ CONNECT_S = 10.0
 BUSY_FIRST_S, BUSY_LAST_S = 1.0, 15.0
 """How long to wait before asking a busy server again: doubled each time, up to the second."""
 POLL_S = 0.3
+CANCEL_S, CANCEL_AGAIN_S = 10.0, 0.1
+"""How long to repeat a cancel, and how often: a server ignores one that comes as the prediction starts."""
 
 PREFIXES = re.compile(
     r"(worker setup failed( \(slot [0-9a-f-]+\))?|((async|sync) )?(prediction|setup) failed)\s*:\s*",
     re.IGNORECASE,
 )
 EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit): (?=.* )")
+OURS = re.compile(r"(Service|Input|Audio|Weights|Generation)Error: ")
+"""The service's own errors, of musicgen_svc/errors.py: their sentence is all that there is to know."""
+IN_LOG = re.compile(r"its log has the cause|worker (crashed|died|exited)", re.IGNORECASE)
 BAR = re.compile(r"(\d{1,3})%\|[^|]*\|[ ]*([a-z][a-z-]*)?")
 
 
 class FailedError(Exception):
-    """The prediction, the server or the network failed: one sentence for the user."""
+    """The prediction, the server or the network failed: one sentence for the user.
+
+    `in_log`: the sentence does not hold the cause; only the server's log may.
+    """
+
+    def __init__(self, text: str, in_log: bool = False) -> None:
+        super().__init__(text)
+        self.in_log = in_log
 
 
 def sentence(error: str) -> str:
@@ -58,7 +70,7 @@ class Client:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         # A proxy that is set for the world outside does not know our loopback.
-        self._direct = re.match(r"https?://(localhost|127\.|\[::1\])", self.url) is not None
+        self._direct = re.match(r"(?i)https?://(localhost|127\.|\[::1\])", self.url) is not None
 
     def call(self, method: str, path: str, body: Json | None = None, timeout_s: float | None = 10.0) -> Any:
         """The response of `requests`, whatever its status."""
@@ -67,7 +79,9 @@ class Client:
                 session.trust_env = not self._direct
                 return session.request(method, self.url + path, json=body, timeout=(CONNECT_S, timeout_s))
         except requests.RequestException as error:
-            raise FailedError(f"The server at {self.url} does not answer: {_cause(error)}.") from None
+            raise FailedError(
+                f"The server at {self.url} does not answer: {_cause(error)}.", in_log=True
+            ) from None
 
     def health(self) -> Json:
         answer = _json(self.call("GET", "/health-check"))
@@ -88,9 +102,10 @@ class Client:
         """
         while (health := self.health())["status"] not in ("READY", "BUSY"):
             if health["status"] == "SETUP_FAILED":
-                raise FailedError(f"Setup failed: {sentence(health.get('setup', {}).get('logs', ''))}")
+                logs = health.get("setup", {}).get("logs", "")
+                raise FailedError(f"Setup failed: {sentence(logs)}", in_log=not OURS.search(logs))
             if health["status"] in ("DEFUNCT", "UNHEALTHY"):
-                raise FailedError(f"The server says that it is {health['status']}: restart it.")
+                raise FailedError(f"The server says that it is {health['status']}: restart it.", in_log=True)
             on_wait()
             time.sleep(0.1)
 
@@ -125,13 +140,22 @@ class Client:
         sender.start()
         try:
             self._follow(sender, path, impossible_input(schema), on_progress)
-        except BaseException:
-            with contextlib.suppress(FailedError):
-                self.call("POST", f"{path}/cancel", {}, timeout_s=2.0)
+        except BaseException as error:
+            if not self._cancel(sender, path):
+                error.add_note(f"The server did not say that it has cancelled {path}: it may still run.")
             raise
         if isinstance(answers[0], FailedError):
             raise answers[0]
         return answers[0]
+
+    def _cancel(self, sender: threading.Thread, path: str) -> bool:
+        """Repeats a cancel until the request that `sender` waits for is answered; whether it was."""
+        deadline_s = time.monotonic() + CANCEL_S
+        while sender.is_alive() and time.monotonic() < deadline_s:
+            with contextlib.suppress(FailedError):
+                self.call("POST", f"{path}/cancel", {}, timeout_s=2.0)
+            sender.join(CANCEL_AGAIN_S)
+        return not sender.is_alive()
 
     def _follow(
         self, sender: threading.Thread, path: str, question: Json | None, on_progress: OnProgress
@@ -178,9 +202,8 @@ def _result(response: Any) -> Json:
     if answer.get("status") == "canceled":
         raise FailedError("The prediction was cancelled.")
     if not response.ok or answer.get("status") != "succeeded":
-        raise FailedError(
-            sentence(str(answer.get("error") or f"The server answered {response.status_code}."))
-        )
+        text = sentence(str(answer.get("error") or f"The server answered {response.status_code}."))
+        raise FailedError(text, in_log=IN_LOG.search(text) is not None)
     if not isinstance(answer.get("output"), str):
         raise FailedError("The prediction succeeded and returned no file.")
     return answer

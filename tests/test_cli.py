@@ -1,9 +1,11 @@
 """scripts/predict's side of the conversation, against a server that answers like Cog's."""
 
 import base64
+import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import _client
+import _output
 import _predict
 import pytest
 from _client import Client, FailedError, progress, sentence
-from _inputs import UsageError, impossible_input, request_input
+from _fields import described, impossible_input
+from _inputs import MAX_FILE_BYTES, UsageError, checked_url, request_input
 from jsonschema import Draft7Validator
 from tqdm import tqdm
 
@@ -47,6 +51,7 @@ class FakeCog(ThreadingHTTPServer):
         self.running: dict[str, str] = {}  # id -> log so far
         self.started: list[Json] = []
         self.cancelled: list[str] = []
+        self.ignored_cancels = 0  # so many are answered like all others, and do nothing
 
 
 class FakeHandler(BaseHTTPRequestHandler):
@@ -87,7 +92,10 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
-        self.server.cancelled.append(self.path.split("/")[2])
+        if self.server.ignored_cancels:
+            self.server.ignored_cancels -= 1
+        else:
+            self.server.cancelled.append(self.path.split("/")[2])
         self._answer(200, {})
 
     def _answer(self, code: int, body: Json | bytes, kind: str = "application/json") -> None:
@@ -132,24 +140,21 @@ def failure(answer: Answer) -> Callable[[str, Json], Answer]:
         ("prompt=tempo=120", "tempo=120"),
         ('prompt="quoted"', "quoted"),
         ("prompt=", ""),
+        ('prompt="@home"', "@home"),
         ("prompt=7", "7"),
         ("prompt=true", "true"),
-        ("prompt=@home", "@home"),
         ("duration=30", 30),
         ("duration=8.0", 8.0),
-        ("duration=8.5", 8.5),
-        ("duration=long", "long"),
         ("seed=-1", -1),
         ("seed=4294967295", 4294967295),
         ("top_p=0.5", 0.5),
         ("temperature=1", 1),
-        ("temperature=nan", "nan"),
-        ("temperature=inf", "inf"),
         ("continuation=true", True),
         ("continuation=False", False),
-        ("continuation=1", "1"),
         ("output_format=mp3", "mp3"),
         ("input_audio=https://example.org/a.mp3", "https://example.org/a.mp3"),
+        ("input_audio=HTTPS://example.org/A.mp3", "https://example.org/A.mp3"),
+        ("input_audio=DATA:audio/wav;BASE64,UklGRg==", "data:audio/wav;base64,UklGRg=="),
     ],
 )
 def test_values_have_the_types_of_the_schema(pair: str, value: object) -> None:
@@ -166,11 +171,107 @@ def test_values_have_the_types_of_the_schema(pair: str, value: object) -> None:
         (["prompt=a", "prompt=b"], "prompt is given twice"),
         (["promt=a"], "There is no input 'promt'; there are model_version, prompt, input_audio, duration,"),
         (["input_audio=@nowhere.mp3"], "input_audio: cannot read nowhere.mp3: No such file or directory."),
+        (["input_audio=@."], "input_audio: cannot read .: Is a directory."),
+        (["input_audio=@/dev/null"], "input_audio: /dev/null is empty (0 bytes)"),
+        (["input_audio=clip.wav"], "write input_audio=@clip.wav to send that file."),
+        (["input_audio="], "write input_audio=@FILE."),
+        (["input_audio=file:///etc/passwd"], "neither an http(s) URL nor a data URI"),
+        (["input_audio=http://"], "it names no host."),
+        (["input_audio=http://host:port/a.wav"], "its host or port cannot be read."),
+        (["input_audio=data:audio/wav;base64,!!!!"], "whose base64 does not decode: write input_audio=@FILE"),
+        (["input_audio=data:audio/wav;base64,"], "the data URI is empty (0 bytes)"),
+        (["input_audio=data:audio/wav"], "a data URI without a comma"),
+        (["duration=0"], "duration is '0'; it must be a whole number from 1 to 600."),
+        (["duration=601"], "duration is '601'; it must be a whole number from 1 to 600."),
+        (["duration=8.5"], "duration is '8.5'; it must be a whole number from 1 to 600."),
+        (["duration="], "duration is ''; it must be a whole number from 1 to 600."),
+        (["duration=long"], "duration is 'long'; it must be"),
+        (["top_k=-1"], "top_k is '-1'; it must be a whole number, at least 0."),
+        (["top_p=1.5"], "top_p is '1.5'; it must be a number from 0 to 1."),
+        (["temperature=nan"], "temperature is 'nan'; it must be a number from 0 to 10."),
+        (["temperature=inf"], "temperature is 'inf'; it must be"),
+        (["continuation=1"], "continuation is '1'; it must be true or false."),
+        (["output_format=flac"], "output_format is 'flac'; it must be one of wav, mp3."),
+        (["output_format=@wav"], "output_format is '@wav'; it must be one of wav, mp3."),
+        (["prompt=caf\udce9"], "prompt: the value is not UTF-8 text"),
+        (["prompt=@nowhere.txt"], "to send text that begins with @, write prompt='\"@...\"'."),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(pairs: list[str], words: str) -> None:
-    with pytest.raises(UsageError, match=words.replace("(", r"\(")):
+    with pytest.raises(UsageError, match=re.escape(words)):
         request_input(pairs, SCHEMA)
+
+
+def test_exactly_what_the_schema_refuses_is_refused_here() -> None:
+    """The checker is our own, and judges words as `cog predict` would send them."""
+    validator = Draft7Validator({"$ref": "#/components/schemas/Input", **SCHEMA})
+    numbers = [-2, -1, 0, 1, 0.5, 1.5, 8, 8.0, 10, 11, 20, 21, 600, 601, 4294967295, 4294967296]
+    for name in SCHEMA["components"]["schemas"]["Input"]["properties"].keys() - {"prompt", "input_audio"}:
+        for text in [*map(str, numbers), "true", "false", "wav", "small", "rms", "word"]:
+            sent: list[Any] = [text]
+            with contextlib.suppress(ValueError):
+                sent.append(json.loads(text))
+            allowed = any(validator.is_valid({name: value}) for value in sent)
+            assert accepted([f"{name}={text}"]) == allowed, (name, text)
+
+
+def accepted(pairs: list[str]) -> bool:
+    try:
+        request_input(pairs, SCHEMA)
+    except UsageError:
+        return False
+    return True
+
+
+def test_a_prompt_is_read_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("a slow\nwaltz – très doux\n", encoding="utf-8")
+    pairs = [f"prompt=@{tmp_path}/words.txt"]
+    assert request_input(pairs, SCHEMA) == {"prompt": "a slow\nwaltz – très doux"}
+    (tmp_path / "words.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UsageError, match=r"words\.txt is not a UTF-8 text file"):
+        request_input(pairs, SCHEMA)
+
+
+def test_a_file_that_no_server_takes_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "long.wav").open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(UsageError, match=r"long\.wav has 78\.6 MB or more; Cog takes 78\.6 MB in a request"):
+        request_input([f"input_audio=@{tmp_path}/long.wav"], SCHEMA)
+
+
+def test_a_required_input_is_asked_for() -> None:
+    schema = {"components": {"schemas": {"Input": {"properties": {"text": {}}, "required": ["text"]}}}}
+    with pytest.raises(UsageError, match="The input text is missing: give it as -i text=VALUE"):
+        request_input([], schema)
+    assert request_input(["text=a"], schema) == {"text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("127.0.0.1:5791", "write http://127.0.0.1:5791"),
+        ("gpu-box", "write http://gpu-box"),
+        ("ftp://gpu-box", "the scheme is 'ftp'; write http://gpu-box"),
+        ("http://", "it names no host"),
+        ("http://gpu-box:many", "its host or port cannot be read"),
+        ("http://[::1", "its host or port cannot be read"),
+        ("http://gpu box", "it holds spaces"),
+        ("", "begins with its scheme"),
+    ],
+)
+def test_a_wrong_url_of_a_server_is_one_sentence(url: str, words: str) -> None:
+    with pytest.raises(UsageError, match=r"^--url .*" + re.escape(words)):
+        checked_url(url)
+    assert checked_url("HTTP://gpu-box:5000/path") == "HTTP://gpu-box:5000/path"
+
+
+def test_every_input_is_described_with_what_it_accepts() -> None:
+    text = described(SCHEMA)
+    assert "  duration: a whole number from 1 to 600; default 8\n" in text
+    assert "  output_format: one of wav, mp3; default wav\n" in text
+    assert "  continuation: true or false; default false\n" in text
+    for name in SCHEMA["components"]["schemas"]["Input"]["properties"]:
+        assert f"\n  {name}: " in f"\n{text}"
 
 
 @pytest.mark.parametrize(
@@ -365,14 +466,34 @@ def test_progress_is_told_while_the_prediction_runs(slow: FakeCog, client: Clien
     assert slow.started == [{"prompt": "a waltz"}]  # asking started nothing
 
 
-def test_an_interrupt_cancels_the_prediction(slow: FakeCog, client: Client) -> None:
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_an_interrupt_cancels_the_prediction(slow: FakeCog, client: Client, ignored: int) -> None:
+    """Cog answers a cancel that comes as a prediction starts with 200, and the prediction runs on."""
+
     def interrupt(percent: int, stage: str) -> None:
         if percent:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    slow.ignored_cancels = ignored
+    with pytest.raises(KeyboardInterrupt) as caught:
         predict(client, interrupt)
-    assert slow.cancelled == list(slow.running)
+    assert set(slow.cancelled) == set(slow.running)
+    assert slow.ignored_cancels == 0 and not hasattr(caught.value, "__notes__")
+
+
+def test_a_cancel_that_is_never_heeded_is_given_up_and_told(
+    slow: FakeCog, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_client, "CANCEL_S", 0.05)
+    slow.ignored_cancels = 10**6
+
+    def interrupt(percent: int, stage: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        predict(client, interrupt)
+    assert ["may still run" in note for note in caught.value.__notes__] == [True]
+    slow.running.clear()
 
 
 def test_a_server_without_a_schema_is_never_asked_for_progress(slow: FakeCog, client: Client) -> None:
@@ -393,23 +514,23 @@ def test_a_server_without_a_schema_is_never_asked_for_progress(slow: FakeCog, cl
 
 
 def test_the_suffix_is_that_of_what_came_back(cog: FakeCog) -> None:
-    assert _predict.fetch(WAV) == (b"RIFF....", ".wav")
-    assert _predict.fetch("data:audio/mpeg;base64,SUQz") == (b"ID3", ".mp3")
-    assert _predict.fetch("data:audio/flac,a%20b") == (b"a b", ".flac")
-    assert _predict.fetch(f"{cog.url}/uploaded/song.mp3") == (b"ID3 uploaded", ".mp3")
+    assert _output.fetch(WAV) == (b"RIFF....", ".wav")
+    assert _output.fetch("data:audio/mpeg;base64,SUQz") == (b"ID3", ".mp3")
+    assert _output.fetch("data:audio/flac,a%20b") == (b"a b", ".flac")
+    assert _output.fetch(f"{cog.url}/uploaded/song.mp3") == (b"ID3 uploaded", ".mp3")
 
 
 @pytest.mark.parametrize("output", ["data:audio/wav;base64,A", "/uploaded/gone.mp3", "ftp://example.org/x"])
 def test_an_output_that_cannot_be_had_is_one_sentence(cog: FakeCog, output: str) -> None:
     with pytest.raises(FailedError, match="output"):
-        _predict.fetch(cog.url + output if output.startswith("/") else output)
+        _output.fetch(cog.url + output if output.startswith("/") else output)
 
 
 def test_without_a_name_no_file_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("output.wav").write_bytes(b"mine")
-    assert [str(_predict.save(b"new", ".wav", None)) for _ in range(2)] == ["output-1.wav", "output-2.wav"]
-    assert str(_predict.save(b"new", ".mp3", None)) == "output.mp3"
+    assert [str(_output.save(b"new", ".wav", None)) for _ in range(2)] == ["output-1.wav", "output-2.wav"]
+    assert str(_output.save(b"new", ".mp3", None)) == "output.mp3"
     assert Path("output.wav").read_bytes() == b"mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "output-1.wav", "output-2.wav", "output.mp3", "output.wav",
@@ -429,10 +550,10 @@ def test_a_named_file_is_replaced_at_once_or_not_at_all(
 
         broken.setattr(Path, "write_bytes", full)
         with pytest.raises(FailedError, match="No space left on device"):
-            _predict.save(b"new", ".wav", path)
+            _output.save(b"new", ".wav", path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-    _predict.save(b"new", ".wav", path)
+    _output.save(b"new", ".wav", path)
     assert path.read_bytes() == b"new"
 
 
@@ -443,13 +564,13 @@ def test_a_link_is_followed_and_a_pipe_or_device_is_written_to(tmp_path: Path) -
     target.write_bytes(b"old")
     (tmp_path / "link.wav").symlink_to(target)
     assert (
-        _predict.save(b"new", ".wav", _predict.checked_output(tmp_path / "link.wav")) == tmp_path / "link.wav"
+        _output.save(b"new", ".wav", _output.checked_output(tmp_path / "link.wav")) == tmp_path / "link.wav"
     )
     assert target.read_bytes() == b"new" and (tmp_path / "link.wav").is_symlink()
 
     os.mkfifo(tmp_path / "pipe")
     end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    _predict.save(b"new", ".wav", _predict.checked_output(tmp_path / "pipe"))
+    _output.save(b"new", ".wav", _output.checked_output(tmp_path / "pipe"))
     assert os.read(end, 10) == b"new" and (tmp_path / "pipe").is_fifo()
     os.close(end)
 
@@ -458,12 +579,12 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _predict.checked_output(None) is None
+    assert _output.checked_output(None) is None
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UsageError, match="name a file elsewhere with -o"):
-        _predict.checked_output(None)
+        _output.checked_output(None)
     with pytest.raises(UsageError, match=r"^-o song\.wav: .* cannot be written to"):
-        _predict.checked_output(Path("song.wav"))
+        _output.checked_output(Path("song.wav"))
 
 
 def test_a_tilde_of_nobody_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,16 +592,13 @@ def test_a_tilde_of_nobody_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Path("~nobody-here.wav").write_bytes(b"RIFF")
     schema = json.loads((ROOT / "openapi_schema.json").read_text())
     assert request_input(["input_audio=@~nobody-here.wav"], schema)["input_audio"].startswith("data:audio/")
-    assert _predict.checked_output(Path("~nobody-here.wav")) == Path("~nobody-here.wav")
+    assert _output.checked_output(Path("~nobody-here.wav")) == Path("~nobody-here.wav")
 
 
 @pytest.mark.parametrize("name", [".", "nowhere/song.wav"])
 def test_an_impossible_output_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"^-o "):
-        _predict.checked_output(tmp_path / name)
-
-
-# Weights that are not there
+        _output.checked_output(tmp_path / name)
 
 
 # The whole command
@@ -531,8 +649,103 @@ def test_a_failed_prediction_is_its_sentence_and_status_1(cog: FakeCog, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_command_line_is_status_2_and_starts_nothing(tmp_path: Path) -> None:
-    ended = command(tmp_path, "-i", "promt=a waltz")
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("There is no input 'promt'")
-    assert ended.stderr.count("\n") == 1
+def test_a_prediction_that_fails_at_once_is_told_without_empty_lines(cog: FakeCog, tmp_path: Path) -> None:
+    cog.outcome = failure((200, {"status": "failed", "error": "Prediction failed: InputError: it is bad."}))
+    assert command(tmp_path, "--url", cog.url, "-i", "prompt=bad").stderr == "it is bad.\n"
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_audio_on_standard_output_is_alone_there(cog: FakeCog, tmp_path: Path, name: str) -> None:
+    metrics = {"seed": 7, "audio_seconds": 8.0}
+    cog.outcome = lambda id, values: (200, {"status": "succeeded", "output": WAV, "metrics": metrics})
+    ended = command(tmp_path, "--url", cog.url, "-i", "prompt=x", "-o", name)
+    assert (ended.returncode, ended.stdout) == (0, "RIFF....")
+    assert ended.stderr.endswith("  8.00 s of audio, seed 7\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("-", "The output cannot be written to standard output: "), ("a.wav", "a.wav is written, but standard")],
+)
+def test_a_reader_that_is_gone_is_one_sentence(cog: FakeCog, tmp_path: Path, name: str, words: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = ["--url", cog.url, "-i", "prompt=x", "-o", name]
+    with open(writer, "wb") as out:  # noqa: PTH123 (a descriptor, not a path)
+        ended = subprocess.run(
+            [sys.executable, ROOT / "scripts" / "_predict.py", *arguments], cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=out, stderr=subprocess.PIPE, text=True,
+            timeout=60,
+        )  # fmt: skip
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(words)
+    assert "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr
+
+
+def test_a_name_that_is_no_text_is_printed_as_it_is(cog: FakeCog, tmp_path: Path) -> None:
+    arguments = ["--url", cog.url, "-i", "prompt=x", "-o", b"caf\xe9"]
+    shown = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "_predict.py", *arguments], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert (shown.returncode, shown.stdout.splitlines()[0]) == (0, b"caf\xe9"), shown.stderr
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    with _predict.Progress() as progress:
+        for percent, stage in [(0, ""), (5, "load"), (6, "generate"), (6, "generate"), (100, "done")]:
+            progress.show(percent, stage)
+    assert capsys.readouterr().err.splitlines() == ["load        5%", "done      100%"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-i", "promt=a waltz"], "There is no input 'promt'"),
+        (["-i", "input_audio=clip.wav"], "input_audio is 'clip.wav'"),
+        ([], 'prompt and input_audio are both missing: give at least one of them. Try -i prompt="'),
+        (["-i", "prompt= "], "prompt and input_audio are both missing"),
+        (["-i", "prompt=" + "x" * 2001], "prompt has 2001 characters; at most 2000 are accepted."),
+        (["-i", "prompt=x", "-i", "duration=0"], "duration is '0'; it must be a whole number from 1 to 600."),
+        (["-i", "prompt=x", "-i", "duration=9"], "duration is 9; it must be between 1 and 8."),
+        (["-i", "prompt=x", "-i", "continuation=true"], "continuation is true but input_audio is missing"),
+        (["-i", "model_version=encode-decode"], "model_version 'encode-decode' needs input_audio"),
+        (["-i", b"prompt=caf\xe9"], "prompt: the value is not UTF-8 text"),
+        (["-i", "prompt=x", "--url", "127.0.0.1:5791"], "--url 127.0.0.1:5791: a server's URL begins with"),
+        (["-i", "prompt=x", "-o", "nowhere/x.wav"], "-o nowhere/x.wav: there is no folder"),
+    ],
+)
+def test_a_wrong_command_line_is_status_2_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    arguments: list[str | bytes], words: str,
+) -> None:  # fmt: skip
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a server was started")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.setattr(sys, "argv", ["scripts/predict", *map(os.fsdecode, arguments)])
+    monkeypatch.setattr(_predict.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("MUSICGEN_MAX_DURATION_S", "8")
+    monkeypatch.chdir(tmp_path)
+    assert _predict.main() == 2
+    err = capfd.readouterr().err
+    assert err.startswith(words) and err.count("\n") == 1
+
+
+def test_another_services_inputs_are_not_judged_by_our_rules(cog: FakeCog, tmp_path: Path) -> None:
+    cog.schema = {"components": {"schemas": {"Input": {"properties": {"text": {"type": "string"}}}}}}
+    ended = command(tmp_path, "--url", cog.url, "-i", "text=hello")
+    assert ended.returncode == 0, ended.stderr
+    assert cog.started == [{"text": "hello"}]
+
+
+def test_help_fits_80_columns(tmp_path: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "_predict.py", "--help"], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    assert max(map(len, shown.splitlines())) < 80
+    assert "  seed: a whole number from -1 to 4294967295\n" in shown

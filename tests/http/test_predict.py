@@ -68,6 +68,24 @@ def test_a_failed_set_up_is_its_sentence_and_status_1(checkout: Path, tmp_path: 
     assert err.splitlines()[-1] == "Setup failed: COG_WEIGHTS is 'broken', where there is no state_dict.bin."
 
 
+def test_the_log_is_kept_where_it_alone_holds_the_cause(
+    checkout: Path, tmp_path: Path, temporary: Path
+) -> None:
+    process = start(checkout, tmp_path, "-i", "prompt=crash", TMPDIR=str(temporary))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    said, named = err.splitlines()[-2:]
+    assert said == "Worker crashed"
+    log = Path(named.removeprefix("The server's log: "))
+    assert log.parent.parent == temporary
+    assert "prediction" in log.read_text().lower()
+
+    process = start(checkout, tmp_path, "-i", "prompt=refused", TMPDIR=str(temporary))
+    _, err = process.communicate(timeout=60)
+    assert err.splitlines()[-1] == "prompt is 'refused'; it must be another."
+    assert [path.name for path in temporary.iterdir()] == [log.parent.name]
+
+
 def test_a_server_that_runs_is_used_and_left_running(checkout: Path, tmp_path: Path) -> None:
     with CogServer(root=checkout) as server:
         process = start(checkout, tmp_path, "--url", server.url, "-i", "prompt=refused")
@@ -76,8 +94,8 @@ def test_a_server_that_runs_is_used_and_left_running(checkout: Path, tmp_path: P
         assert err.splitlines()[-1] == "prompt is 'refused'; it must be another."
         process = start(checkout, tmp_path, "--url", server.url, "-i", "duration=601")
         out, err = process.communicate(timeout=60)
-        assert (process.returncode, out) == (1, "")
-        assert err.splitlines()[-1] == "duration: 601 is greater than the maximum of 600."
+        assert (process.returncode, out) == (2, "")
+        assert err == "duration is '601'; it must be a whole number from 1 to 600.\n"
         process = start(checkout, tmp_path, "--url", server.url, "-i", "prompt=crash")
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (1, "")

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICE = Path(__file__).with_name("toy_service.py")
-KEPT = ("__init__.py", "errors.py", "settings.py", "storage.py")
+KEPT = ("__init__.py", "errors.py", "request.py", "settings.py", "storage.py")
 
 
 def checkout(folder: Path, **constants: float) -> Path:
@@ -28,8 +28,8 @@ def checkout(folder: Path, **constants: float) -> Path:
     (folder / "musicgen_svc").mkdir()
     for name in ("predict.py", "openapi_schema.json"):
         shutil.copy(ROOT / name, folder)
-    for script in ("_serve.py", "_predict.py", "_client.py", "_inputs.py"):
-        shutil.copy(ROOT / "scripts" / script, folder / "scripts")
+    for script in (ROOT / "scripts").glob("_*.py"):
+        shutil.copy(script, folder / "scripts")
     shutil.copytree(ROOT / "musicgen_svc" / "cli", folder / "musicgen_svc" / "cli")
     for name, value in {"OPEN_REQUESTS_S": 1.0, **constants}.items():
         replaced = [
