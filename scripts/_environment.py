@@ -1,9 +1,9 @@
 """Installs the environment of requirements.lock beside those that are there, and removes what nobody uses.
 
-Run by scripts/_env with the machine's own Python 3.11 or 3.12, so with the standard library alone:
+Run by scripts/_env with the machine's own Python, so with the standard library alone:
 
     _environment.py uv              prints the folder of uv, which is fetched if it is missing
-    _environment.py install HASH    makes .venvs/<version of this Python>-HASH, and does what `tidy` does
+    _environment.py install HASH    makes .venvs/HASH with this Python, and does what `tidy` does
     _environment.py tidy HASH DIR   links .venv to DIR, unless it leads to another environment of HASH, and
                                     removes environments of other hashes that no process uses
 
@@ -26,7 +26,6 @@ ENVIRONMENTS = ROOT / ".venvs"
 LINK = ROOT / ".venv"
 UV_VERSION = "0.13.9"
 UV = ROOT / ".cache" / f"uv-{UV_VERSION}"
-VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def say(text: str) -> None:
@@ -108,7 +107,7 @@ def install(lock_hash: str) -> None:
         SystemExit: the environment's folder is broken and in use; or as `fetch_uv`.
         subprocess.CalledProcessError: pip or uv failed, and has said why.
     """
-    folder = ENVIRONMENTS / f"{VERSION}-{lock_hash}"
+    folder = ENVIRONMENTS / lock_hash
     with install_lock():
         if not (is_current(folder, lock_hash) and runs(folder)):  # else another script was faster
             with unused(folder) as free:
@@ -124,8 +123,6 @@ def install(lock_hash: str) -> None:
 def _make(folder: Path) -> None:
     python = f"Python {sys.version.split()[0]} ({sys.executable})"
     say(f"Installing the environment for {python} into {folder.relative_to(ROOT)} (about 6 GB, once) ...")
-    if VERSION == "3.11":
-        say("Python 3.12 is recommended, as the image has it: install it, or name one in MUSICGEN_PYTHON.")
     uv = fetch_uv() / "bin" / "uv"
     stamp = folder / "stamp"
     stamp.unlink(missing_ok=True)
@@ -133,7 +130,7 @@ def _make(folder: Path) -> None:
     python_here, lock_file = folder / "bin" / "python", ROOT / "requirements.lock"
     _run(uv, "pip", "sync", "--quiet", "--require-hashes", "--python", python_here, lock_file)
     written = stamp.with_name("stamp.partial")
-    written.write_text(f"{folder.name.partition('-')[2]} {sys.executable}\n")
+    written.write_text(f"{folder.name} {sys.executable}\n")
     written.replace(stamp)
 
 
@@ -147,7 +144,7 @@ def _tidy(lock_hash: str, newest: Path) -> None:
     if not is_current(LINK, lock_hash) or not runs(LINK):
         _link(newest)
     for folder in ENVIRONMENTS.iterdir():
-        if folder.is_dir() and not folder.name.endswith(f"-{lock_hash}"):
+        if folder.is_dir() and folder.name != lock_hash:
             _remove_if_unused(folder)
 
 
