@@ -19,15 +19,15 @@ from musicgen_svc.checkpoints.unpickle import load_pickle
 from musicgen_svc.codec import Codec
 from musicgen_svc.compat import CompressionModel
 from musicgen_svc.conditioning import TEXT
+from musicgen_svc.damage import is_there
 from musicgen_svc.diffusion import Band, load_bands
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.separation import Separator, load_separator
+from musicgen_svc.separation import Separator, load_separator, read_bag
 from musicgen_svc.store import Draft, Recipe
-from musicgen_svc.t5 import TOKENIZER_FILES, T5Encoder, load_t5, load_tokenizer
+from musicgen_svc.t5 import BESIDE_TOKENIZER, TOKENIZER_FILES, T5Encoder, load_t5, load_tokenizer
 from musicgen_svc.weights import Weights
 
 ENCODEC = "encodec_32khz"
-_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def text(
     if t5.get("normalize_text"):
         raise WeightsError("The checkpoint normalizes its prompts (normalize_text), which needs spaCy.")
     inside = opened.text_encoder()
-    if inside is not None and any((opened.path / name).is_file() for name in TOKENIZER_FILES):
+    if inside is not None and any(is_there(opened.path / name) for name in TOKENIZER_FILES):
         folder = opened.path
     else:
         folder = weights.component(component_name(t5.name), opened.path)
@@ -101,12 +101,12 @@ def text(
         files, state = (folder / "config.json", *weight_files), read_tensors(weight_files)
     else:
         files, state = inside.files, inside.state
-    tokenizer_files = [folder / name for name in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER)]
+    tokenizer_files = [folder / name for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZER)]
     encoder = [t for name, t in state.items() if name.startswith("encoder.") and ".embed_tokens." not in name]
     embedding = [t for name, t in state.items() if name in ("shared.weight", "encoder.embed_tokens.weight")]
     return Recipe(
         kind="text",
-        files=(*files, *(path for path in tokenizer_files if path.is_file())),
+        files=(*files, *(path for path in tokenizer_files if is_there(path))),
         draft=lambda: Draft(
             _fp32_bytes([*encoder, *embedding[:1]]),
             lambda: Text(load_t5(inside or folder, device), load_tokenizer(folder)),
@@ -115,8 +115,12 @@ def text(
 
 
 def separator(folder: Path, sample_rate: int, device: torch.device) -> Recipe[Separator]:
-    """Demucs."""
-    models = tuple(sorted(folder.glob("*.safetensors")))
+    """Demucs.
+
+    Raises:
+        WeightsError: its list of models is missing or damaged, or names files elsewhere.
+    """
+    models = tuple(folder / f"{name}.safetensors" for name in sorted(set(read_bag(folder)["models"])))
     return Recipe(
         kind="separator",
         files=(*sorted(folder.glob("*.yaml")), *models),

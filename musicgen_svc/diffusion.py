@@ -30,6 +30,7 @@ import torch
 from julius import LowPassFilters, SplitBands
 from torch import nn
 
+from musicgen_svc.checkpoints.configs import codec_config
 from musicgen_svc.checkpoints.unpickle import load_pickle
 from musicgen_svc.codec import Codec
 from musicgen_svc.compat import NoiseSchedule, SampleProcessor, builders
@@ -71,7 +72,12 @@ def load_bands(path: Path, device: torch.device) -> list[Band]:
     package = load_pickle(path)
     try:
         rate = int(package["sample_rate"])
-        bands = [_build_band(package[index], rate, device) for index in range(package["n_bands"])]
+        bands = [
+            _build_band(package[index], rate, device, f"The file {path}")
+            for index in range(package["n_bands"])
+        ]
+    except WeightsError:
+        raise
     except Exception as exc:  # a configuration of another kind fails wherever it is first looked at
         missing = f"it has no {exc}" if type(exc) is KeyError else ""
         reason = missing or shorten(str(exc) or type(exc).__name__, 300, placeholder=" …")
@@ -81,8 +87,8 @@ def load_bands(path: Path, device: torch.device) -> list[Band]:
     return bands
 
 
-def _build_band(package: dict[str, Any], sample_rate: int, device: torch.device) -> Band:
-    config = package["cfg"]
+def _build_band(package: dict[str, Any], sample_rate: int, device: torch.device, origin: str) -> Band:
+    config = codec_config(package["cfg"], origin)  # a stranger's text, of which nothing may be run
     with on_meta():
         unet = builders.get_diffusion_model(config)
     unet.load_state_dict(package["model_state"], assign=True)

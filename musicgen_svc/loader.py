@@ -107,8 +107,8 @@ class Loader:
         """
         loaded = self._current(name)
         if loaded is None:
-            loaded = self._models[name] = self._load(name, self._opener.open(name))
-            self._opener.forget()
+            with self._opener.trying(name) as opened:
+                loaded = self._models[name] = self._load(name, opened)
         self._asked_last = name
         self._store.use(*loaded.items)
         return loaded.model.value()
@@ -117,7 +117,7 @@ class Loader:
         """Whether the model follows a melody, without loading it."""
         if loaded := self._current(name):
             return loaded.model.value().conditioner.takes_melody
-        return MELODY in conditioner_names(self._opener.open(name).config())
+        return MELODY in self._opener.read(name, lambda opened: conditioner_names(opened.config()))
 
     def melody_models(self) -> list[str]:
         """The names of the models that follow a melody."""
@@ -131,13 +131,12 @@ class Loader:
         Raises:
             WeightsError: neither is there.
         """
-        opened = self._opener.open(next(iter(self._weights.base_models()), FINETUNED))
-        self._opener.forget()
-        config = opened.config()
-        codec = self._store.find(components.codec(self._weights, opened, config, self.device))
-        # It has no model of its own, and whether the one that was asked for last still runs is not known.
-        self._make_room(f"The codec of {opened.path}", [codec], last=self._in_use())
-        given = Codec(wrap_codec(self._store.get(codec), config))
+        with self._opener.trying(next(iter(self._weights.base_models()), FINETUNED)) as opened:
+            config = opened.config()
+            codec = self._store.find(components.codec(self._weights, opened, config, self.device))
+            # It has no model of its own, and whether the one that was asked for last still runs is not known.
+            self._make_room(f"The codec of {opened.path.name}", [codec], last=self._in_use())
+            given = Codec(wrap_codec(self._store.get(codec), config))
         self._coding = codec, weakref.ref(given)
         return opened.path, given
 

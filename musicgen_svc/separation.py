@@ -1,6 +1,7 @@
 """Demucs: audio -> the stems that carry its melody."""
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from musicgen_svc.errors import WeightsError
+from musicgen_svc.damage import check_not_damaged, damaged
+from musicgen_svc.errors import WeightsError, first_line
 from musicgen_svc.ticks import Tick, no_tick
 
 MELODIC_STEMS = ("vocals", "other")
 _ARCHITECTURES = ("demucs.htdemucs.HTDemucs", "demucs.hdemucs.HDemucs", "demucs.demucs.Demucs")
 _BAG = "htdemucs"
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 REACH_S = 10.0
 """How far behind a place what is heard may change the stems there: a segment of HTDemucs, 7.8 s, and what it
@@ -81,11 +84,8 @@ def load_separator(folder: Path, sample_rate: int, device: torch.device) -> Sepa
     """
     from demucs.apply import BagOfModels
 
-    try:
-        bag = yaml.safe_load((folder / f"{_BAG}.yaml").read_text())
-        models = [_load_model(folder / f"{signature}.safetensors") for signature in bag["models"]]
-    except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError, RuntimeError) as exc:
-        raise WeightsError(f"{folder} does not hold a Demucs model: {exc}") from exc
+    bag = read_bag(folder)
+    models = [_load_model(folder / f"{signature}.safetensors") for signature in bag["models"]]
     bag_of_models = BagOfModels(models, bag.get("weights"), bag.get("segment"))
     missing = set(MELODIC_STEMS) - set(bag_of_models.sources)
     if missing:
@@ -93,14 +93,49 @@ def load_separator(folder: Path, sample_rate: int, device: torch.device) -> Sepa
     return Separator(bag_of_models.to(device).eval(), sample_rate)
 
 
+def read_bag(folder: Path) -> dict[str, Any]:
+    """The file that names the models of a Demucs, whose names are those of files beside it.
+
+    Raises:
+        WeightsError: it is missing or damaged, or names no models, or files elsewhere.
+    """
+    path = folder / f"{_BAG}.yaml"
+    check_not_damaged(path)
+    try:
+        bag = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
+        raise damaged(path, "YAML") from exc
+    names = bag.get("models") if isinstance(bag, dict) else None
+    if not isinstance(names, list) or not names:
+        raise damaged(path, "a list of Demucs models")
+    for name in names:
+        if not _NAME.fullmatch(str(name)):
+            raise WeightsError(
+                f"{path} names the model {name!r:.80}; it must be the plain name of a file beside it."
+            )
+    return dict(bag)
+
+
 def _load_model(path: Path) -> Any:
-    """One model. Its metadata names a class to build: only Demucs' own are built."""
+    """One model. Its metadata names a class to build: only Demucs' own are built.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or holds something else.
+    """
     from demucs.hf import load_safetensors_model
 
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if metadata.get("klass") not in _ARCHITECTURES:
-        raise ValueError(f"{path.name} names the class {metadata.get('klass')!r}")
-    if "_class" in json.dumps(json.loads(metadata.get("structure", "null"))):
-        raise ValueError(f"{path.name} names classes in its structure")
-    return load_safetensors_model(path)
+    check_not_damaged(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("klass") not in _ARCHITECTURES:
+            raise WeightsError(
+                f"{path} is a model of the class {metadata.get('klass')!r:.80}, which is no Demucs."
+            )
+        if "_class" in json.dumps(json.loads(metadata.get("structure", "null"))):
+            raise WeightsError(f"{path} names classes in its structure, which no Demucs does.")
+        return load_safetensors_model(path)
+    except SafetensorError as exc:
+        raise damaged(path, "safetensors") from exc
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as exc:
+        raise WeightsError(f"{path} does not hold a Demucs model: {first_line(exc)}") from exc

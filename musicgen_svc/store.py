@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from musicgen_svc.contents import FileState, Hashes
-from musicgen_svc.errors import WeightsError
+from musicgen_svc.damage import check_not_damaged
 from musicgen_svc.randomness import GlobalRandom
 from musicgen_svc.residency import Residency
 
@@ -84,11 +84,10 @@ class Store:
         """The resident thing of the same content, or one that is still to be built.
 
         Raises:
-            WeightsError: one of its files is missing, or its draft says what is wrong with them.
+            WeightsError: one of its files is missing or damaged, or its draft says what is wrong with them.
         """
         for path in recipe.files:
-            if not path.is_file():
-                raise WeightsError(f"{path} is missing.")
+            check_not_damaged(path)
         files = [FileState.of(path) for path in recipe.files]
         for item in self._items:
             alike = (item.kind, item.variant) == (recipe.kind, recipe.variant)

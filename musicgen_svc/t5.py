@@ -17,11 +17,13 @@ from torch.nn import functional as F
 from musicgen_svc.checkpoints import TransformersPart
 from musicgen_svc.checkpoints.fitting import check_fit
 from musicgen_svc.checkpoints.tensors import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
+from musicgen_svc.damage import check_not_damaged, is_there
 from musicgen_svc.errors import WeightsError, first_line
 from musicgen_svc.meta import on_meta
 from musicgen_svc.ticks import Tick, no_tick
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _SHARED = "shared.weight"
 _EMBEDDING = "encoder.embed_tokens.weight"
 _RELEASED = {
@@ -67,14 +69,30 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         WeightsError: there is none.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make one up
-        raise WeightsError(f"{folder} holds no tokenizer: {' or '.join(TOKENIZER_FILES)} is one.")
+    check_tokenizer_files(folder)
     from transformers import T5Tokenizer
 
     try:
         return T5Tokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as exc:
         raise WeightsError(f"{folder} does not hold T5's tokenizer: {first_line(exc)}") from exc
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """
+    Raises:
+        WeightsError: there is no tokenizer, one of its files is damaged, or one names files elsewhere.
+    """
+    present = [folder / name for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZER) if is_there(folder / name)]
+    if not any(path.name in TOKENIZER_FILES for path in present):  # transformers would make one up
+        raise WeightsError(f"{folder} holds no tokenizer: {' or '.join(TOKENIZER_FILES)} is one.")
+    for path in present:
+        check_not_damaged(path)
+        if path.suffix == ".json":
+            names = read_json(path).get("fast_tokenizer_files", [])
+            for name in names if isinstance(names, list) else [names]:
+                if not isinstance(name, str) or name != Path(name).name:
+                    raise WeightsError(f"{path} names {name!r:.80}, which is not in its folder.")
 
 
 class T5Encoder(nn.Module):

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from musicgen_svc.damage import obvious_fault
 from musicgen_svc.errors import WeightsError
 
 LOCK_FILE = "weights.lock.json"
@@ -36,6 +37,8 @@ def read_lock(weights_dir: Path) -> dict[str, LockedSource]:
         WeightsError: the file is not what `write_lock` wrote.
     """
     path = weights_dir / LOCK_FILE
+    if not path.exists():
+        return {}
     try:
         entries = json.loads(path.read_text())
         return {
@@ -49,11 +52,11 @@ def read_lock(weights_dir: Path) -> dict[str, LockedSource]:
             )
             for name, entry in entries.items()
         }
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        found = obvious_fault(path)
         raise WeightsError(
-            f"{path} cannot be read ({exc!r}): delete it and run scripts/download_weights again."
+            f"{path} {found.what if found else 'is damaged or truncated'}: delete it and run "
+            "scripts/download_weights again."
         ) from exc
 
 
@@ -73,8 +76,10 @@ def sha256_of(path: Path) -> str:
 def size_fault(path: Path, expected: LockedFile) -> str | None:
     """What is wrong with a file, without reading it: the start of a sentence, or nothing."""
     if not path.is_file():
-        return f"{path} is missing"
+        return f"{path} is a folder, and must be a file" if path.is_dir() else f"{path} is missing"
     size = path.stat().st_size
+    if size != expected.size and (found := obvious_fault(path)):
+        return f"{path} {found.what}"
     if size != expected.size:
         return f"{path} has {size:,} bytes instead of {expected.size:,}"
     return None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musicgen_svc.catalog import Catalog
-from musicgen_svc.checkpoints.archives import sweep
+from musicgen_svc.checkpoints.unpacking import sweep
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.settings import Settings
 

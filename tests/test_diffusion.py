@@ -429,7 +429,7 @@ def test_a_pickle_with_code_in_it_is_refused_unrun(file: Path, tmp_path: Path, w
         ({"best_state": {}}, "it has no 'sample_rate'"),
         ({"sample_rate": RATE, "n_bands": 0}, "it has no bands"),
         ({"sample_rate": RATE, "n_bands": 1, 0: {}}, "it has no 'cfg'"),
-        ({"sample_rate": RATE, "n_bands": 1, 0: {"cfg": {}}}, "'dict' object"),
+        ({"sample_rate": RATE, "n_bands": 1, 0: {"cfg": {}}}, "Missing key"),
         ([1, 2], "list indices"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_checkpoint_that_is_replaced_is_loaded_anew(by: str, weights: Path, ow
         content = (own / "newer").read_bytes()
         (own / "newer").unlink()
         file.write_bytes(content[: len(content) // 2])
-        with pytest.raises(WeightsError, match="own holds no MusicGen"):
+        with pytest.raises(WeightsError, match=r"own/state_dict\.bin cannot be read as a PyTorch checkpoint"):
             models.model("finetuned")
         file.write_bytes(content)
     second = models.model("finetuned")

@@ -10,6 +10,7 @@ torch_file.py            which of these wrote a torch.save file:
 transformers_folder.py   config.json and safetensors
 lora.py                  adapter_config.json: PEFT's adapter on a base model
 archives.py              a tar or zip around any of them
+unpacking.py             where an archive's files go, and how long they stay there
 """
 
 from musicgen_svc.checkpoints.opened import Checkpoint, CodecPointer, OpenedCheckpoint, TransformersPart

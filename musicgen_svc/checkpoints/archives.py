@@ -1,9 +1,10 @@
 """A tar or zip around a checkpoint -> a folder of its files, or a refusal before anything is written."""
 
 import bz2
+import errno
 import gzip
-import hashlib
 import lzma
+import os
 import shutil
 import stat
 import tarfile
@@ -11,20 +12,21 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from musicgen_svc.checkpoints.unpickle import ZIP_MAGIC, is_torch_file
+from musicgen_svc.damage import damaged
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.locking import locked
 
 MAX_UNPACKED_BYTES = 64 << 30
 """Several times the largest model in fp32."""
 _MAX_ENTRIES = 10_000
-_UNFINISHED = ".unpacking-"
-_LOCK = ".lock"
+UNFINISHED = ".unpacking-"
+"""What the name of a folder begins with while it is written."""
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PIECE_BYTES = 1 << 20
 """Files are copied in such pieces, and no header is longer."""
 _BLOCK = 512  # of a tar
@@ -34,7 +36,7 @@ _COMPRESSIONS: dict[bytes, Callable[..., Any]] = {
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
-_UNREADABLE = (
+UNREADABLE = (
     OSError, EOFError, ValueError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error,
     lzma.LZMAError,
 )  # fmt: skip
@@ -59,51 +61,44 @@ def is_archive(path: Path) -> bool:
         return False
 
 
-def unpacked(path: Path, cache: Path, limit_bytes: int = MAX_UNPACKED_BYTES) -> Path:
-    """The folder of an archive's files in `cache`, named by its content; unpacked on the first call.
+def unpack(path: Path, folder: Path, limit_bytes: int = MAX_UNPACKED_BYTES) -> None:
+    """Makes `folder` with all the archive's files, or nothing.
 
     Raises:
         WeightsError: a path in it leaves the folder, an entry is a link or a device, it unpacks to more than
-            `limit_bytes` or than the disk has, or it cannot be read. Nothing of it is left on the disk then.
+            `limit_bytes` or than the disk has, or it cannot be read.
     """
+    total = 0
     try:
-        with path.open("rb") as file:
-            folder = cache / hashlib.file_digest(file, "sha256").hexdigest()
-        if folder.is_dir():
-            return folder
-        cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache / _LOCK) as alone:  # one after the other: what is unfinished then is nobody's
-            if alone:
-                _remove_unfinished(cache)
-            if not folder.is_dir():  # else another process was first: its files are these files
-                _unpack(path, folder, limit_bytes)
-    except _UNREADABLE as exc:
-        raise WeightsError(f"{path} cannot be unpacked: {str(exc) or type(exc).__name__}") from exc
-    return folder
+        with _opened(path) as (entries, _):
+            total = _check(path, entries, limit_bytes)
+        free = shutil.disk_usage(folder.parent).free
+        if total > free:
+            raise WeightsError(
+                f"{path} unpacks to {total:,} bytes, and {folder.parent} has {free:,} left: make room there."
+            )
+        _write_all(path, folder)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as exc:
+        raise WeightsError(f"{path} cannot be unpacked: it holds two entries of one name.") from exc
+    except UNREADABLE as exc:
+        raise _failure(path, folder.parent, total, exc) from exc
 
 
-def sweep(cache: Path) -> None:
-    """Removes what interrupted unpackings left in `cache`, unless another process is unpacking there."""
-    if not any(cache.glob(f"{_UNFINISHED}*")):
-        return
-    with suppress(OSError), locked(cache / _LOCK, wait=False) as alone:  # it may be another's, or read-only
-        if alone:
-            _remove_unfinished(cache)
+def _failure(path: Path, cache: Path, total: int, exc: Exception) -> WeightsError:
+    number = (
+        exc.errno if isinstance(exc, OSError) else None
+    )  # without one it is a complaint about the content
+    if number in DISK_FULL:
+        return WeightsError(
+            f"{path} unpacks to {total:,} bytes, and the disk of {cache} is full: make room there."
+        )
+    if number is None:
+        return damaged(path, "an archive")
+    return WeightsError(f"{path} cannot be unpacked in {cache} ({os.strerror(number)}): check that folder.")
 
 
-def _remove_unfinished(cache: Path) -> None:
-    for left in cache.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _unpack(path: Path, folder: Path, limit_bytes: int) -> None:
-    """Makes `folder` with all its files, or nothing."""
-    with _opened(path) as (entries, _):
-        total = _check(path, entries, limit_bytes)
-    free = shutil.disk_usage(folder.parent).free
-    if total > free:
-        raise WeightsError(f"{path} unpacks to {total} bytes, and {folder.parent} has {free} left.")
-    temporary = folder.parent / f"{_UNFINISHED}{uuid.uuid4().hex}"  # tempfile's are the owner's alone
+def _write_all(path: Path, folder: Path) -> None:
+    temporary = folder.parent / f"{UNFINISHED}{uuid.uuid4().hex}"  # tempfile's are the owner's alone
     temporary.mkdir()
     try:
         with _opened(path) as (entries, read):
@@ -153,8 +148,11 @@ def _opened(path: Path) -> Iterator[tuple[Iterator[_Entry], Any]]:
             yield _zip_entries(archive, path), archive.open
         else:
             file = stack.enter_context(_decompressed(path))
-            tar = stack.enter_context(tarfile.open(fileobj=_ShortReads(file), mode="r:"))  # type: ignore[call-overload]
+            blocks = _ShortReads(file)
+            tar = stack.enter_context(tarfile.open(fileobj=blocks, mode="r:"))  # type: ignore[call-overload]
             yield _tar_entries(tar), tar.extractfile
+            if blocks.last != bytes(_BLOCK):  # where tarfile sees an end, too, but others' files may be lost
+                raise tarfile.ReadError("it does not end in zeros, as every tar does")
             _drain(file)
 
 
@@ -188,11 +186,14 @@ class _ShortReads:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.seek, self.tell = file.seek, file.tell
+        self.last = b""
+        """What was read last."""
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= _PIECE_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        return self._file.read(size)
+        self.last = self._file.read(size)
+        return self.last
 
 
 def _starts_like_zip(path: Path) -> bool:
@@ -205,7 +206,7 @@ def _is_tar(path: Path) -> bool:
     try:
         with _decompressed(path) as file:
             tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
-    except _UNREADABLE:
+    except UNREADABLE:
         return False
     return True
 

@@ -25,7 +25,8 @@ from musicgen_svc.checkpoints.tensors import read_json, read_tensors, tensor_fil
 from musicgen_svc.checkpoints.transformers_names import Place, place
 from musicgen_svc.errors import WeightsError
 
-_STEMS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")
 _UNSUPPORTED = (
@@ -54,7 +55,7 @@ class LoraFolder(OpenedCheckpoint):
         assert math.isfinite(strength), strength
         self.path = folder
         self._origin = f"The LoRA adapter {folder}"
-        self._settings = read_json(folder / "adapter_config.json")
+        self._settings = read_json(folder / ADAPTER_CONFIG)
         self._check_kind()
         name = self._settings.get("base_model_name_or_path")
         if not isinstance(name, str) or not name:
@@ -62,13 +63,13 @@ class LoraFolder(OpenedCheckpoint):
                 f"{self._origin} does not name its base: base_model_name_or_path in adapter_config.json "
                 f"is {name!r:.40}; it must be a model, such as facebook/musicgen-small."
             )
-        own = tensor_files(folder, _STEMS)
+        own = tensor_files(folder, ADAPTER_FILES)
         self._tensors = read_tensors(own)
         self._strength = strength
         if strength != 1:
             self.format = f"LoRA adapter at strength {strength:g}"
         self._base = base(name)
-        self.files = (*self._base.files, folder / "adapter_config.json", *own)
+        self.files = (*self._base.files, folder / ADAPTER_CONFIG, *own)
 
     def config(self) -> DictConfig:
         return self._base.config()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from musicgen_svc.checkpoints.unpacking import Unpacked
 from musicgen_svc.errors import WeightsError
 
 
@@ -53,6 +54,8 @@ class OpenedCheckpoint(ABC):
     """The file or folder that it was opened from, after unpacking."""
     files: tuple[Path, ...]
     """The files that the language model is made of."""
+    archive: Unpacked | None = None
+    """Where its files came from, if that is an archive."""
 
     @abstractmethod
     def config(self) -> DictConfig:

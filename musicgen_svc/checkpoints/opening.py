@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from musicgen_svc.checkpoints.archives import MAX_UNPACKED_BYTES, is_archive, unpacked
-from musicgen_svc.checkpoints.lora import LoraFolder
+from musicgen_svc.checkpoints.archives import MAX_UNPACKED_BYTES, is_archive
+from musicgen_svc.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_FILES, LoraFolder
 from musicgen_svc.checkpoints.opened import OpenedCheckpoint
-from musicgen_svc.checkpoints.tensors import read_json
-from musicgen_svc.checkpoints.torch_file import open_file, read_all
+from musicgen_svc.checkpoints.tensors import CONFIG, TRANSFORMERS_FILES, read_json
+from musicgen_svc.checkpoints.torch_file import EXPORT_CODEC, EXPORT_LM, open_file, read_all
 from musicgen_svc.checkpoints.transformers_folder import MODEL_TYPES, TransformersFolder
+from musicgen_svc.checkpoints.unpacking import unpacked
+from musicgen_svc.damage import is_there
 from musicgen_svc.errors import WeightsError
 
 _MAX_DEPTH = 8  # of folders around the one that matters, in an archive
@@ -23,7 +25,8 @@ def open_checkpoint(
     Args:
         base: the model's name that an adapter was trained on -> where it lies.
         strength: of an adapter; 0 is the base, 1 what was trained.
-        cache: the folder in which an archive is unpacked, once for each content.
+        cache: the folder in which an archive is unpacked, once for each content. What is in it is on trial
+            until `archive` of what is returned is told how loading it went.
         limit_bytes: the most that an archive may unpack to.
 
     Raises:
@@ -37,27 +40,62 @@ def open_checkpoint(
                 raise WeightsError(
                     f"{archive} is an archive, and no folder to unpack it in is set: unpack it first."
                 )
-            path = _heart(unpacked(archive, cache, limit_bytes))
-        if path.is_file():
-            return open_file(path)
-        return _open_folder(path, base, strength)
+            inside = unpacked(archive, cache, limit_bytes)
+            with inside.trying():
+                opened = _open(_heart(inside.folder), base, strength)
+                opened.archive = inside
+            return opened
+        return _open(path, base, strength)
     except OSError as exc:
         raise WeightsError(f"{exc.filename or path} cannot be read: {exc.strerror or exc}.") from exc
 
 
+def _open(path: Path, base: Callable[[str], Path] | None, strength: float) -> OpenedCheckpoint:
+    """Opens a folder, a file, or the folder that a file is a part of by its name and what lies beside it."""
+    if path.is_dir():
+        return _open_folder(path, base, strength)
+    folder = path.parent
+    if _is_part(path, ADAPTER_FILES, ADAPTER_CONFIG):
+        return _open_adapter(folder, base, strength)
+    if _is_part(path, TRANSFORMERS_FILES, CONFIG) and _model_type(folder) in MODEL_TYPES:
+        return TransformersFolder(folder)
+    if path.name == EXPORT_CODEC and (folder / EXPORT_LM).exists():
+        path = folder / EXPORT_LM
+    return open_file(path)
+
+
+def _is_part(file: Path, stems: tuple[str, ...], config: str) -> bool:
+    """Whether the file is that configuration, or one of those tensor files, a shard or an index beside it."""
+    if file.name == config:
+        return True
+    if not (file.parent / config).exists():
+        return False
+    bases = [stem.partition(".")[0] for stem in stems]
+    return file.name.startswith(tuple(f"{base}{mark}" for base in bases for mark in (".", "-")))
+
+
+def _model_type(folder: Path) -> object:
+    """Of a transformers folder. None: there is no configuration."""
+    config = folder / CONFIG
+    return read_json(config).get("model_type") if is_there(config) else None
+
+
+def _open_adapter(folder: Path, base: Callable[[str], Path] | None, strength: float) -> OpenedCheckpoint:
+    return LoraFolder(folder, lambda name: _open_base(name, folder, base), strength)
+
+
 def _open_folder(folder: Path, base: Callable[[str], Path] | None, strength: float) -> OpenedCheckpoint:
-    if (folder / "adapter_config.json").is_file():
-        return LoraFolder(folder, lambda name: _open_base(name, folder, base), strength)
+    if is_there(folder / ADAPTER_CONFIG):
+        return _open_adapter(folder, base, strength)
     contents = read_all(folder)
     if model := contents.lm():
         return model
-    config = folder / "config.json"
-    kind = read_json(config).get("model_type") if config.is_file() else None
+    kind = _model_type(folder)
     if kind in MODEL_TYPES:  # beside which trainers leave pickles of their own
         return TransformersFolder(folder)
     if contents.error:
         raise contents.error
-    if not config.is_file():
+    if not is_there(folder / CONFIG):
         raise WeightsError(
             f"{folder} holds no MusicGen: an audiocraft export, a dora checkpoint, a Cog trainer's file, "
             "a Lightning checkpoint, a bare state dict, a transformers folder or a LoRA adapter is one."
@@ -70,11 +108,9 @@ def _open_base(name: str, adapter: Path, base: Callable[[str], Path] | None) -> 
     if base is None:
         raise WeightsError(f"The LoRA adapter {adapter} needs {name!r:.80}, and no base models are known.")
     path = base(name)
-    if not path.is_dir():
-        return open_file(path)
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER_CONFIG).exists():
         raise WeightsError(f"The LoRA adapter {adapter} needs {name!r:.80}, which is an adapter itself.")
-    return _open_folder(path, None, 1.0)
+    return _open(path, None, 1.0)
 
 
 def _archive_at(path: Path) -> Path | None:

@@ -8,8 +8,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from musicgen_svc.checkpoints.unpickle import load_pickle
+from musicgen_svc.damage import check_not_damaged, damaged, is_there
 from musicgen_svc.errors import WeightsError
 
+CONFIG = "config.json"
 TRANSFORMERS_FILES = ("model.safetensors", "pytorch_model.bin")
 """What transformers calls a model's weights, the newer name first."""
 
@@ -19,14 +21,17 @@ _MAX_JSON_BYTES = 64 << 20
 def read_json(path: Path) -> dict[str, Any]:
     """
     Raises:
-        WeightsError: the file is absent or holds no JSON object.
+        WeightsError: the file is absent, damaged or holds no JSON object.
     """
+    check_not_damaged(path)
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise WeightsError(f"{path} takes {path.stat().st_size} bytes, which no configuration does.")
         value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as exc:
+        raise damaged(path, "JSON", f" (line {exc.lineno}, column {exc.colno})") from exc
     except (OSError, ValueError, RecursionError) as exc:
-        raise WeightsError(f"{path} cannot be read as JSON: {exc}") from exc
+        raise damaged(path, "JSON") from exc
     if not isinstance(value, dict):
         raise WeightsError(f"{path} holds a {type(value).__name__}; it must hold a JSON object.")
     return value
@@ -36,13 +41,15 @@ def tensor_files(folder: Path, stems: tuple[str, ...]) -> tuple[Path, ...]:
     """The files of the first of `stems` that is there: `model.safetensors`, or its shards by their index.
 
     Raises:
-        WeightsError: there is none, or the index names a file outside the folder or one that is missing.
+        WeightsError: there is none, or it is damaged, or the index names a file outside the folder or one
+            that is missing.
     """
     for stem in stems:
         index = folder / f"{stem}.index.json"
-        if index.is_file():
+        if is_there(index):
             return _shards(index)
-        if (folder / stem).is_file():
+        if is_there(folder / stem):
+            check_not_damaged(folder / stem)
             return (folder / stem,)
     raise WeightsError(f"{folder} holds a configuration without its weights, {' or '.join(stems)}.")
 
@@ -55,7 +62,7 @@ def read_tensors(files: tuple[Path, ...]) -> dict[str, torch.Tensor]:
     """
     state: dict[str, torch.Tensor] = {}
     for file in files:
-        state |= _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+        state |= read_safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
     return state
 
 
@@ -67,18 +74,24 @@ def _shards(index: Path) -> tuple[Path, ...]:
     for name in sorted({str(name) for name in names.values()}):
         if name != Path(name).name or name in (".", ".."):
             raise WeightsError(f"{index} names {name!r:.80}, which is not in its folder.")
-        if not (index.parent / name).is_file():
-            raise WeightsError(f"{index} names {name}, which is missing.")
+        if not is_there(index.parent / name):
+            raise WeightsError(f"{index} names {name}, which is missing: download or copy it again.")
+        check_not_damaged(index.parent / name)
         files.append(index.parent / name)
     return tuple(files)
 
 
-def _safetensors(file: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """
+    Raises:
+        WeightsError: it is damaged.
+    """
+    check_not_damaged(file)
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as exc:
-        raise WeightsError(f"{file} cannot be read as safetensors: {exc}") from exc
+        raise damaged(file, "safetensors") from exc
 
 
 def _pickled(file: Path) -> dict[str, torch.Tensor]:

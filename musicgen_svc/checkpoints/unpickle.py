@@ -13,7 +13,8 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
-from musicgen_svc.errors import WeightsError, first_line
+from musicgen_svc.damage import check_not_damaged, damaged
+from musicgen_svc.errors import WeightsError
 
 _ALLOWED = [
     DictConfig, ListConfig, AnyNode, Metadata, ContainerMetadata, defaultdict, dict, list, int, typing.Any,
@@ -28,46 +29,50 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 def is_torch_file(path: Path) -> bool:
     """Whether torch.save wrote the file: a zip of its own layout, or the pickle of older versions."""
     try:
-        with path.open("rb") as file:
-            if file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
-                return True
-        return _is_torch_zip(path)
+        return _head(path) == _LEGACY_MAGIC or _is_torch_zip(path)
     except OSError:
         return False
+
+
+def begins_like_torch_file(path: Path) -> bool:
+    """Whether torch.save may have written the file's beginning, even if its end is lost."""
+    try:
+        return _head(path).startswith((_LEGACY_MAGIC, ZIP_MAGIC))
+    except OSError:
+        return False
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(_LEGACY_MAGIC))
 
 
 def load_pickle(path: Path) -> Any:
     """The content of a torch.save file, its tensors mapped from disk.
 
     Raises:
-        WeightsError: the file is absent, is no torch.save file, or names a type that is not on the
-            short list above; nothing of it has been run then.
+        WeightsError: the file is absent or damaged, is no torch.save file, or names a type that is not on
+            the short list above; nothing of it has been run then.
     """
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing.")
+    check_not_damaged(path)
     try:
         mapped = _is_torch_zip(path)  # older files have no layout that could be mapped
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as exc:  # torch.load raises whatever its zip, pickle or tensor reader raises
-        raise WeightsError(f"{path} cannot be read as a PyTorch checkpoint: {_reason(exc)}") from exc
-
-
-def _reason(exc: Exception) -> str:
-    """Without PyTorch's advice, which is to read the file unsafely."""
-    if not isinstance(exc, pickle.UnpicklingError):
-        return first_line(exc)
-    named = re.search(r"GLOBAL (\S+)", str(exc))
-    return (
-        f"it holds {named[1]}, which is not read." if named else "it is damaged, or holds more than tensors."
-    )
+        # Nothing else of the message: PyTorch advises to read the file unsafely.
+        named = re.search(r"GLOBAL (\S+)", str(exc)) if isinstance(exc, pickle.UnpicklingError) else None
+        if named is None:
+            raise damaged(path, "a PyTorch checkpoint") from exc
+        raise WeightsError(
+            f"{path} cannot be read as a PyTorch checkpoint: it holds {named[1]}, which is not read."
+        ) from exc
 
 
 def _is_torch_zip(path: Path) -> bool:
     """One folder at the top, `data.pkl` in it: any other zip is an archive of somebody's files."""
-    with path.open("rb") as start:
-        if start.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
-            return False
+    if not _head(path).startswith(ZIP_MAGIC):
+        return False
     try:
         with zipfile.ZipFile(path) as file:
             names = file.namelist()

@@ -16,8 +16,11 @@ import torch
 
 from musicgen_svc.catalog import read_catalog
 from musicgen_svc.checkpoints import CodecPointer, open_checkpoint
-from musicgen_svc.checkpoints.archives import is_archive, sweep, unpacked
+from musicgen_svc.checkpoints.archives import is_archive
+from musicgen_svc.checkpoints.unpacking import sweep, unpacked
 from musicgen_svc.errors import WeightsError
+from musicgen_svc.loader import Loader
+from musicgen_svc.settings import Settings
 from musicgen_svc.weights import UNPACKED, Weights
 
 CONFIG = tools.config_of("small")
@@ -81,7 +84,7 @@ def test_what_was_unpacked_is_for_whom_the_cache_is(model: Path, tmp_path: Path)
     """Not for its owner alone: the next server may be another user's."""
     umask = os.umask(0o022)
     try:
-        folder = unpacked(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache")
+        folder = unpacked(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache").folder
     finally:
         os.umask(umask)
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "m", tmp_path / "cache")]
@@ -99,16 +102,20 @@ def test_a_torch_save_file_is_no_archive_and_a_tar_that_ends_in_one_is(model: Pa
 
 def test_an_archive_is_unpacked_once_for_its_content(model: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first = unpacked(pack(tmp_path / "x.tar", "w", {"m": model}), cache)
+    given = unpacked(pack(tmp_path / "x.tar", "w", {"m": model}), cache)
+    given.accept()
+    first = given.folder
     (first / "m").chmod(0o400)
     stamp = (first / "m").stat().st_mtime_ns
     os.link(tmp_path / "x.tar", tmp_path / "same.zip")
-    assert unpacked(tmp_path / "same.zip", cache) == first
+    assert unpacked(tmp_path / "same.zip", cache).folder == first
     assert (first / "m").stat().st_mtime_ns == stamp
     other = tmp_path / "other"
     other.write_bytes(b"2")
     (tmp_path / "x.tar").unlink()
-    second = unpacked(pack(tmp_path / "x.tar", "w", {"m": other}), cache)
+    given = unpacked(pack(tmp_path / "x.tar", "w", {"m": other}), cache)
+    given.accept()
+    second = given.folder
     assert second != first
     assert sorted(path.name for path in cache.iterdir()) == sorted([".lock", first.name, second.name])
 
@@ -184,11 +191,11 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "tar, pipe": (tar_of(("a", b"", FIFO)), "a device"),
     "tar, too large": (tar_of(("a", bytes(600), FILE), ("b", bytes(600), FILE)), "more than 1000 bytes"),
     "tar, a large claim": (claimed, "more than 1000 bytes"),
-    "tar, a long header": (long_header, "a header of 3221225472 bytes"),
-    "tar, endless headers": (endless_headers, "cannot be unpacked"),
+    "tar, a long header": (long_header, "cannot be read as an archive"),
+    "tar, endless headers": (endless_headers, "cannot be read as an archive"),
     "tar, too many": (tar_of(*((f"f{i}", b"", FILE) for i in range(10_001))), "more than 10000 files"),
-    "tar, twice the same": (tar_of(("a", b"1", FILE), ("a", b"2", FILE)), "cannot be unpacked"),
-    "tar, file as folder": (tar_of(("a", b"1", FILE), ("a/b", b"2", FILE)), "cannot be unpacked"),
+    "tar, twice the same": (tar_of(("a", b"1", FILE), ("a", b"2", FILE)), "holds two entries of one name"),
+    "tar, file as folder": (tar_of(("a", b"1", FILE), ("a/b", b"2", FILE)), "holds two entries of one name"),
     "zip, parent": (zip_of(("ok", b"1", 0), ("../out", b"1", 0)), "'../out', which is a path out of"),
     "zip, absolute": (zip_of(("/tmp/out", b"1", 0)), "which is a path out of"),
     "zip, backslash": (zip_of(("..\\out", b"1", 0)), "which is a path out of"),
@@ -255,7 +262,7 @@ def test_a_damaged_archive_is_refused_and_leaves_nothing(
     data = bytearray(archive.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
     archive.write_bytes(data)
-    with pytest.raises(WeightsError, match="cannot be unpacked"):
+    with pytest.raises(WeightsError, match="cannot be read as an archive"):
         open_checkpoint(archive, cache=watched / "cache")
 
 
@@ -266,7 +273,7 @@ def test_a_disk_too_small_is_said_before_it_is_full(
     from types import SimpleNamespace
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(WeightsError, match="has 1000 left"):
+    with pytest.raises(WeightsError, match="has 1,000 left: make room there"):
         unpacked(pack(tmp_path / "x", "w", {"m": model}), watched / "cache")
 
 
@@ -275,11 +282,11 @@ def test_a_disk_too_small_is_said_before_it_is_full(
 SLOWLY = """
 import sys, time
 from pathlib import Path
-from musicgen_svc.checkpoints import archives
+from musicgen_svc.checkpoints import archives, unpacking
 
 write = archives._write
 archives._write = lambda *args: (write(*args), print("writing", flush=True), time.sleep(60))
-archives.unpacked(Path(sys.argv[1]), Path(sys.argv[2]))
+unpacking.unpacked(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -316,7 +323,9 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
 def test_unpacking_clears_up_first(model: Path, tmp_path: Path) -> None:
     """A disk that is full of leftovers would have no room for it."""
     (tmp_path / "cache" / ".unpacking-x" / "deep").mkdir(parents=True)
-    folder = unpacked(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache")
+    given = unpacked(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache")
+    given.accept()
+    folder = given.folder
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted([".lock", folder.name])
 
 
@@ -324,3 +333,152 @@ def test_a_folder_without_leftovers_is_not_written_to(tmp_path: Path) -> None:
     sweep(tmp_path)
     sweep(tmp_path / "absent")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what is refused after it was unpacked ------------------------------------------------------------
+
+
+def left_in(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir() if path.name != ".lock")
+
+
+def export_without(weights: Path, folder: Path, name: str) -> Path:
+    """An archive of a model that lacks one of its tensors."""
+    package = torch.load(weights / "small" / "state_dict.bin", weights_only=True)
+    del package["best_state"][name]
+    torch.save(package, folder / "state_dict.bin")
+    codec = weights / "small" / "compression_state_dict.bin"
+    return pack(
+        folder / "upload.zip", "zip", {"state_dict.bin": folder / "state_dict.bin", codec.name: codec}
+    )
+
+
+def loader(places: Path, given: Path) -> Loader:
+    return Loader(Weights.at(places, read_catalog(), str(given)), tools.CPU, Settings())
+
+
+@pytest.fixture
+def places(weights: Path, tmp_path: Path) -> Path:
+    """The tiny weights, where something may be unpacked beside them."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for part in weights.iterdir():
+        (folder / part.name).symlink_to(part)
+    return folder
+
+
+def test_an_archive_without_a_model_is_gone_when_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no model")
+    archive = pack(
+        tmp_path / "x.zip", "zip", {"a/notes.txt": tmp_path / "notes.txt", "b": tmp_path / "notes.txt"}
+    )
+    with pytest.raises(WeightsError, match=r"/x\.zip holds no MusicGen"):
+        open_checkpoint(archive, cache=tmp_path / "cache")
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_a_damaged_file_in_an_archive_is_named_by_the_archive(tmp_path: Path) -> None:
+    (tmp_path / "state_dict.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    archive = pack(
+        tmp_path / "x.zip",
+        "zip",
+        {"own/state_dict.bin": tmp_path / "state_dict.bin", "own/a": tmp_path / "state_dict.bin"},
+    )
+    with pytest.raises(WeightsError, match=r"/x\.zip/own/state_dict\.bin is a Git LFS pointer") as caught:
+        open_checkpoint(archive, cache=tmp_path / "cache")
+    assert (
+        ".zip" not in caught.value.for_client and "own/state_dict.bin is a Git LFS" in caught.value.for_client
+    )
+
+
+def test_what_does_not_load_is_gone_and_what_did_load_stays(
+    places: Path, weights: Path, tmp_path: Path
+) -> None:
+    """Also if the last tensor is the one that does not fit."""
+    cache = places / UNPACKED
+    archive = export_without(weights, tmp_path, "out_norm.weight")
+    for _ in range(2):
+        with pytest.raises(WeightsError, match=rf"{archive}.* does not fit .*out_norm\.weight"):
+            loader(places, archive).start()
+        assert left_in(cache) == []
+    export = {file.name: file for file in (weights / "small").iterdir()}
+    good = pack(tmp_path / "good.zip", "zip", export)
+    model = loader(places, good).start()
+    assert left_in(cache) == [model.place.name]
+    loader(places, good)
+    assert left_in(cache) == [model.place.name], "a start keeps it"
+
+
+def test_a_codec_or_a_question_that_fails_leaves_nothing(places: Path, weights: Path, tmp_path: Path) -> None:
+    """A request may ask for the codec, or whether a model follows melodies, before the model is loaded."""
+    package = torch.load(weights / "small" / "state_dict.bin", weights_only=True)
+    package["xp.cfg"] = package["xp.cfg"].replace("model: t5", "model: clap")
+    torch.save(package, tmp_path / "state_dict.bin")
+    archive = pack(tmp_path / "x.zip", "zip", {"state_dict.bin": tmp_path / "state_dict.bin"})
+    models = loader(places, archive)
+    with pytest.raises(WeightsError, match="conditioned on"):
+        models.takes_melody("finetuned")
+    assert left_in(places / UNPACKED) == []
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from musicgen_svc.checkpoints import open_checkpoint
+
+opened = open_checkpoint(Path(sys.argv[1]), cache=Path(sys.argv[2]))
+print("opened", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_had_on_trial_goes_at_the_next_start(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / UNPACKED
+    archive = pack(tmp_path / "x.tar", "w", {"m": model})
+    command = [sys.executable, "-c", KILLED, str(archive), str(cache)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == "opened\n"
+            Weights.at(tmp_path, read_catalog(), None)
+            (folder, trial) = sorted(path for path in cache.iterdir() if path.name != ".lock")
+            assert trial.name == f"{folder.name}.trial", "its process lives"
+            mine = unpacked(archive, cache)
+            mine.refuse()
+            assert folder.is_dir(), "another process tries it"
+        finally:
+            process.kill()
+    Weights.at(tmp_path, read_catalog(), None)
+    assert left_in(cache) == []
+
+
+def test_what_one_process_accepted_no_other_removes(model: Path, tmp_path: Path) -> None:
+    archive = pack(tmp_path / "x.tar", "w", {"m": model})
+    one, other = unpacked(archive, tmp_path / "cache"), unpacked(archive, tmp_path / "cache")
+    one.accept()
+    other.refuse()
+    assert left_in(tmp_path / "cache") == [one.folder.name]
+
+
+def test_a_tar_that_was_cut_between_two_files_is_refused(weights: Path, tmp_path: Path) -> None:
+    """Its second file, the codec, would be lost without a word, and another one used."""
+    files = {name: weights / "small" / name for name in ("state_dict.bin", "compression_state_dict.bin")}
+    archive = pack(tmp_path / "x.tar", "w", files)
+    with tarfile.open(archive) as opened:
+        second = opened.getmember("compression_state_dict.bin").offset
+    os.truncate(archive, second)
+    with pytest.raises(WeightsError, match=r"x\.tar cannot be read as an archive, as it is .*truncated"):
+        open_checkpoint(archive, cache=tmp_path / "cache")
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_a_full_disk_is_said_with_the_room_that_is_needed(
+    model: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("musicgen_svc.checkpoints.archives._write", full)
+    with pytest.raises(
+        WeightsError, match=rf"unpacks to {model.stat().st_size:,} bytes, and the disk of .* is full"
+    ):
+        unpacked(pack(tmp_path / "x", "w", {"m": model}), watched / "cache")

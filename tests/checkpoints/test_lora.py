@@ -262,3 +262,10 @@ def test_a_base_must_be_known_and_be_a_model(bases: Path, tmp_path: Path) -> Non
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"without its weights, adapter_model\.safetensors"):
         opened(tmp_path, bases / "musicgen")
+
+
+@pytest.mark.parametrize("named", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_of_an_adapter_means_the_adapter(named: str, bases: Path, tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    given, whole = opened(tmp_path / named, bases), opened(tmp_path, bases)
+    assert (given.path, given.files, given.format) == (whole.path, whole.files, whole.format)

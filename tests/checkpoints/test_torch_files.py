@@ -316,3 +316,56 @@ def test_a_bare_state_dict_without_its_sizes_says_which(
     change(state)
     with pytest.raises(WeightsError, match=message):
         open_checkpoint(written("bare state dict", config, state, tmp_path)).lm()
+
+
+# --- files of a folder, named themselves ------------------------------------------------------------
+
+
+def other_codec(path: Path) -> torch.Tensor:
+    """Writes a codec of encodec_32khz's shape that is another one, and returns one of its codebooks."""
+    package = tools.codec_package()
+    name = next(name for name in package["best_state"] if name.endswith("embed"))
+    package["best_state"][name] = package["best_state"][name] + 1
+    torch.save(package, path)
+    return torch.Tensor(package["best_state"][name])
+
+
+@pytest.mark.parametrize("named", ["state_dict.bin", "compression_state_dict.bin"])
+def test_a_file_of_an_export_means_the_whole_export(named: str, models: Any, tmp_path: Path) -> None:
+    """Its configuration names a public codec, as every export's does; the one beside it is the right one."""
+    config, state, _ = models["small"]
+    folder = export(config, state, tmp_path / "export")
+    codebook = other_codec(folder / "compression_state_dict.bin")
+    given, whole = open_checkpoint(folder / named), open_checkpoint(folder)
+    assert (given.path, given.files, given.format) == (whole.path, whole.files, whole.format)
+    codec = given.codec()
+    assert isinstance(codec, Checkpoint)
+    assert any(
+        torch.equal(tensor, codebook) for tensor in codec.state.values() if tensor.ndim == codebook.ndim
+    )
+
+
+def test_a_file_takes_the_codec_of_its_folder_but_not_another_models(models: Any, tmp_path: Path) -> None:
+    config, state, _ = models["small"]
+    path = written("Cog trainer's file", config, state, tmp_path)
+    other_codec(tmp_path / "compression_state_dict.bin")
+    assert isinstance(open_checkpoint(path).codec(), Checkpoint)
+    export(config, state, tmp_path / "export")
+    (tmp_path / "export" / "state_dict.bin").rename(tmp_path / "state_dict.bin")
+    assert open_checkpoint(path).codec() == CodecPointer("encodec_32khz"), "the codec is the other model's"
+    assert isinstance(open_checkpoint(tmp_path / "state_dict.bin").codec(), Checkpoint)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_a_bare_state_dict_in_safetensors_is_read_as_one_in_a_torch_file(
+    where: str, name: str, models: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    _, state, expected = models[name]
+    save_file(state, tmp_path / "lm.safetensors")
+    opened = open_checkpoint(tmp_path / "lm.safetensors" if where == "file" else tmp_path)
+    assert opened.format == "bare state dict"
+    assert opened.files == (tmp_path / "lm.safetensors",)
+    torch.testing.assert_close(tools.logits(opened.lm()), expected, rtol=0, atol=1e-5)

@@ -263,3 +263,19 @@ def test_a_longer_chroma_is_a_longer_window(models: Any, tmp_path: Path) -> None
         assert _duration_s(1 + 32_000 * seconds // 4096) == seconds
     for frames in range(2, 500):
         assert 1 + int(32_000 * _duration_s(frames)) // 4096 == frames
+
+
+@pytest.mark.parametrize(
+    ("shard", "named"),
+    [
+        ("50GB", "model.safetensors"),
+        ("50GB", "config.json"),
+        ("200KB", "model.safetensors.index.json"),
+        ("200KB", "model-00001-of-*.safetensors"),
+    ],
+)
+def test_a_file_of_the_folder_means_the_folder(shard: str, named: str, models: Any, tmp_path: Path) -> None:
+    models("musicgen").save_pretrained(tmp_path, max_shard_size=shard)
+    given, whole = open_checkpoint(next(tmp_path.glob(named))), open_checkpoint(tmp_path)
+    assert (given.path, given.files, given.format) == (whole.path, whole.files, whole.format)
+    assert isinstance(given.codec(), TransformersPart) and given.text_encoder() is not None
