@@ -185,7 +185,8 @@ def _ffmpeg() -> str:
 
 def _no_ffmpeg(name: str) -> GenerationError:
     return GenerationError(
-        f"output_format is mp3 but ffmpeg was not found on the server ({name}); install it, or ask for wav."
+        f"output_format is mp3 but ffmpeg was not found on the server ({Path(name).name}); "
+        "install it, or ask for wav."
     )
 
 
@@ -199,4 +200,8 @@ def _reason(exc: Exception) -> str:
         return "No space left on device" if "No space left" in str(exc) else "ffmpeg failed"
     if isinstance(exc, OSError) and exc.strerror:
         return exc.strerror
+    if isinstance(exc, soundfile.LibsndfileError):
+        return str(exc.error_string).rstrip(".")  # without the file's path, which is no client's business
+    if isinstance(exc, MutagenError):
+        return "its tags could not be written"
     return str(exc).rstrip(".")

@@ -215,10 +215,11 @@ class Loader:
         try:
             self._store.check_room(items, keep)
         except DoesNotFit as exc:
-            raise WeightsError(
+            sentence = (
                 f"{what} takes {exc.need / GB:.3g} GB of memory, and the budget is {exc.budget / GB:.3g} GB: "
                 "take a smaller model, or raise MUSICGEN_MEMORY_BUDGET_GB."
-            ) from exc
+            )
+            raise WeightsError(sentence, for_client=sentence) from exc
 
     def _resident(self, name: str) -> _Loaded | None:
         loaded = self._models.get(name)

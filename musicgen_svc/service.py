@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 from musicgen_svc.catalog import read_catalog
 from musicgen_svc.device import find_device, is_out_of_memory, use_device
 from musicgen_svc.engine.engine import StepError
-from musicgen_svc.errors import GenerationError, ServiceError, Stopped
+from musicgen_svc.errors import GenerationError, ServiceError, Stopped, WeightsError
+from musicgen_svc.failures import for_client, log_failure
 from musicgen_svc.loader import Loader
 from musicgen_svc.pipeline import Pipeline, Result
 from musicgen_svc.progress import StopFlag
@@ -137,10 +138,11 @@ class Service:
         except Stopped:
             raise
         except ServiceError as exc:
-            _print_cause(exc)
-            raise
+            if exc.__cause__ is not None or isinstance(exc, WeightsError):  # else its sentence says all
+                log_failure(exc)
+            raise for_client(exc) from None
         except Exception as exc:
-            traceback.print_exc()
+            log_failure(exc)
             raise self._failure(exc) from None
 
     def _failure(self, exc: Exception) -> GenerationError:

@@ -53,8 +53,9 @@ class WorkFolder:
                     self._make()
             return Path(tempfile.mkdtemp(dir=self._path))
         except OSError as exc:
+            reason = exc.strerror or type(exc).__name__  # its own text names the folder
             raise GenerationError(
-                f"The server cannot write where outputs lie ({exc.strerror or exc}); see MUSICGEN_WORK_DIR."
+                f"The server cannot write where outputs lie ({reason}); see MUSICGEN_WORK_DIR."
             ) from exc
 
     def release(self, request_folder: Path, after_s: float = 0.0) -> None:

@@ -183,14 +183,16 @@ def test_weights_that_do_not_fit_are_named(weights: Path, own: Path) -> None:
     state["extra.weight"] = state.pop("out_norm.weight")
     torch.save(package, own / "state_dict.bin")
     with pytest.raises(
-        WeightsError, match=r"missing are 1 \(out_norm.weight\); unexpected are 1 \(extra.weight\)"
+        WeightsError,
+        match=r"it lacks 1 tensor \(out_norm.weight\); it has 1 tensor \(extra.weight\) too many",
     ):
         loader(weights, own).start()
     state["out_norm.weight"] = torch.zeros(3)
     del state["extra.weight"]
     torch.save(package, own / "state_dict.bin")
     with pytest.raises(
-        WeightsError, match=r"of another shape are 1 \(out_norm.weight is \[3\] where \[64\] belongs"
+        WeightsError,
+        match=r"it has 1 tensor \(out_norm.weight is \[3\] where \[64\] belongs\) of another shape",
     ):
         loader(weights, own).start()
 

@@ -91,8 +91,8 @@ def test_a_part_of_a_checkpoint_loads(tmp_path: Path) -> None:
         ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'; it must be relu or gated"),
         ({"num_layers": 0}, "builds no T5"),
         ({"num_layers": "two"}, "builds no T5"),
-        ({"d_ff": 41}, r"does not fit its configuration as a T5 encoder: of another shape are 6 \("),
-        ({"num_layers": 4}, r"missing are 8 \(encoder.block.3.layer.0.SelfAttention.k.weight"),
+        ({"d_ff": 41}, r"does not fit its configuration as a T5 encoder: it has 6 tensors \("),
+        ({"num_layers": 4}, r"it lacks 8 tensors \(encoder.block.3.layer.0.SelfAttention.k.weight"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:

@@ -21,15 +21,19 @@ def check_fit(
         WeightsError: names are missing or unexpected, or shapes differ; the message names the first few.
     """
     faults = []
-    for kind, names in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys())):
-        if names:
-            faults.append(f"{kind} are {some(sorted(names))}")
+    if missing := own.keys() - state.keys():
+        faults.append(f"it lacks {some(sorted(missing))}")
+    if unexpected := state.keys() - own.keys():
+        faults.append(f"it has {some(sorted(unexpected))} too many")
     shapes = [
         f"{name} is {list(state[name].shape)} where {list(own[name].shape)} belongs"
         for name in sorted(own.keys() & state.keys())
         if own[name].shape != state[name].shape
     ]
     if shapes:
-        faults.append(f"of another shape are {some(shapes)}")
+        faults.append(f"it has {some(shapes)} of another shape")
     if faults:
-        raise WeightsError(f"{origin} does not fit its configuration as a {what}: {'; '.join(faults)}.")
+        raise WeightsError(
+            f"{origin} does not fit its configuration as a {what}: {'; '.join(faults)}; weights and "
+            "configuration must be of one model."
+        )

@@ -167,9 +167,9 @@ class _Merge:
         """
         faults = []
         if self._unexpected:
-            faults.append(f"the base has no {some(self._unexpected)}")
+            faults.append(f"it changes {some(self._unexpected)} that the base does not have")
         if self._misshapen:
-            faults.append(f"of another shape than the base's are {some(self._misshapen)}")
+            faults.append(f"it changes {some(self._misshapen)} of another shape than the base's")
         if faults:
             raise WeightsError(f"{origin} does not fit its base: {'; '.join(faults)}.")
 

@@ -89,11 +89,12 @@ def component_name(name: object) -> str:
         WeightsError: it is no plain name. A checkpoint's configuration is a stranger's text.
     """
     last = str(name).rsplit("/", 1)[-1]
-    if last in ("", ".", "..") or not all(c.isalnum() or c in "._-" for c in last):
+    if last.startswith(".") or not last or not all(c.isalnum() or c in "._-" for c in last):
         raise WeightsError(f"The checkpoint needs {str(name)!r:.80}, which is no name of a model.")
     return last
 
 
 def some(names: list[str]) -> str:
-    """How many, and the first few: `5 (a, b, c, …)`."""
-    return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+    """How many tensors, and the first few: `1 tensor (a)`, `5 tensors (a, b, c, …)`."""
+    count = f"{len(names)} tensor{'' if len(names) == 1 else 's'}"
+    return f"{count} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"

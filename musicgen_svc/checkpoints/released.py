@@ -67,7 +67,7 @@ class _Sizes:
         needed = ["emb.0.weight", first + "linear1.weight", text]
         missing = [key for key in needed if key not in state or state[key].ndim != 2]
         if missing:
-            raise WeightsError(f"{origin} does not tell its sizes: missing are {some(missing)}.")
+            raise WeightsError(f"{origin} does not tell its sizes, as it lacks {some(missing)}.")
         entries, self.dim = state["emb.0.weight"].shape
         self.card = entries - 1  # the last entry is the special token
         self.codebooks = _count(state, r"emb\.(\d+)\.weight")

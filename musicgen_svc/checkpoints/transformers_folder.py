@@ -127,10 +127,10 @@ class TransformersFolder(OpenedCheckpoint):
             else:
                 thirds.setdefault(target.key, {})[target.third] = tensor
         if unexpected:
-            raise WeightsError(f"{self._origin} holds tensors that no MusicGen has: {some(unexpected)}.")
+            raise WeightsError(f"{self._origin} holds {some(unexpected)} that no MusicGen has.")
         missing = [name_of_third(key, i) for key, parts in thirds.items() for i in THIRDS if i not in parts]
         if missing:
-            raise WeightsError(f"{self._origin} lacks tensors: {some(missing)}.")
+            raise WeightsError(f"{self._origin} lacks {some(missing)}.")
         for key, parts in thirds.items():
             if len({part.shape for part in parts.values()}) > 1:
                 shapes = ", ".join(str(list(parts[i].shape)) for i in THIRDS)

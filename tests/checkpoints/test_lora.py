@@ -181,8 +181,11 @@ def test_an_adapter_in_a_torch_save_file_loads(bases: Path, tmp_path: Path) -> N
         (peft.LoraConfig(target_modules=["q_proj"], use_dora=True), "uses use_dora, which is more than LoRA"),
         (peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"), "init_lora_weights 'pissa'"),
         (peft.LoHaConfig(target_modules=["q_proj"]), "type 'LOHA'; it must be 'LORA'"),
-        (peft.LoraConfig(target_modules=["wi"]), r"the base has no \d+ \(text_encoder\."),
-        (peft.LoraConfig(target_modules=["q_proj"], bias="all"), r"the base has no \d+ \(audio_encoder\."),
+        (
+            peft.LoraConfig(target_modules=["wi"]),
+            r"changes 1 tensor \(text_encoder\..* that the base does not",
+        ),
+        (peft.LoraConfig(target_modules=["q_proj"], bias="all"), r"\d+ tensors \(audio_encoder\."),
     ],
 )
 def test_more_than_lora_is_refused(adapter: Any, message: str, bases: Path, tmp_path: Path) -> None:
@@ -194,9 +197,14 @@ def test_more_than_lora_is_refused(adapter: Any, message: str, bases: Path, tmp_
 def test_an_adapter_of_another_size_or_architecture_is_refused(bases: Path, tmp_path: Path) -> None:
     save(adapted(target_modules=["encoder_attn.q_proj", "fc1"]), tmp_path / "adapter")
     model_of("musicgen", dim=192).save_pretrained(tmp_path / "wide")
-    with pytest.raises(WeightsError, match=r"of another shape than the base's are 4 \(.*q_proj"):
+    with pytest.raises(
+        WeightsError, match=r"changes 4 tensors \(.*q_proj.* of another shape than the base's"
+    ):
         opened(tmp_path / "adapter", tmp_path / "wide").lm()
-    with pytest.raises(WeightsError, match=r"the base has no 2 \(.*encoder_attn\.q_proj\.weight"):
+    with pytest.raises(
+        WeightsError,
+        match=r"changes 2 tensors \(.*encoder_attn\.q_proj\.weight.* that the base does not have",
+    ):
         opened(tmp_path / "adapter", bases / "musicgen_melody").lm()
 
 
@@ -266,6 +274,7 @@ def test_a_base_must_be_known_and_be_a_model(bases: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("named", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_file_of_an_adapter_means_the_adapter(named: str, bases: Path, tmp_path: Path) -> None:
-    adapted().save_pretrained(tmp_path)
-    given, whole = opened(tmp_path / named, bases), opened(tmp_path, bases)
+    save(adapted(target_modules=["q_proj"]), tmp_path)
+    base = bases / "musicgen"
+    given, whole = opened(tmp_path / named, base), opened(tmp_path, base)
     assert (given.path, given.files, given.format) == (whole.path, whole.files, whole.format)

@@ -289,10 +289,11 @@ def test_a_model_that_does_not_fit_says_what_and_in_which_format(models: Any, tm
     with pytest.raises(WeightsError) as caught:
         check_fit(own, lm.state, "language model", lm.origin)
     assert str(caught.value) == (
-        f"The Cog trainer's file {path} does not fit its configuration as a language model: missing are 4 "
-        "(transformer.layers.1.linear1.weight, transformer.layers.1.linear2.weight, "
-        "transformer.layers.1.norm1.weight, …); unexpected are 1 (extra.bias); of another shape are 1 "
-        "(out_norm.weight is [7] where [64] belongs)."
+        f"The Cog trainer's file {path} does not fit its configuration as a language model: it lacks 4 "
+        "tensors (transformer.layers.1.linear1.weight, transformer.layers.1.linear2.weight, "
+        "transformer.layers.1.norm1.weight, …); it has 1 tensor (extra.bias) too many; it has 1 tensor "
+        "(out_norm.weight is [7] where [64] belongs) of another shape; weights and configuration must be "
+        "of one model."
     )
     check_fit(own, state, "language model", lm.origin)
 
@@ -300,7 +301,10 @@ def test_a_model_that_does_not_fit_says_what_and_in_which_format(models: Any, tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("transformer.layers.0.linear1.weight"), r"does not tell its sizes: missing are 1"),
+        (
+            lambda s: s.pop("transformer.layers.0.linear1.weight"),
+            r"does not tell its sizes, as it lacks 1 tensor",
+        ),
         (
             lambda s: s.update({tools.PROVIDER + "description.output_proj.weight": torch.ones(64, 99)}),
             "99 wide",

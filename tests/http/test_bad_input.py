@@ -5,6 +5,7 @@ the one sentence must hold.
 """
 
 import http.server
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -176,3 +177,14 @@ def test_loud_noise_in_every_sampling_corner_stays_sound(server: CogServer) -> N
     fields = audio(written(8 * noise(1, 32_000), 32_000, subtype="FLOAT"))
     for strategy in ("loudness", "peak", "rms", "clip"):
         output(server.predict(fields | {"normalization_strategy": strategy}))
+
+
+def test_a_failure_s_traceback_is_in_the_server_s_log_and_not_in_the_prediction_s(server: CogServer) -> None:
+    """A prediction's lines carry its id, and are part of what its client can ask for."""
+    reply = server.predict(text(model_version="large"), id="absent")
+    assert "'large' has no weights here" in sentence(reply)
+    lines = server.log.splitlines()
+    (number,) = [found[1] for line in lines if (found := re.search(r"\[absent\] failure (\w{8}): ", line))]
+    (start,) = [index for index, line in enumerate(lines) if line.endswith(f" failure {number}:")]
+    assert "[absent]" not in lines[start] and "Traceback" in lines[start + 1]
+    assert not any("[absent]" in line and ("File " in line or "Traceback" in line) for line in lines)
