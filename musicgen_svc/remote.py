@@ -1,31 +1,22 @@
 """A checkpoint from a URL, fetched at set-up: over https, from hosts that the operator allows, once.
 
-    <cache>/<sha256>              a file that has arrived, called by its content, whatever its URL says
-    <cache>/<key>.json            what the URL gave last: its ETag, and which of these files
-    <cache>/<key>.partial, .etag  on its way; goes on from there if the server still has the same file
-    <cache>/<key>.lock            held by the process that fetches it
-
-`key` is the sha256 of the URL, which may hold a secret and is written nowhere.
+Where it lies until it has arrived, and afterwards, is in fetched.py.
 """
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
-from urllib.parse import urljoin
 
 import requests
 
 from musicgen_svc.errors import WeightsError
+from musicgen_svc.fetched import Place, sweep
 from musicgen_svc.locking import locked
-from musicgen_svc.url_rules import Rules, is_page, shown
-from musicgen_svc.verification import sha256_of
+from musicgen_svc.url_rules import Rules, is_page
 
 _MAX_REDIRECTS = 5
 _MAX_TRIES_WITHOUT_PROGRESS = 4
@@ -49,92 +40,33 @@ def fetch(url: str, cache: Path, rules: Rules, session: requests.Session | None 
     url = rules.check(url)
     if is_page(url):
         raise WeightsError(
-            f"{shown(url)} is a page of a repository and no file: download the repository into "
+            f"{rules.shown(url)} is a page of a repository and no file: download the repository into "
             "weights/finetuned, or name one of its files, https://huggingface.co/<repository>/resolve/main/<file>."
         )
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        place = _Place(cache, hashlib.sha256(url.encode()).hexdigest())
+        place = Place.of(cache, url)
+        sweep(cache, but=place)
         with locked(place.lock) as alone, session or requests.Session() as opened:
             if not alone:
                 raise WeightsError(
-                    f"{shown(url)} cannot be fetched to {cache}: its file system has no locks."
+                    f"{rules.shown(url)} cannot be fetched to {cache}: its file system has no locks."
                 )
             return _Fetching(url, place, rules, opened).run()
+    except requests.RequestException:  # an OSError that names the URL
+        raise WeightsError(f"{rules.shown(url)} could not be fetched: start again to go on.") from None
     except OSError as exc:
-        reason = "the disk is full" if exc.errno in _DISK_FULL else exc.strerror or exc
-        raise WeightsError(f"{shown(url)} cannot be kept in {cache}: {reason}.") from exc
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The files of one URL."""
-
-    cache: Path
-    key: str
-
-    @property
-    def lock(self) -> Path:
-        return self.cache / f"{self.key}.lock"
-
-    @property
-    def index(self) -> Path:
-        return self.cache / f"{self.key}.json"
-
-    @property
-    def partial(self) -> Path:
-        return self.cache / f"{self.key}.partial"
-
-    @property
-    def partial_etag(self) -> Path:
-        return self.cache / f"{self.key}.etag"
-
-    def known(self) -> tuple[Path, str] | None:
-        """The file that the URL gave last, if it is whole, and its ETag or an empty text."""
-        try:
-            entry = json.loads(self.index.read_text())
-            path = self.cache / str(entry["sha256"])
-            if path.stat().st_size == entry["size"]:
-                return path, str(entry["etag"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # fetched again
-        return None
-
-    def begun(self) -> tuple[int, str]:
-        """How much has arrived, and of which version; nothing if it cannot be gone on with."""
-        try:
-            return self.partial.stat().st_size, self.partial_etag.read_text()
-        except OSError:
-            return 0, ""
-
-    def begin(self, etag: str) -> None:
-        self.forget()
-        self.partial.touch()
-        if etag:
-            self.partial_etag.write_text(etag)
-
-    def forget(self) -> None:
-        for path in (self.partial_etag, self.partial):
-            path.unlink(missing_ok=True)
-
-    def finish(self) -> Path:
-        """Gives what has arrived its name; before this nothing can mistake it for a checkpoint."""
-        etag = self.partial_etag.read_text() if self.partial_etag.exists() else ""
-        sha256, size = sha256_of(self.partial), self.partial.stat().st_size
-        path = self.cache / sha256
-        self.partial.replace(path)
-        self.partial_etag.unlink(missing_ok=True)
-        draft = self.index.with_suffix(".new")
-        draft.write_text(json.dumps({"etag": etag, "sha256": sha256, "size": size}))
-        draft.replace(self.index)
-        return path
+        full = exc.errno in _DISK_FULL
+        reason = "the disk is full: make room there" if full else f"{exc.strerror}: check that folder"
+        raise WeightsError(f"{rules.shown(url)} cannot be kept in {cache}: {reason}.") from exc
 
 
 class _Fetching:
     """One file on its way, over as many connections as it takes."""
 
-    def __init__(self, url: str, place: _Place, rules: Rules, session: requests.Session) -> None:
+    def __init__(self, url: str, place: Place, rules: Rules, session: requests.Session) -> None:
         self._url, self._place, self._rules, self._session = url, place, rules, session
+        self._name = rules.shown(url)
         self._logged_s = time.monotonic()
 
     def run(self) -> Path:
@@ -150,16 +82,16 @@ class _Fetching:
                 path = self._place.finish()
             except _Lost as exc:
                 if known:
-                    print(f"{shown(self._url)} cannot be asked ({exc}): what it gave last is used")
+                    print(f"{self._name} cannot be asked ({exc}): what it gave last is used")
                     return known[0]
                 tries = 1 if self._place.begun()[0] >= before + _PIECE_BYTES else tries + 1
                 if tries >= _MAX_TRIES_WITHOUT_PROGRESS:
                     raise WeightsError(
-                        f"{shown(self._url)} could not be fetched ({exc}): start again to go on."
+                        f"{self._name} could not be fetched ({exc}): start again to go on."
                     ) from exc
                 time.sleep(2 ** (tries - 1))
             else:
-                print(f"{shown(self._url)} has arrived: sha256 {path.name}")
+                print(f"{self._name} has arrived: sha256 {path.name}")
                 return path
 
     def _asked(self, known_etag: str) -> requests.Response:
@@ -178,11 +110,13 @@ class _Fetching:
                 )
             except requests.RequestException as exc:
                 raise _Lost(_reason(exc)) from None  # it names the URL
+            except ValueError:  # requests looks at where it is sent on to, and may not understand it
+                raise WeightsError(f"{self._name} is redirected to what is not a URL.") from None
             if not response.is_redirect:
                 return self._accepted(response)
             response.close()
-            url = self._rules.check(urljoin(url, response.headers["Location"]))
-        raise WeightsError(f"{shown(self._url)} is redirected more than {_MAX_REDIRECTS} times.")
+            url = self._rules.check_redirect(url, response.headers["Location"])
+        raise WeightsError(f"{self._name} is redirected more than {_MAX_REDIRECTS} times.")
 
     def _accepted(self, response: requests.Response) -> requests.Response:
         status = response.status_code
@@ -193,12 +127,12 @@ class _Fetching:
             self._place.forget()
         if status in (408, 416, 429) or status >= 500:
             raise _Lost(f"the server answers {status}")
-        raise WeightsError(f"{shown(self._url)} cannot be fetched: the server answers {status}.")
+        raise WeightsError(f"{self._name} cannot be fetched: the server answers {status}.")
 
     def _receive(self, response: requests.Response) -> None:
         """Writes the body behind what is there, or from the start if the server gives all of it."""
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise WeightsError(f"{shown(self._url)} cannot be fetched: the server packs what it sends.")
+            raise WeightsError(f"{self._name} cannot be fetched: the server packs what it sends.")
         offset, etag = self._place.begun()
         if response.status_code == requests.codes.ok:
             offset = 0
@@ -214,7 +148,7 @@ class _Fetching:
                 offset += len(piece)
                 if offset > self._rules.max_bytes:
                     self._check(offset, offset)
-                self._write(out, piece)
+                self._write(out, piece, total, offset)
                 self._log(offset, total)
             out.flush()
             os.fsync(out.fileno())
@@ -227,13 +161,17 @@ class _Fetching:
         except requests.RequestException as exc:
             raise _Lost(_reason(exc)) from None  # it names the URL
 
-    def _write(self, out: IO[bytes], piece: bytes) -> None:
+    def _write(self, out: IO[bytes], piece: bytes, total: int | None, offset: int) -> None:
         try:
             out.write(piece)
         except OSError as exc:
-            if exc.errno in _DISK_FULL:
-                self._place.forget()
-            raise
+            if exc.errno not in _DISK_FULL:
+                raise
+            self._place.forget()
+            size = f"{total:,} bytes" if total else f"more than {offset:,} bytes"
+            raise WeightsError(
+                f"{self._name} takes {size}, and the disk of {self._place.cache} is full: make room there."
+            ) from exc
 
     def _check(self, total: int, offset: int) -> None:
         """
@@ -244,18 +182,21 @@ class _Fetching:
         if total > self._rules.max_bytes:
             fault = f"is larger than MUSICGEN_WEIGHTS_MAX_GB allows, {self._rules.max_bytes / 1e9:g} GB"
         elif total - offset > free:
-            fault = f"takes {total - offset:,} more bytes, and {self._place.cache} has {free:,} left"
+            fault = (
+                f"takes {total - offset:,} more bytes, and {self._place.cache} has {free:,} left: "
+                "make room there"
+            )
         else:
             return
         self._place.forget()
-        raise WeightsError(f"{shown(self._url)} {fault}.")
+        raise WeightsError(f"{self._name} {fault}.")
 
     def _log(self, done: int, total: int | None, first: bool = False) -> None:
         now_s = time.monotonic()
         if first or now_s - self._logged_s >= _LOG_EVERY_S:
             self._logged_s = now_s
             of = f" of {total / 1e6:,.0f}" if total else ""
-            print(f"Fetching {shown(self._url)}: {done / 1e6:,.0f}{of} MB")
+            print(f"Fetching {self._name}: {done / 1e6:,.0f}{of} MB")
 
 
 def _strong(etag: str) -> str:

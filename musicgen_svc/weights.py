@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musicgen_svc.catalog import Catalog
-from musicgen_svc.checkpoints.unpacking import sweep
+from musicgen_svc.checkpoints.unpacking import sweep as sweep_unpacked
 from musicgen_svc.errors import WeightsError
+from musicgen_svc.fetched import sweep as sweep_fetched
+from musicgen_svc.given import exists, is_url, shown
 from musicgen_svc.settings import Settings
 
 FINETUNED = "finetuned"
@@ -21,14 +23,16 @@ def local(given: str | None, settings: Settings) -> str | None:
     Raises:
         WeightsError: the URL is not allowed, or cannot be fetched.
     """
-    if not given or "://" not in given:
+    cache = settings.weights_dir / FETCHED
+    if not given or not is_url(given):
+        sweep_fetched(cache)
         return given
     from musicgen_svc.remote import fetch  # an HTTP client takes its time to import
     from musicgen_svc.url_rules import Rules
 
     hosts = tuple(host.strip().lower() for host in settings.weights_hosts.split(",") if host.strip())
     rules = Rules(hosts, int(settings.weights_max_gb * 1e9))
-    return str(fetch(given, settings.weights_dir / FETCHED, rules))
+    return str(fetch(given, cache, rules))
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,11 @@ class Weights:
         Raises:
             WeightsError: a checkpoint was given and is not there.
         """
-        sweep(folder / UNPACKED)
+        sweep_unpacked(folder / UNPACKED)
         if given:
-            path = Path(given)
-            if not path.exists():
-                raise WeightsError(f"COG_WEIGHTS is {given!r}, where there is nothing.")
-            return cls(folder, catalog, path)
+            if not exists(given):
+                raise WeightsError(f"COG_WEIGHTS is {shown(given)}, where there is nothing.")
+            return cls(folder, catalog, Path(given))
         if _holds_something(folder / FINETUNED):
             return cls(folder, catalog, folder / FINETUNED)
         if _holds_something(demo):
@@ -73,16 +76,19 @@ class Weights:
         """
         if name == FINETUNED:
             if self.finetuned is None:
+                missing = "model_version 'finetuned' has no weights here"
                 raise WeightsError(
-                    f"model_version 'finetuned' has no weights here: put a checkpoint into "
-                    f"{self.folder / FINETUNED}, or name one in COG_WEIGHTS; {self._alternatives()}."
+                    f"{missing}: put a checkpoint into {self.folder / FINETUNED}, or name one in "
+                    f"COG_WEIGHTS; {self._alternatives()}.",
+                    for_client=f"{missing}; {self._alternatives()}.",
                 )
             return self.finetuned
         if name not in self.base_models():
-            raise WeightsError(
+            sentence = (
                 f"model_version {name!r} has no weights here: run scripts/download_weights {name}; "
                 f"{self._alternatives()}."
             )
+            raise WeightsError(sentence, for_client=sentence)
         return self.folder / name
 
     def base(self, repository: str) -> Path:
@@ -114,8 +120,10 @@ class Weights:
             if place.is_dir():
                 return place
         parents = " or ".join(str(place.parent) for place in dict.fromkeys(places))
+        remedy = f"run scripts/download_weights {name}"
         raise WeightsError(
-            f"{checkpoint.name} needs {name}, which is not in {parents}: run scripts/download_weights {name}."
+            f"{checkpoint.name} needs {name}, which is not in {parents}: {remedy}.",
+            for_client=f"{checkpoint.name} needs {name}, which this server does not have: {remedy} there.",
         )
 
     def _alternatives(self) -> str:

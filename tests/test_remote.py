@@ -1,6 +1,8 @@
 """A checkpoint from a URL: what may be fetched, how it arrives, and what is never mistaken for it."""
 
+import fcntl
 import hashlib
+import os
 import re
 import threading
 import traceback
@@ -12,12 +14,18 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
+import hypothesis
 import pytest
 import requests
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from requests.adapters import HTTPAdapter
 
 from musicgen_svc import remote
+from musicgen_svc.catalog import read_catalog
 from musicgen_svc.errors import WeightsError
+from musicgen_svc.fetched import Place
+from musicgen_svc.given import is_url, shown
 from musicgen_svc.remote import fetch
 from musicgen_svc.settings import Settings
 from musicgen_svc.url_rules import Rules
@@ -235,7 +243,9 @@ def test_a_disk_too_small_is_said_before_it_is_full(
     host: Host, get: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(WeightsError, match=r"takes 3,072,000 more bytes, and .* has 1,000 left"):
+    with pytest.raises(
+        WeightsError, match=r"takes 3,072,000 more bytes, and .* has 1,000 left: make room there"
+    ):
         get()
     assert loadable(tmp_path / "cache") == []
 
@@ -316,7 +326,9 @@ def test_a_copy_that_is_not_whole_is_fetched_again(host: Host, get: Any) -> None
 
 
 def test_what_the_server_refuses_or_packs_is_said(host: Host, get: Any) -> None:
-    with pytest.raises(WeightsError, match=r"'https://weights.example.com/no' .*: the server answers 404\.$"):
+    with pytest.raises(
+        WeightsError, match=r"COG_WEIGHTS \(a URL of example.com\) .*: the server answers 404\.$"
+    ):
         get("https://weights.example.com/no?token=secret")
     host.extra = {"Content-Encoding": "gzip"}
     with pytest.raises(WeightsError, match="packs what it sends"):
@@ -326,12 +338,15 @@ def test_what_the_server_refuses_or_packs_is_said(host: Host, get: Any) -> None:
 def test_progress_is_logged_without_secrets(host: Host, get: Any, capsys: pytest.CaptureFixture[str]) -> None:
     get(URL + "?token=secret")
     log = capsys.readouterr().out
-    assert f"Fetching '{URL}': 0 of 3 MB" in log and "has arrived: sha256" in log
+    assert "Fetching COG_WEIGHTS (a URL of example.com): 0 of 3 MB" in log and "has arrived: sha256" in log
     assert "secret" not in log
 
 
-def test_no_error_says_the_secret_of_a_url_in_what_caused_it(tmp_path: Path) -> None:
+def test_no_error_says_the_secret_of_a_url_in_what_caused_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The log shows an error with all of its causes."""
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     nobody = requests.Session()
     nobody.trust_env = False
     nobody.mount("https://", Network(1))
@@ -383,3 +398,156 @@ def test_by_default_replicate_and_hugging_face_are_allowed() -> None:
         "cas-bridge.xethub.hf.co",
     ):
         assert rules.check(f"https://{host}/x")
+
+
+# --- what is shown of a URL ---------------------------------------------------------------------------
+
+URLS = [
+    "https://weights.example.com/a/model.tar",
+    "https://weights.example.com:443/a/model.tar?signature=1&expires=2#part",
+    "https://user:word@example.com/a",
+    "https:user:word@example.com",
+    "https:/example.com/a",
+    "https//example.com/a",
+    "https://example.com:word/",
+    "https://evil.com\\@example.com/a",
+    "HTTPS://EXAMPLE.COM/a",
+    "https://ex\u00e4mple.com/\u2026",
+    "https://[::1]:80/a",
+    "https://[half/a",
+    "//user:word@example.com/a",
+    "s3://bucket/a?key=1",
+    "user:word@example.com:/a",
+    "data:application/x-tar;base64,AAAA",
+    "https://example.com/a\nnext: line",
+    "https://example.com/%0a%00?q=%",
+]
+SECRETS = st.text("qxzjQXZJ0123456789", min_size=12, max_size=40)
+
+
+def refused_with(url: str, cache: Path) -> str:
+    """All that may come into the log when COG_WEIGHTS is such a text and no server answers."""
+    nobody = requests.Session()
+    nobody.trust_env = False
+    nobody.mount("https://", Network(1))
+    own = Settings(weights_dir=cache, weights_hosts=",".join(RULES.hosts))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(remote.time, "sleep", lambda _: None)
+            patch.setattr(remote.requests, "Session", lambda: nobody)
+            Weights.at(cache, read_catalog(), local(url, own))
+    except WeightsError as exc:
+        return "".join(traceback.format_exception(exc, chain=True))
+    raise AssertionError("there is no such server")
+
+
+@given(
+    secret=SECRETS,
+    url=st.sampled_from(URLS),
+    place=st.floats(0, 1),
+    sign=st.sampled_from(["", ":", "@", "/", "\\", "?", "#", "\n", ".", "\u202e"]),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_secret_at_any_place_of_a_url_is_never_shown(
+    secret: str, url: str, place: float, sign: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = round(place * len(url))
+    given_url = url[:at] + sign + secret + sign + url[at:]
+    hypothesis.assume(is_url(given_url) or shown(given_url) == "a path that is not shown")
+    said = refused_with(given_url, tmp_path) + capsys.readouterr().out
+    assert secret.lower() not in said.lower()
+
+
+@given(
+    secret=SECRETS,
+    url=st.sampled_from(URLS),
+    place=st.floats(0, 1),
+    sign=st.sampled_from(["", ":", "@", "/", "?", "#", "\n"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_redirect_shows_a_host_and_nothing_else(secret: str, url: str, place: float, sign: str) -> None:
+    at = round(place * len(url))
+    target = url[:at] + sign + secret + sign + url[at:]
+    try:
+        RULES.check_redirect(URL, target)
+    except WeightsError as exc:
+        said = str(exc).lower()
+        asked = (urlsplit(target.replace("\n", "")).hostname or "") if "[" not in target else ""
+        assert secret.lower() not in said or (f"the host {asked.lower()}," in said and "@" not in asked)
+
+
+def test_a_redirect_to_a_host_that_is_not_allowed_names_it(host: Host, get: Any) -> None:
+    """An operator who trusts it must know what to add to the setting."""
+    host.redirects["weights.example.com/start"] = "https://cdn.evil.com/x?token=word"
+    message = r"COG_WEIGHTS \(a URL of example\.com\) is redirected to the host cdn\.evil\.com, which may not"
+    with pytest.raises(WeightsError, match=message) as caught:
+        get("https://weights.example.com/start")
+    assert "word" not in str(caught.value)
+    host.redirects["weights.example.com/start"] = "https://[half/x"
+    with pytest.raises(WeightsError, match="is redirected to what is not a URL"):
+        get("https://weights.example.com/start")
+
+
+def test_a_path_with_a_colon_is_a_path_if_something_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a:b").mkdir()
+    given_path = str(tmp_path / "a:b")
+    assert local(given_path, Settings(weights_dir=tmp_path)) == given_path
+    with pytest.raises(WeightsError, match=r"COG_WEIGHTS is '/none/own\.pt', where there is nothing"):
+        Weights.at(tmp_path, read_catalog(), "/none/own.pt")
+
+
+# --- what a fetch leaves ---------------------------------------------------------------------------
+
+
+def test_a_disk_that_becomes_full_is_said_with_the_size_and_is_left_empty(
+    host: Host, get: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = remote._Fetching._write
+    pieces: list[bytes] = []
+
+    class Full:
+        def write(self, _: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+    def second_fails(self: Any, out: Any, piece: bytes, total: int | None, offset: int) -> None:
+        pieces.append(piece)
+        write(self, out if len(pieces) == 1 else Full(), piece, total, offset)
+
+    monkeypatch.setattr(remote._Fetching, "_write", second_fails)
+    with pytest.raises(WeightsError, match=r"takes 3,072,000 bytes, and the disk of .* is full: make room"):
+        get()
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+
+
+def test_what_another_url_left_long_ago_is_removed_and_what_is_resumed_or_in_use_is_not(
+    host: Host, get: Any, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    old, young, held = (Place.of(cache, f"{URL}/{name}") for name in ("old", "young", "held"))
+    for place in (old, young, held):
+        place.begin('"etag"')
+    for place in (old, held):
+        os.utime(place.partial, (0, 0))
+    with held.lock.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        get()
+    assert not old.partial.exists() and not old.partial_etag.exists()
+    assert young.partial.exists() and held.partial.exists()
+    os.utime(young.partial, (0, 0))
+    local(None, Settings(weights_dir=tmp_path))
+    assert young.partial.exists(), "another folder's"
+    cache.rename(tmp_path / FETCHED)
+    local(None, Settings(weights_dir=tmp_path))
+    assert not list((tmp_path / FETCHED).glob("*.partial"))
+
+
+def test_its_own_partial_file_is_gone_on_with_however_old(host: Host, get: Any, tmp_path: Path) -> None:
+    cut = remote._PIECE_BYTES
+    host.cuts, host.statuses = [cut], [200, 503, 503, 503, 503]
+    with pytest.raises(WeightsError):
+        get()
+    os.utime(Place.of(tmp_path / "cache", URL).partial, (0, 0))
+    host.statuses, host.asked = [], []
+    get()
+    assert host.starts() == [f"bytes={cut}-"]
