@@ -125,6 +125,16 @@ def check_disk(weights_dir: Path, jobs: list[Job]) -> None:
         )
 
 
+def drop_stale(weights_dir: Path, jobs: list[Job]) -> None:
+    """Removes partial files of other revisions, which nothing would ever complete."""
+    for job in jobs:
+        wanted = {partial_path(weights_dir, job.source, remote) for remote in job.missing}
+        folder = weights_dir / PARTIAL / job.source.name
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_file() and path not in wanted:
+                path.unlink()
+
+
 def install(weights_dir: Path, job: Job, arrived: dict[str, LockedFile]) -> None:
     """Moves a source that is complete to its place and enters it in the lock file."""
     folder = weights_dir / job.source.name
@@ -170,6 +180,7 @@ def download(sources: list[Source], weights_dir: Path, update: bool) -> None:
             jobs.append(job)
         else:
             install(weights_dir, job, {})
+    drop_stale(weights_dir, jobs)
     check_disk(weights_dir, jobs)
     pool = ThreadPoolExecutor(WORKERS)
     try:

@@ -4,7 +4,7 @@ HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the like are huggingface_hub's own and
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +54,12 @@ class Remote:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turns what the hub, the network and the disk raise into one sentence about `what`."""
+def explained(what: str, to_come: Callable[[], int] | None = None) -> Iterator[None]:
+    """Turns what the hub, the network and the disk raise into one sentence about `what`.
+
+    Args:
+        to_come: how many bytes of it are still to come, for a disk that is full.
+    """
     try:
         yield
     except OfflineModeIsEnabled as exc:
@@ -69,7 +73,8 @@ def explained(what: str) -> Iterator[None]:
         ) from exc
     except OSError as exc:
         if exc.errno in DISK_FULL:
-            raise WeightsError(f"The disk is full at {what}: make room, then {AGAIN}.") from exc
+            room = f"{to_come():,} bytes" if to_come else "some space"
+            raise WeightsError(f"The disk is full at {what}: free {room}, then {AGAIN}.") from exc
         raise WeightsError(f"{what} could not be fetched ({_reason(exc)}): {AGAIN}.") from exc
 
 
@@ -124,7 +129,7 @@ def fetch(remote: Remote, path: Path) -> LockedFile:
     Raises:
         WeightsError: the transfer failed and what has arrived is kept; or it is another file, and is removed.
     """
-    with explained(remote.label):
+    with explained(remote.label, lambda: remote.size - (path.stat().st_size if path.exists() else 0)):
         path.parent.mkdir(parents=True, exist_ok=True)
         if constants.HF_XET_HIGH_PERFORMANCE and not constants.HF_HUB_DISABLE_XET:
             _fetch_whole(remote, path)

@@ -459,3 +459,23 @@ def test_a_codec_that_the_bands_do_not_fit_is_refused(bands: list[Band], mono: C
     other_latents = [dataclasses.replace(band, dimension=128) for band in bands]
     with pytest.raises(WeightsError, match="128 latent dimensions per channel; this one has 16 for 1"):
         MultiBandDiffusion(other_latents, mono).decode(_tokens(4, 5))
+
+
+@pytest.mark.parametrize("call", ["${oc.env:SECRET}", "${oc.${half}:SECRET}", "\\${oc.env:SECRET}"])
+def test_a_configuration_cannot_read_the_environment(
+    call: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it stands: what is in it would come into a message, or into the model."""
+    from musicgen_svc.checkpoints.unpickle import load_pickle
+
+    monkeypatch.setenv("SECRET", "hunter2")
+    monkeypatch.setattr("musicgen_svc.diffusion.NoiseSchedule", lambda **fields: seen.update(fields))
+    seen: dict[str, Any] = {}
+    package = load_pickle(file)
+    for band in range(4):
+        package[band]["cfg"]["half"] = "env"
+        package[band]["cfg"].schedule["repartition"] = call
+    torch.save(package, tmp_path / "curious.th")
+    load_bands(tmp_path / "curious.th", CPU)
+    assert seen["num_steps"] == 1000, "the rest is read"
+    assert "hunter2" not in str(seen["repartition"]) and "SECRET" in str(seen["repartition"])

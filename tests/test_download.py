@@ -208,7 +208,9 @@ def test_a_full_disk_ends_the_run_and_the_next_one_resumes(hub: Hub, folder: Pat
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({2 * CHUNK + 10},) * 2)"
     result = run(hub, folder, "small", before=f"{IN_CHUNKS}\n{limit}")
     assert result.returncode == 1
-    assert "disk is full at small/state_dict.bin" in one_sentence(result.stderr)
+    said = one_sentence(result.stderr)
+    to_come = len(content) - partial(folder).stat().st_size
+    assert f"disk is full at small/state_dict.bin: free {to_come:,} bytes, then run the same" in said
     resumes(hub, folder, content)
 
 
@@ -391,3 +393,20 @@ def test_two_downloads_do_not_share_a_folder(folder: Path, capsys: pytest.Captur
     assert "Another download" in capsys.readouterr().err
     with _download_weights.alone(folder):
         pass
+
+
+def test_what_was_begun_of_another_revision_is_removed(hub: Hub, folder: Path) -> None:
+    stale = folder / ".partial" / "small" / "state_dict.bin.0123456789abcdef"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"older")
+    del hub.files["facebook/musicgen-small"]["compression_state_dict.bin"]
+    assert _download_weights.main(["small", "--weights-dir", str(folder)]) == 1
+    assert stale.exists(), "the hub was not even asked for a file"
+    hub.files["facebook/musicgen-small"]["compression_state_dict.bin"] = SMALL["compression_state_dict.bin"]
+    hub.damaged = {"config.json"}  # T5 fails, so that its folder of partial files stays
+    other = folder / ".partial" / "t5-base" / "model.safetensors.0123456789abcdef"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"older")
+    result = run(hub, folder, "small")
+    assert result.returncode == 1
+    assert not stale.exists() and not other.exists()

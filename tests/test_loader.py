@@ -285,3 +285,20 @@ def test_a_model_is_opened_once_for_all_that_a_request_asks(
         assert models.takes_melody("melody")
         models.model("melody")
     assert opened == [weights / "melody"]
+
+
+def test_a_file_of_a_checkpoint_finds_all_that_its_folder_does(weights: Path, tmp_path: Path) -> None:
+    """Its codec, of the shape of the public one, its T5 and the diffusion decoder of its codec."""
+    folder = Path(shutil.copytree(weights / "small", tmp_path / "mine" / "own"))
+    for part in ("t5-small", "multiband-diffusion"):
+        shutil.copytree(weights / part, folder / part)
+    package = torch.load(folder / "compression_state_dict.bin", weights_only=True)
+    codebook = next(name for name in package["best_state"] if name.endswith("embed"))
+    package["best_state"][codebook] += 0.01
+    torch.save(package, folder / "compression_state_dict.bin")
+    by_file = loader(tmp_path / "none", folder / "state_dict.bin")
+    named, whole = by_file.start(), loader(tmp_path / "none", folder).start()
+    assert (named.place, named.format, named.content_hash) == (whole.place, whole.format, whole.content_hash)
+    assert named.codec.fingerprint() == whole.codec.fingerprint()
+    assert named.codec.fingerprint() != loader(weights).model("small").codec.fingerprint()
+    by_file.diffusion(named.place, named.codec)  # brought along: it is the codec's own

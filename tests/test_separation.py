@@ -1,7 +1,10 @@
 """Demucs is not asked what is in silence, and whoever asks cannot tell."""
 
+import json
 import random
+import shutil
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +13,11 @@ from demucs.apply import BagOfModels
 from demucs.demucs import Demucs
 from torch import Tensor
 
-from musicgen_svc.separation import Separator
+from musicgen_svc import components
+from musicgen_svc.errors import WeightsError
+from musicgen_svc.separation import Separator, load_separator
 
+CPU = torch.device("cpu")
 RATE_HZ = 32_000
 
 
@@ -99,3 +105,19 @@ def test_every_layer_gives_a_chance_to_stop_to_the_request_that_runs_in_it(both:
     with pytest.raises(InterruptedError):
         separate(both[:1], stop)
     separate(both[:1], tick)
+
+
+ELSEWHERE = ["/abs/955717e8", "../htdemucs/955717e8", "a/b", "..", ".hidden", "", "a\\b", "a b", {"a": 1}]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_the_models_of_a_demucs_are_files_beside_its_list(name: Any, weights: Path, tmp_path: Path) -> None:
+    """It is a stranger's text, which may name any file of the machine."""
+    folder = Path(shutil.copytree(weights / "htdemucs", tmp_path / "own"))
+    shutil.copytree(weights / "htdemucs", tmp_path / "htdemucs")
+    if name == "/abs/955717e8":
+        name = f"{weights}/htdemucs/955717e8"
+    (folder / "htdemucs.yaml").write_text(json.dumps({"models": [name]}))
+    for read in (load_separator, components.separator):
+        with pytest.raises(WeightsError, match=r"htdemucs\.yaml names the model"):
+            read(folder, RATE_HZ, CPU)

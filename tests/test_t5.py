@@ -1,5 +1,7 @@
 """Our T5 encoder is transformers' in numbers, from every file that transformers writes."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +108,13 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     for load in (lambda: load_t5(tmp_path, CPU), lambda: load_tokenizer(tmp_path)):
         with pytest.raises(WeightsError, match=str(tmp_path)):
             load()
+
+
+def test_a_tokenizers_settings_name_no_file_elsewhere(weights: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(weights / "t5-small", tmp_path / "own"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    shutil.copy(folder / "tokenizer.json", tmp_path / "tokenizer.4.0.0.json")
+    settings["fast_tokenizer_files"] = ["../tokenizer.4.0.0.json"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(WeightsError, match=r"tokenizer_config\.json names '\.\./tokenizer\.4\.0\.0\.json'"):
+        load_tokenizer(folder)
