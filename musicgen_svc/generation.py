@@ -1,4 +1,4 @@
-"""One request's tokens: what the model is told for each window, and the windows one after the other."""
+"""One request's tokens: the conditions of each window, and the windows one after the other."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ import torch
 
 from musicgen_svc import windows
 from musicgen_svc.conditioning import Conditions, looped
+from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.loader import Model
 from musicgen_svc.randomness import GlobalRandom
-from musicgen_svc.request import SamplingParams
 from musicgen_svc.ticks import Tick, no_tick
 
 
 @dataclass(frozen=True)
-class Score:
-    """Everything that generation needs to know, nothing of it drawn yet."""
+class GenerationPlan:
+    """Everything that generation needs to know. Nothing is drawn yet."""
 
     kept: torch.Tensor | None
     """[K, F] tokens that open the piece but lie too far back for the model to see."""
@@ -23,10 +23,10 @@ class Score:
     windows: list[tuple[windows.Window, Conditions]]
 
 
-def write_score(
+def prepare(
     model: Model, *, prompt: str | None, frames: int, melody: torch.Tensor | None,
     clip_tokens: torch.Tensor | None, random: GlobalRandom, tick: Tick = no_tick,
-) -> Score:  # fmt: skip
+) -> GenerationPlan:  # fmt: skip
     """Plans the windows and computes each one's conditions.
 
     Args:
@@ -44,43 +44,47 @@ def write_score(
         seen = model.window - stride
         kept, context = clip_tokens[:, :-seen], clip_tokens[:, -seen:]
     known = 0 if context is None else context.shape[1]
-    plan = list(windows.plan(known + frames, known, model.window, stride))
+    planned = list(windows.plan(known + frames, known, model.window, stride))
 
     text = model.conditioner.text(prompt, lambda *_: tick(0, 1))
     conditioned: list[tuple[windows.Window, Conditions]] = []
-    for index, window in enumerate(plan):
-        heard = melody
-        if melody is not None and len(plan) > 1:
+    for index, window in enumerate(planned):
+        part = melody
+        if melody is not None and len(planned) > 1:
             start, length = window.start * model.codec.hop, int(model.window_s * model.codec.sample_rate)
-            heard = looped(melody, start, length)
+            part = looped(melody, start, length)
 
         def tick_window(done: int, total: int, index: int = index) -> None:
-            tick(index * total + done, len(plan) * total)
+            tick(index * total + done, len(planned) * total)
 
         if melody is None and conditioned:
             conditions = conditioned[0][1]  # the null melody is the same in every window
         else:
             with random.pinned():
-                conditions = text | model.conditioner.melody(heard, tick_window)
+                conditions = text | model.conditioner.melody(part, tick_window)
         conditioned.append((window, conditions))
-    return Score(kept, context, conditioned)
+    return GenerationPlan(kept, context, conditioned)
 
 
-def perform(
-    model: Model, score: Score, sampling: SamplingParams, generator: torch.Generator, tick: Tick = no_tick
+def generate(
+    model: Model,
+    plan: GenerationPlan,
+    sampling: SamplingParams,
+    generator: torch.Generator,
+    tick: Tick = no_tick,
 ) -> tuple[torch.Tensor, int]:
     """Generates the windows in turn: tokens [K, F] of the whole piece, and the engine's steps.
 
     `generator` goes on from window to window, as torch's global one does in audiocraft.
     """
-    pieces = [] if score.kept is None else [score.kept]
-    if score.prompt is not None:
-        pieces.append(score.prompt)
-    total = sum(window.length - window.prompt for window, _ in score.windows)
+    pieces = [] if plan.kept is None else [plan.kept]
+    if plan.prompt is not None:
+        pieces.append(plan.prompt)
+    total = sum(window.length - window.prompt for window, _ in plan.windows)
     done = steps = 0
-    tokens: torch.Tensor | None = score.prompt
+    tokens: torch.Tensor | None = plan.prompt
     previous: windows.Window | None = None
-    for window, conditions in score.windows:
+    for window, conditions in plan.windows:
         known = tokens if previous is None or tokens is None else tokens[:, window.start - previous.start :]
         assert (0 if known is None else known.shape[1]) == window.prompt
         fresh = window.length - window.prompt

@@ -25,9 +25,10 @@ from musicgen_svc.conditioning import MELODY, Conditioner, Separate, TextConditi
 from musicgen_svc.contents import FileState
 from musicgen_svc.diffusion import Band, MultiBandDiffusion
 from musicgen_svc.engine.engine import Engine
-from musicgen_svc.engine.factory import batch_for
+from musicgen_svc.engine.factory import Switch, batch_for
 from musicgen_svc.engine.projections import Precision
 from musicgen_svc.errors import InputError, WeightsError
+from musicgen_svc.fair_queue import FairQueue
 from musicgen_svc.memory import GB, budget
 from musicgen_svc.model import Model, check_codec, engine_bytes
 from musicgen_svc.opener import Opener
@@ -36,7 +37,6 @@ from musicgen_svc.separation import Separator
 from musicgen_svc.settings import Settings
 from musicgen_svc.store import Draft, Item, Recipe, Store
 from musicgen_svc.ticks import Tick, no_tick
-from musicgen_svc.turns import Turns
 from musicgen_svc.weights import FINETUNED, Weights
 
 __all__ = ["Loader", "Model"]
@@ -67,18 +67,23 @@ class _Loaded:
 
 
 class Loader:
-    """Loads on demand, and keeps what the memory budget has room for. Called in the device's turn only.
+    """Loads on demand, and keeps what the memory budget has room for. Called only while the caller holds the
+    device.
 
     In use is the model that was asked for last: requests for one model run together, and a request for
     another one asks when they have ended.
     """
 
     def __init__(
-        self, weights: Weights, device: torch.device, settings: Settings, turn: Turns | None = None
+        self,
+        weights: Weights,
+        device: torch.device,
+        settings: Settings,
+        device_queue: FairQueue | None = None,
     ) -> None:
-        """`turn`: what the engines hold whenever they use the device."""
+        """`device_queue`: what the engines acquire whenever they use the device."""
         self._weights = weights
-        self._turn = turn
+        self._device_queue = device_queue
         self.device = device
         self._settings = settings
         self._store = Store(budget(device, settings.memory_budget_gb), device)
@@ -281,11 +286,11 @@ class Loader:
                     lm,
                     slots=self._settings.slots,
                     precision=cast(Precision, self._settings.precision),
-                    graphs=None if self._settings.cuda_graphs else False,
-                    kernels=None if self._settings.gpu_kernels else False,
+                    graphs=cast(Switch, self._settings.cuda_graphs),
+                    kernels=cast(Switch, self._settings.gpu_kernels),
                     lend=draft.lend,
                 ),
-                self._turn,
+                self._device_queue,
             ),
             codec=codec,
             hash=self._store.hashes.content_later(opened.files),

@@ -24,14 +24,14 @@ from musicgen_svc.audio import read_clip
 from musicgen_svc.codec import Codec
 from musicgen_svc.errors import InputError
 from musicgen_svc.export import write_audio
-from musicgen_svc.generation import perform, write_score
+from musicgen_svc.fair_queue import FairQueue
+from musicgen_svc.generation import generate, prepare
 from musicgen_svc.loader import Loader
 from musicgen_svc.loudness import normalize
 from musicgen_svc.progress import Progress, StopFlag
 from musicgen_svc.randomness import GlobalRandom
 from musicgen_svc.request import Mode, Request
 from musicgen_svc.ticks import Tick
-from musicgen_svc.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Sound:
 class Pipeline:
     """Runs requests, from any number of threads."""
 
-    def __init__(self, loader: Loader, device_turn: Turns, *, slots: int, tag_prompt: bool) -> None:
-        """`device_turn`: the one that the loader's engines take; `slots`: requests for one model at once."""
+    def __init__(self, loader: Loader, device_queue: FairQueue, *, slots: int, tag_prompt: bool) -> None:
+        """`device_queue`: the one that the loader's engines use; `slots`: requests for one model at once."""
         self._loader = loader
-        self._device_turn = device_turn
-        self._model_turn = Turns(slots)
-        self._diffusion_turn = Turns(1)
+        self._device_queue = device_queue
+        self._model_queue = FairQueue(slots)
+        self._diffusion_queue = FairQueue(1)
         self._tag_prompt = tag_prompt
 
     def run(self, request: Request, stop: StopFlag, folder: Path) -> Result:
@@ -77,15 +77,15 @@ class Pipeline:
                 stop.start_clock()
                 sound = self._encode_decode(request, progress)
             else:
-                self._refuse_what_no_wait_mends(request, progress)
-                with self._queued(self._model_turn, progress, request.model):
+                self._check_servable(request, progress)
+                with self._queued(self._model_queue, progress, request.model):
                     stop.start_clock()
                     sound = self._generate(request, progress)
             return _write(request, sound, progress, folder)
 
     def _generate(self, request: Request, progress: Progress) -> Sound:
         random = GlobalRandom(request.seed, self._loader.device)
-        with progress.stage("load") as tick, self._device_held(tick, random):
+        with progress.stage("load") as tick, self._device_held(progress, random, tick):
             model = self._loader.model(request.model)
             if request.multi_band_diffusion:  # refused before the work that it would decode
                 self._loader.diffusion_weights(model.place, model.codec)
@@ -94,19 +94,19 @@ class Pipeline:
             clip = _read_clip(request, codec, tick)
             continued = clip is not None and request.mode is Mode.CONTINUATION
             melody = clip.mean(0, keepdim=True) if clip is not None and not continued else None
-            with self._device_held(tick, random) as tick:
-                score = write_score(
+            with self._device_held(progress, random, tick) as device_tick:
+                plan = prepare(
                     model,
                     prompt=request.prompt,
                     frames=int(request.duration_s * codec.frame_rate),
                     melody=melody,
-                    clip_tokens=codec.encode(clip, tick) if clip is not None and continued else None,
+                    clip_tokens=codec.encode(clip, device_tick) if clip is not None and continued else None,
                     random=random,
-                    tick=tick,
+                    tick=device_tick,
                 )
         with progress.stage("generate") as tick:
             generator = torch.Generator().manual_seed(request.seed)
-            tokens, steps = perform(model, score, request.sampling, generator, tick)
+            tokens, steps = generate(model, plan, request.sampling, generator, tick)
         samples = self._decode(request, model.place, codec, tokens, random, progress)
         made_by = {
             "model_sha256": model.content_hash,
@@ -118,7 +118,7 @@ class Pipeline:
 
     def _encode_decode(self, request: Request, progress: Progress) -> Sound:
         random = GlobalRandom(request.seed, self._loader.device)
-        with progress.stage("load") as tick, self._device_held(tick, random):
+        with progress.stage("load") as tick, self._device_held(progress, random, tick):
             checkpoint, codec = self._loader.codec()
             made_by = {"codebooks_sha256": codec.fingerprint()}
             if request.multi_band_diffusion:
@@ -126,8 +126,8 @@ class Pipeline:
         with progress.stage("condition") as tick:
             clip = _read_clip(request, codec, tick)
             assert clip is not None
-            with self._device_held(tick, random) as tick:
-                tokens = codec.encode(clip, tick)
+            with self._device_held(progress, random, tick) as device_tick:
+                tokens = codec.encode(clip, device_tick)
         samples = self._decode(request, checkpoint, codec, tokens, random, progress)[:, : clip.shape[1]]
         return Sound(samples, codec.sample_rate, self._tags(request, made_by), 0)
 
@@ -137,39 +137,44 @@ class Pipeline:
     ) -> torch.Tensor:  # fmt: skip
         """Tokens [K, F] -> samples [C, F * hop] on the CPU, by exactly one decoder."""
         if not request.multi_band_diffusion:
-            with progress.stage("decode") as tick, self._device_held(tick, random) as tick:
-                return codec.decode(tokens, tick).float().cpu()
-        with self._queued(self._diffusion_turn, progress):
-            with progress.stage("load") as tick, self._device_held(tick, random):
+            with progress.stage("decode") as tick, self._device_held(progress, random, tick) as device_tick:
+                return codec.decode(tokens, device_tick).float().cpu()
+        with self._queued(self._diffusion_queue, progress):
+            with progress.stage("load") as tick, self._device_held(progress, random, tick):
                 diffusion = self._loader.diffusion(checkpoint, codec)
-            with progress.stage("decode") as tick, self._device_held(tick, random) as tick, random.pinned():
-                return diffusion.decode(tokens, tick).float().cpu()
+            with (
+                progress.stage("decode") as tick,
+                self._device_held(progress, random, tick) as device_tick,
+                random.pinned(),
+            ):
+                return diffusion.decode(tokens, device_tick).float().cpu()
 
     @contextmanager
-    def _device_held(self, tick: Tick, random: GlobalRandom) -> Iterator[Tick]:
-        """Holds the device. At the tick that it hands out others have their turn, if they wait for one."""
-        with self._device_turn.taken(lambda: tick(0, 1)) as turn:
+    def _device_held(self, progress: Progress, random: GlobalRandom, tick: Tick) -> Iterator[Tick]:
+        """Holds the device. The tick that it gives yields the device to requests that wait for it."""
+        with self._device_queue.acquire(progress.check) as turn:
 
-            def shared(done: int, total: int) -> None:
+            def device_tick(done: int, total: int) -> None:
                 tick(done, total)
                 if turn.over:
                     with random.unpinned():
-                        turn.pass_on(lambda: tick(done, total))
+                        turn.yield_turn(progress.check)
 
-            yield shared
+            yield device_tick
 
     @contextmanager
-    def _queued(self, turns: Turns, progress: Progress, kind: str | None = None) -> Iterator[None]:
-        """Holds a turn at something else; the wait for it, and only that, is the stage `queue`."""
+    def _queued(self, queue: FairQueue, progress: Progress, group: str | None = None) -> Iterator[None]:
+        """Holds a turn of another queue. The wait for it, and only that, is the stage `queue`."""
         with ExitStack() as held:
-            with progress.waiting() as tick:
-                held.enter_context(turns.taken(lambda: tick(0, 1), kind))
+            with progress.waiting():
+                held.enter_context(queue.acquire(progress.check, group))
             yield
 
-    def _refuse_what_no_wait_mends(self, request: Request, progress: Progress) -> None:
-        """Says that a model is absent or deaf before the request waits for it, and makes others wait."""
-        with progress.waiting() as tick, self._device_turn.taken(lambda: tick(0, 1)):
-            if self._loader.takes_melody(request.model) or request.mode is not Mode.MELODY:
+    def _check_servable(self, request: Request, progress: Progress) -> None:
+        """Fails before the request queues if its model is missing or takes no melody."""
+        with progress.waiting(), self._device_queue.acquire(progress.check):
+            takes_melody = self._loader.takes_melody(request.model)  # raises if there is no such model
+            if takes_melody or request.mode is not Mode.MELODY:
                 return
             able = " or ".join(map(repr, self._loader.melody_models()))
             raise InputError(

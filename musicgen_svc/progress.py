@@ -86,11 +86,15 @@ class Progress:
             bar_format="{percentage:3.0f}%|{bar:25}| {desc} [{elapsed}<{remaining}]",
         )
 
+    def check(self) -> None:
+        """Raises when the request must end, see `StopFlag.check`."""
+        self._stop.check()
+
     @contextmanager
-    def waiting(self) -> Iterator[Tick]:
-        """The stage `queue`: others go first, and the clock stands still."""
-        with self.stage("queue") as tick, self._stop.clock_stopped():
-            yield tick
+    def waiting(self) -> Iterator[None]:
+        """The stage `queue`: the request waits for others, and its clock is stopped."""
+        with self.stage("queue"), self._stop.clock_stopped():
+            yield
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Tick]:

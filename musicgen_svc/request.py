@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
+from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.errors import InputError
 
 ModelVersion = Literal["melody", "small", "medium", "large", "encode-decode", "finetuned"]
@@ -33,24 +34,6 @@ class Mode(Enum):
     MELODY = "melody"
     CONTINUATION = "continuation"
     ENCODE_DECODE = "encode-decode"
-
-
-GREEDY_BELOW = 0.01
-"""A temperature at which a draw has but one outcome, and logits divided by it may leave fp16's range."""
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is drawn. The names are audiocraft's, but for `guidance` (its `cfg_coef`)."""
-
-    top_k: int = 250
-    """Draw among the k most likely tokens; 0: among all."""
-    top_p: float = 0.0
-    """Draw among the most likely tokens that hold this probability together; replaces `top_k` if > 0."""
-    temperature: float = 1.0
-    """Divides the logits; 0, and anything below `GREEDY_BELOW`: always the most likely token."""
-    guidance: float = 3.0
-    """Classifier-free guidance: unconditional + guidance * (conditional - unconditional)."""
 
 
 @dataclass(frozen=True)

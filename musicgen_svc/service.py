@@ -17,6 +17,7 @@ from musicgen_svc.device import find_device, is_out_of_memory, use_device
 from musicgen_svc.engine.engine import StepError
 from musicgen_svc.errors import GenerationError, ServiceError, Stopped, WeightsError
 from musicgen_svc.failures import for_client, log_failure
+from musicgen_svc.fair_queue import FairQueue
 from musicgen_svc.loader import Loader
 from musicgen_svc.pipeline import Pipeline, Result
 from musicgen_svc.progress import StopFlag
@@ -24,7 +25,6 @@ from musicgen_svc.request import Request
 from musicgen_svc.request_threads import RequestThreads
 from musicgen_svc.settings import Settings
 from musicgen_svc.storage import WorkFolder
-from musicgen_svc.turns import Turns
 from musicgen_svc.verification import check_sizes
 from musicgen_svc.weights import Weights, local
 
@@ -43,7 +43,7 @@ class Service:
         self._settings = settings
         # Cog's own event loop must stay free. Cog sends no more at once than there are threads.
         self._threads = RequestThreads(settings.slots)
-        self._device_turn = Turns(1)
+        self._device_queue = FairQueue(1)
         self._work = WorkFolder(settings.work_dir)
         self._pipeline: Pipeline | None = None
         self._device = torch.device("cpu")
@@ -69,11 +69,11 @@ class Service:
         check_sizes(self._settings.weights_dir)
         given = local(given, self._settings)
         weights = Weights.at(self._settings.weights_dir, read_catalog(), given)
-        loader = Loader(weights, device, self._settings, self._device_turn)
-        with self._device_turn.taken_next():
+        loader = Loader(weights, device, self._settings, self._device_queue)
+        with self._device_queue.acquire_next():
             model = loader.start()
         self._pipeline = Pipeline(
-            loader, self._device_turn, slots=self._settings.slots, tag_prompt=self._settings.tag_prompt
+            loader, self._device_queue, slots=self._settings.slots, tag_prompt=self._settings.tag_prompt
         )
         print(f"{model.name} is ready on {device}: {model.format} {model.place}")
 
@@ -150,7 +150,7 @@ class Service:
         assert cause is not None
         if is_out_of_memory(cause):
             exc.__traceback__ = cause.__traceback__ = None  # the frames hold what filled the memory
-            with self._device_turn.taken_next():
+            with self._device_queue.acquire_next():
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()

@@ -34,10 +34,10 @@ class Settings:
         default="reference", metadata={"choices": ("reference", "float16", "bfloat16", "int8")}
     )
     """Of the language model's matrices, see `engine/projections.py`."""
-    cuda_graphs: bool = True
-    """On a GPU: record the decoding step once and replay it, where that draws the same tokens at load."""
-    gpu_kernels: bool = False
-    """On a GPU: decode with Triton kernels of our own, once they have proven equal at start."""
+    cuda_graphs: str = field(default="auto", metadata={"choices": ("auto", "on", "off")})
+    """On a GPU: record the decoding step and replay it. `auto`: if that draws the same tokens at load."""
+    gpu_kernels: str = field(default="off", metadata={"choices": ("auto", "on", "off")})
+    """On a GPU: decode with Triton kernels. `auto`: if they agree with the plain operations at load."""
     tag_prompt: bool = False
     """Whether the prompt is written into the output's tags."""
     slots: int = field(default=1, metadata={"variable": "COG_MAX_CONCURRENCY"})

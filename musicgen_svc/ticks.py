@@ -1,10 +1,17 @@
-"""The one callback through which all long work reports, and through which it is stopped."""
+"""The two callbacks of all long work: one reports progress, both may raise to end the request."""
 
 from collections.abc import Callable
 
 Tick = Callable[[int, int], None]
 """Called as `tick(done, total)` at least every 0.25 s of work; may raise to end the request."""
+Check = Callable[[], None]
+"""Called at least every 0.25 s of work or of waiting that has no progress to report; may raise to end the
+request."""
 
 
 def no_tick(done: int, total: int) -> None:
-    """Reports to nobody."""
+    """Reports to nobody, and ends nothing."""
+
+
+def no_check() -> None:
+    """Ends nothing."""

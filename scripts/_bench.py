@@ -31,8 +31,8 @@ from torch import Tensor
 from musicgen_svc.engine.batch import Batch
 from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.projections import Precision
+from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.engine.static import CHUNK
-from musicgen_svc.request import SamplingParams
 
 FIGURES = ("steps", "ratio", "real-time")
 
@@ -165,8 +165,8 @@ def opposed(args: argparse.Namespace, device: torch.device) -> Sides:
     work = Workload(lm, given, round(args.seconds * FRAME_RATE_HZ), sampling, device)
 
     batch = batch_for(
-        lm, slots=max(args.slots), precision=args.precision, graphs=args.graphs,
-        kernels=None if args.kernels else False,
+        lm, slots=max(args.slots), precision=args.precision, graphs="on" if args.graphs else "off",
+        kernels="auto" if args.kernels else "off",
     )  # fmt: skip
     return Sides(
         ours=work,

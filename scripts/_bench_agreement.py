@@ -9,7 +9,7 @@ from musicgen_svc.engine.batch import Batch, DecodeRequest
 from musicgen_svc.engine.delays import interleave
 from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.projections import Precision
-from musicgen_svc.request import SamplingParams
+from musicgen_svc.engine.sampling_params import SamplingParams
 
 LEAST_TOP1 = 0.9
 """Below that something is computed otherwise. In fp16 two right forwards disagree on about one in
@@ -59,7 +59,7 @@ def with_reference(work: Workload, precision: Precision, frames: int = 64) -> di
 
     The guided logits are compared, as they are what tokens are drawn from.
     """
-    batches = [batch_for(work.lm, precision=p, static=False) for p in ("reference", precision)]
+    batches = [batch_for(work.lm, precision=p, kind="ragged") for p in ("reference", precision)]
     exact, rough = (
         batch.open(DecodeRequest(work.given[0], None, frames, GREEDY, torch.Generator())) for batch in batches
     )

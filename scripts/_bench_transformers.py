@@ -19,9 +19,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from musicgen_svc.compat import LMModel
+from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.meta import on_meta
 from musicgen_svc.randomness import GlobalRandom
-from musicgen_svc.request import SamplingParams
 
 
 class TransformersMusicgen:

@@ -12,8 +12,8 @@ from torch import Tensor
 from musicgen_svc.compat import LMModel
 from musicgen_svc.engine.batch import Batch, DecodeRequest
 from musicgen_svc.engine.projections import Precision, packs_float16
+from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.engine.static import CHUNK
-from musicgen_svc.request import SamplingParams
 
 GB = 1e9
 

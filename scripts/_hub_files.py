@@ -55,7 +55,7 @@ class Remote:
 
 @contextmanager
 def explained(what: str, to_come: Callable[[], int] | None = None) -> Iterator[None]:
-    """Turns what the hub, the network and the disk raise into one sentence about `what`.
+    """FairQueue what the hub, the network and the disk raise into one sentence about `what`.
 
     Args:
         to_come: how many bytes of it are still to come, for a disk that is full.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from musicgen_svc.compat import ConditionFuser, ConditioningAttributes, DelayedPatternProvider, LMModel
+from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.meta import on_meta
 from musicgen_svc.randomness import GlobalRandom
-from musicgen_svc.request import SamplingParams
 
 MONO, STEREO = (0, 1, 2, 3), (0, 0, 1, 1, 2, 2, 3, 3)
 SIZES = {

@@ -19,6 +19,7 @@ from musicgen_svc.codec import Codec
 from musicgen_svc.conditioning import MELODY, TEXT
 from musicgen_svc.diffusion import Band, MultiBandDiffusion, _Count, load_bands
 from musicgen_svc.engine.static import StaticBatch
+from musicgen_svc.fair_queue import FairQueue
 from musicgen_svc.loader import Loader
 from musicgen_svc.opener import Opener
 from musicgen_svc.pipeline import Pipeline
@@ -27,7 +28,6 @@ from musicgen_svc.randomness import GlobalRandom
 from musicgen_svc.request import Request
 from musicgen_svc.settings import Settings
 from musicgen_svc.ticks import no_tick
-from musicgen_svc.turns import Turns
 from musicgen_svc.weights import FINETUNED, Weights
 
 RATE_HZ = 32_000
@@ -48,7 +48,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperGpu]:
 
 
 def loader(
-    weights: Path, name: str, device: torch.device, turn: Turns | None = None, **settings: Any
+    weights: Path, name: str, device: torch.device, turn: FairQueue | None = None, **settings: Any
 ) -> Loader:
     found = Weights.at(weights, read_catalog(), str(weights / name))
     return Loader(found, device, Settings(**settings), turn)
@@ -182,7 +182,7 @@ def test_both_channels_are_diffused_from_the_same_noise(gpu: PaperGpu, weights: 
     assert torch.equal(wav[0], wav[1])
 
 
-@pytest.mark.parametrize(("settings", "on"), [({}, True), ({"cuda_graphs": False}, False)])
+@pytest.mark.parametrize(("settings", "on"), [({}, True), ({"cuda_graphs": "off"}, False)])
 def test_steps_are_recorded_unless_an_operator_turns_that_off(
     settings: dict[str, bool], on: bool, gpu: PaperGpu, weights: Path
 ) -> None:
@@ -191,7 +191,7 @@ def test_steps_are_recorded_unless_an_operator_turns_that_off(
 
 
 def test_a_whole_request_runs(gpu: PaperGpu, weights: Path, tmp_path: Path) -> None:
-    turn = Turns(1)
+    turn = FairQueue(1)
     pipeline = Pipeline(loader(weights, "melody", GPU, turn), turn, slots=1, tag_prompt=False)
     clip = tmp_path / "clip"
     clip.write_bytes(written(tone(440, 1.5, RATE_HZ), RATE_HZ))

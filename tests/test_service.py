@@ -16,11 +16,11 @@ from torch import Tensor
 
 from musicgen_svc.device import find_device
 from musicgen_svc.errors import GenerationError, InputError, ServiceError, Stopped
+from musicgen_svc.fair_queue import Turn
 from musicgen_svc.pipeline import Pipeline
 from musicgen_svc.progress import Progress, StopFlag
 from musicgen_svc.service import Service
 from musicgen_svc.settings import Settings
-from musicgen_svc.turns import Turn
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_diffusion_that_cannot_be_is_refused_before_the_work(
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("it began")
 
-    monkeypatch.setattr("musicgen_svc.pipeline.write_score", work)
+    monkeypatch.setattr("musicgen_svc.pipeline.prepare", work)
     monkeypatch.setattr("musicgen_svc.codec.Codec.encode", work)
     change = {"multi_band_diffusion": True, "model_version": version}
     if version == "encode-decode":
@@ -209,11 +209,11 @@ def test_work_that_is_laid_aside_in_the_middle_comes_out_the_same(
         {"input_audio": clip, "model_version": "encode-decode"},
     ]
     alone = [predict_all(shared, change)[0].read_bytes() for change in changes]
-    monkeypatch.setattr("musicgen_svc.turns.TURN_S", 0.003)
+    monkeypatch.setattr("musicgen_svc.fair_queue.TURN_S", 0.003)
     passed: list[bool] = []
-    pass_on = Turn.pass_on
+    pass_on = Turn.yield_turn
     monkeypatch.setattr(
-        Turn, "pass_on", lambda turn, waiting: [passed.append(True), pass_on(turn, waiting)][1]
+        Turn, "yield_turn", lambda turn, waiting: [passed.append(True), pass_on(turn, waiting)][1]
     )
     assert [path.read_bytes() for path in predict_all(shared, *changes)] == alone
     assert len(passed) > 20, "a test of nothing"
@@ -251,7 +251,7 @@ def test_one_that_is_cancelled_while_it_waits_lets_the_next_one_begin(shared: Se
             ended.append(name)
 
         async def queued(number: int) -> None:
-            while len(pipeline._model_turn._queue) < number:
+            while pipeline._model_queue.length < number:
                 await asyncio.sleep(0.01)
 
         async def cancelled(task: asyncio.Task[None]) -> None:

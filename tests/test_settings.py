@@ -20,9 +20,9 @@ def test_every_setting_is_read_in_its_own_type() -> None:
         "MUSICGEN_WEIGHTS_DIR": "/w", "MUSICGEN_DEVICE": "cuda:1", "MUSICGEN_MAX_DURATION_S": "30",
         "MUSICGEN_MAX_REQUEST_S": "12.5", "MUSICGEN_WORK_DIR": "/tmp/x", "MUSICGEN_OUTPUT_GRACE_S": "5",
         "MUSICGEN_DIFFUSION_WINDOW_S": "20", "MUSICGEN_TAG_PROMPT": "true", "MUSICGEN_PRECISION": "bfloat16",
-        "MUSICGEN_CUDA_GRAPHS": "1", "MUSICGEN_LORA_STRENGTH": "0.5", "COG_MAX_CONCURRENCY": "4",
+        "MUSICGEN_CUDA_GRAPHS": "on", "MUSICGEN_LORA_STRENGTH": "0.5", "COG_MAX_CONCURRENCY": "4",
         "MUSICGEN_MEMORY_BUDGET_GB": "7.5", "MUSICGEN_WEIGHTS_HOSTS": "a.org,b.org",
-        "MUSICGEN_WEIGHTS_MAX_GB": "1.5", "MUSICGEN_GPU_KERNELS": "0",
+        "MUSICGEN_WEIGHTS_MAX_GB": "1.5", "MUSICGEN_GPU_KERNELS": "auto",
     }  # fmt: skip
     assert len(environment) == len(dataclasses.fields(Settings))
     expected = Settings(

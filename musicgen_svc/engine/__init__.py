@@ -17,9 +17,3 @@ kernels.py      the same as Triton kernels; its draws are in sampling_kernels.py
 choice.py       which of the two is taken
 graphs.py       a static step as one CUDA graph; trial.py: whether it draws the same tokens there
 """
-
-import torch
-
-# On Hopper and Blackwell PyTorch 2.11 takes cuDNN's attention first, which plans anew for each shape in each
-# thread, in tens of milliseconds: for every length of a prefill, for every step of a cache that grows.
-torch.backends.cuda.enable_cudnn_sdp(False)

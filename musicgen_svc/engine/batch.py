@@ -1,9 +1,9 @@
-"""What the engine schedules: requests that decode together, whoever keeps their state and wherever.
+"""What the engine schedules: requests that are decoded together, one slot each.
 
 There are two kinds of `Batch`, and `factory.py` chooses. In a ragged one (`ragged.py`) each slot owns a
-cache of just its length, and the host draws from the request's own generator: what a CPU wants, and what
+cache of just its length, and the host draws from the request's own generator. That is fast on a CPU, and
 equals audiocraft token by token. In a static one (`static.py`) all state lies on the device, which draws
-as well, and a step never asks the host: what a GPU wants.
+as well, and a step never waits for the host. That is fast on a GPU.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from musicgen_svc.engine.decoder import Conditions, Decoder, Pulse
+from musicgen_svc.engine.decoder import Conditions, Decoder
 from musicgen_svc.engine.delays import deinterleave
-from musicgen_svc.request import SamplingParams
+from musicgen_svc.engine.sampling_params import SamplingParams
+from musicgen_svc.ticks import Check, no_check
 
 UNKNOWN = -1
-"""Stands in the columns where a token is still to be drawn."""
+"""Marks a token in the columns that is still to be drawn."""
 
 
 @dataclass(frozen=True, eq=False)
 class DecodeRequest:
-    """What is to be decoded: tokens that go on from a prompt, under conditions."""
+    """What is to be decoded: tokens that continue a prompt, under conditions."""
 
     conditions: Conditions
     prompt: Tensor | None  # [K, T0]
@@ -63,35 +64,38 @@ class Slot:
 
 
 class Batch(Protocol):
-    """Not safe from several threads: whoever calls holds the device, but for `has_room`.
+    """Slots that are decoded together. Not safe from several threads: the caller holds the device.
 
-    A slot is one request: its rows (a CFG pair, or one where the second could not matter), its length,
-    its generator and its sampling parameters. What a slot generates does not depend on the others, but
-    for the last bits of products that a library computes otherwise for more rows.
+    A slot has the rows of one request (a CFG pair, or one where the second could not matter), its length, its
+    generator and its sampling parameters. What a slot generates does not depend on the others, except for
+    the last bits of products that a library computes differently for more rows.
     """
 
     decoder: Decoder
-    places: int
+    num_slots: int
     """How many slots may be open at once."""
 
     @property
     def slots(self) -> Sequence[Slot]:
-        """Those that are open."""
+        """The slots that are open."""
 
     def has_room(self, request: DecodeRequest) -> bool:
-        """Whether it can be opened beside others. If not, then only while no other slot is open."""
+        """Whether the request can be opened beside others.
 
-    def open(self, request: DecodeRequest, pulse: Pulse = lambda: None) -> Slot:
-        """Prefills prompt and prefix in one pass, draws the first column, and joins the others."""
+        If not, it must be opened alone. Safe from any thread.
+        """
+
+    def open(self, request: DecodeRequest, check: Check = no_check) -> Slot:
+        """Prefills prompt and prefix in one pass, draws the first column, and adds a slot to the others."""
 
     def step(self) -> None:
-        """One more column for every open slot that is not done; perhaps not awaited."""
+        """Computes one more column for every open slot that is not done. May return before the device has."""
 
     def run(self) -> None:
-        """As many steps as there should be between two looks of the host at the device; awaited."""
+        """Computes as many steps as there should be between two waits for the device, and waits for them."""
 
     def close(self, slot: Slot) -> None:
-        """Leaves, done or not; twice is once."""
+        """Removes the slot, finished or not. Idempotent."""
 
     def clear(self) -> None:
-        """All leave, after a step that failed: what it had written is not known."""
+        """Removes all slots, after a step that failed: what it had written is not known."""

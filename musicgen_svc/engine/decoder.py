@@ -22,15 +22,16 @@ from musicgen_svc.engine.architecture import check_architecture
 from musicgen_svc.engine.kv_cache import Attention
 from musicgen_svc.engine.operations import PLAIN, Operations
 from musicgen_svc.engine.projections import Precision, Projection, projection
+from musicgen_svc.ticks import Check, no_check
 
 Conditions: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
 """audiocraft's `condition_tensors`: name -> ([2, S, D] embedding, [2, S] mask); conditional row, null row."""
 
-Pulse: TypeAlias = Callable[[], None]
-"""Called a few times per layer; may raise to abandon a long prefill."""
-
 Lend: TypeAlias = Callable[[nn.Module], AbstractContextManager[object]]
-"""Within, a part of the model has its weights. Who needs one of them longer holds it, or packs it."""
+"""A context manager: inside it the submodule's weights are loaded.
+
+Pack what is needed after, or keep a reference.
+"""
 
 AddNorm: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """The residual stream in fp32, and what the block before adds to it -> their sum; and its norm, in the
@@ -155,7 +156,7 @@ class Decoder:
         request_of_row: Tensor,
         attention: Attention,
         prefix: Tensor | None = None,
-        pulse: Pulse = lambda: None,
+        check: Check = no_check,
     ) -> Tensor:
         """The logits that follow the last of the new tokens.
 
@@ -171,27 +172,27 @@ class Decoder:
         x = x + self._table[attention.positions]
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            x, delta = self._forward(x, delta, index, layer, attention, pulse)
+            x, delta = self._forward(x, delta, index, layer, attention, check)
         assert delta is not None
         _, hidden = self._out_norm(x[:, -1], delta[:, -1])
         return self._logits(hidden).view(len(hidden), self.codebooks, self.card)
 
     def _forward(
-        self, x: Tensor, delta: Tensor | None, index: int, layer: Layer, attention: Attention, pulse: Pulse
+        self, x: Tensor, delta: Tensor | None, index: int, layer: Layer, attention: Attention, check: Check
     ) -> tuple[Tensor, Tensor]:
         """[rows, T, D] twice, the stream and what is still to be added to it -> the same."""
         x, normed = layer.norm(x, delta)
         query, key, value = self._split(layer.qkv(normed), 3)
-        pulse()
+        check()
         delta = layer.out(_joined(attention.attend(index, query, key, value)))
-        pulse()
+        check()
         if layer.cross_norm is not None and (attention.cross_rows is None or len(attention.cross_rows)):
             x, normed = layer.cross_norm(x, delta)
             delta = self._cross(normed, index, layer, attention)
-            pulse()
+            check()
         x, normed = layer.ff_norm(x, delta)
         inner = self._activation(layer.ff_in(normed))
-        pulse()
+        check()
         return x, layer.ff_out(inner)
 
     def _cross(self, normed: Tensor, index: int, layer: Layer, attention: Attention) -> Tensor:

@@ -1,14 +1,14 @@
-"""Requests of any number of threads, decoded together: turns, places, fairness, errors and progress.
+"""Requests of any number of threads, decoded together: queueing, slots, fairness, errors and progress.
 
-`generate` is all that a caller needs: whoever has the turn steps every open slot, so nobody waits for
-another's end. The decoding itself is a `Batch`'s, of whichever kind.
+`generate` is all that a caller needs. Whoever holds the device steps every open slot, so no request waits for
+another's end. The decoding itself is a `Batch`'s, of either kind.
 
-What fails in one request's own part, its prefill or its draw, is its own error. A step that fails as
-a whole ends every request in it, and leaves the batch empty: what it had written is no longer known.
+What fails in one request's own part, its prefill or its draw, is its own error. A step that fails as a
+whole ends every request in it and leaves the batch empty: what it had written is no longer known.
 
-On a GPU any thread may take any turn. All of them launch on the device's default stream, so that work
-is done in the order of turns; a graph that one thread recorded is replayed by the others, which CUDA
-allows one at a time; grad mode, which belongs to a thread, is set by the batch wherever it computes.
+On a GPU any thread may hold the device. All of them launch on the device's default stream, so that work is
+done in the order of their turns. A graph that one thread recorded is replayed by the others, which CUDA
+allows one at a time. Grad mode, which belongs to a thread, is set by the batch wherever it computes.
 """
 
 import time
@@ -20,26 +20,24 @@ from musicgen_svc.engine.batch import Batch, DecodeRequest, Slot
 from musicgen_svc.engine.decoder import Conditions
 from musicgen_svc.engine.delays import first_column, num_columns
 from musicgen_svc.engine.projections import Precision
-from musicgen_svc.request import SamplingParams
-from musicgen_svc.ticks import Tick, no_tick
-from musicgen_svc.turns import TURN_S, Turns
+from musicgen_svc.engine.sampling_params import SamplingParams
+from musicgen_svc.fair_queue import TURN_S, FairQueue
+from musicgen_svc.ticks import Check, Tick, no_tick
 
 
 class StepError(Exception):
-    """A request ended by what its cause says, in a step that it may have shared with others."""
+    """A request failed in a step that it may have shared with others; `__cause__` says why."""
 
 
 class Engine:
-    """Decodes as many requests at once as its batch has places; more wait their turn.
+    """Decodes as many requests at once as its batch has slots. More requests queue."""
 
-    turn: held whenever the device is used; others may use it too. None: nobody else does
-    """
-
-    def __init__(self, batch: Batch, turn: Turns | None = None) -> None:
+    def __init__(self, batch: Batch, device_queue: FairQueue | None = None) -> None:
+        """`device_queue`: acquired whenever the device is used, which others may use too."""
         self.batch = batch
         self.decoder = batch.decoder
-        self._places = Turns(batch.places)
-        self._turn = turn or Turns(1)
+        self._slot_queue = FairQueue(batch.num_slots)
+        self._device_queue = device_queue or FairQueue(1)
 
     @property
     def precision(self) -> Precision:
@@ -55,47 +53,70 @@ class Engine:
         generator: torch.Generator,
         tick: Tick = no_tick,
     ) -> Tensor:
-        """Prompt [K, T0] or None -> [K, length] tokens, the prompt among them; safe from many threads.
+        """Generates the tokens of one request. Safe from many threads.
 
-        Equals `LMModel.generate` for one request, token by token on a CPU in fp32, when `generator`
-        and audiocraft's global one have the same seed. `tick` counts the columns to draw.
+        On a CPU in fp32 they equal those of `LMModel.generate` for one request, token by token, when
+        `generator` and audiocraft's global one have the same seed.
+
+        Args:
+            conditions: audiocraft's `condition_tensors`.
+            prompt: [K, T0] tokens to continue, or None.
+            length: how many frames there are in the end, the prompt's among them.
+            sampling: how tokens are drawn.
+            generator: what they are drawn from.
+            tick: counts the columns that are drawn.
+
+        Returns:
+            Tensor: [K, length] tokens, the prompt among them.
+
+        Raises:
+            StepError: a step failed.
         """
         request = DecodeRequest(conditions, prompt, length, sampling, generator)
         given = 0 if prompt is None else prompt.shape[1]
         total = num_columns(length, self.decoder.delays) - first_column(given)
 
-        def waiting() -> None:
+        def check() -> None:
             tick(0, total)
 
-        kind = None if self.batch.has_room(request) else object()  # a kind of its own is alone
-        with self._places.taken(waiting, kind) as place:
-            with self._turn.taken(waiting) as turn:
-
-                def pulse() -> None:
-                    waiting()
-                    if turn.over:
-                        turn.pass_on(waiting)
-
-                slot = self.batch.open(request, pulse)
-            if kind is not None:  # there is room for all, now that the buffers have grown
-                place.share(None)
+        # A unique group: the buffers must grow for this request, so it must be the only slot until they have.
+        group = None if self.batch.has_room(request) else object()
+        with self._slot_queue.acquire(check, group) as own:
+            slot = self._open(request, check)
+            if group is not None:
+                own.join_group(None)
             try:
-                while slot.running:
-                    tick(*slot.progress)
-                    with self._turn.taken(lambda: tick(*slot.progress)):
-                        self._step_for_a_while(slot)
-                if slot.error is not None:
-                    raise StepError("the decoding step failed") from slot.error
-                with self._turn.taken_next():
+                self._decode(slot, tick)
+                with self._device_queue.acquire_next():
                     codes = slot.codes
             finally:
-                with self._turn.taken_next():
+                with self._device_queue.acquire_next():
                     self.batch.close(slot)
         tick(total, total)
         return codes
 
+    def _open(self, request: DecodeRequest, check: Check) -> Slot:
+        """Prefills a request, and yields the device to others in between."""
+        with self._device_queue.acquire(check) as turn:
+
+            def check_and_yield() -> None:
+                check()
+                if turn.over:
+                    turn.yield_turn(check)
+
+            return self.batch.open(request, check_and_yield)
+
+    def _decode(self, slot: Slot, tick: Tick) -> None:
+        """Steps until the slot is done, turn by turn."""
+        while slot.running:
+            tick(*slot.progress)
+            with self._device_queue.acquire(lambda: tick(*slot.progress)):
+                self._step_for_a_while(slot)
+        if slot.error is not None:
+            raise StepError("the decoding step failed") from slot.error
+
     def _step_for_a_while(self, slot: Slot) -> None:
-        """Steps everyone until the turn is over or `slot` has ended."""
+        """Steps all slots until the turn is over or `slot` has ended."""
         end = time.monotonic() + TURN_S / max(len(self.batch.slots), 1)
         try:
             while slot.running and time.monotonic() < end:

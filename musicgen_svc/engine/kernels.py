@@ -15,8 +15,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from musicgen_svc.engine import operations as plain
-from musicgen_svc.engine.operations import Attend, Operations
+from musicgen_svc.engine.operations import PLAIN, Attend, Operations
 from musicgen_svc.engine.sampling_kernels import draw, launching_on
 
 BLOCK = 128
@@ -26,10 +25,16 @@ UNSPLIT = 512
 """Positions up to which one program per row and head reads alone, without a second launch to combine."""
 
 PROGRAMS = 2048
-"""That keep a large GPU busy: with fewer rows and heads, each is read by more programs."""
+"""Programs needed to fill a large GPU.
+
+With fewer (row, head) pairs the cache is split among more programs.
+"""
 
 FEW_ROWS = 64
-"""A step's, up to 32 requests: multiplying them costs little beside reading the weight."""
+"""Rows of a decoding step: 2 per request, up to 32 requests.
+
+Above this, the weight is widened once for all rows.
+"""
 
 
 # --- residual and norm --------------------------------------------------------------------------
@@ -78,15 +83,15 @@ def _add_norm(
 # --- attention ----------------------------------------------------------------------------------
 
 
-def attention(lengths: Tensor, reach: int) -> Attend:
-    """`reach` bounds the lengths. It settles how the work is split, not what is read."""
+def attention(lengths: Tensor, extent: int) -> Attend:
+    """`extent` bounds the lengths. It decides how the work is split, not what is read."""
 
     def attend(
         query: Tensor, keys: Tensor, values: Tensor, new: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         rows, heads, _, head = query.shape
         key, value = (query, query) if new is None else new
-        splits = splits_of(rows * heads, reach)
+        splits = splits_of(rows * heads, extent)
         out = query.new_empty(rows, heads, 1, head)
         # What each split found, not yet divided by its sum; and its highest score, and that sum.
         parts = out if splits == 1 else query.new_empty(rows, heads, splits, head, dtype=torch.float32)
@@ -95,7 +100,7 @@ def attention(lengths: Tensor, reach: int) -> Attend:
         assert keys.stride() == values.stride() and keys.stride()[2:] == (head, 1), keys.stride()
         assert len(lengths) == rows and rows % len(keys) == 0, (lengths.shape, rows, keys.shape)
         assert new is None or rows == len(keys), (rows, keys.shape)
-        split = BLOCK * triton.cdiv(triton.cdiv(reach, splits), BLOCK)
+        split = BLOCK * triton.cdiv(triton.cdiv(extent, splits), BLOCK)
         width = triton.next_power_of_2(head)
         with launching_on(query.device):
             _attend[(rows, heads, splits)](
@@ -111,11 +116,11 @@ def attention(lengths: Tensor, reach: int) -> Attend:
     return attend
 
 
-def splits_of(readers: int, reach: int) -> int:
-    """Into how many parts a cache is cut, a power of two. readers: rows times heads."""
-    if reach <= UNSPLIT:
+def splits_of(readers: int, extent: int) -> int:
+    """Into how many parts a cache is split, a power of two. `readers`: rows times heads."""
+    if extent <= UNSPLIT:
         return 1
-    wanted, possible = PROGRAMS // readers, reach // BLOCK
+    wanted, possible = PROGRAMS // readers, extent // BLOCK
     return 1 << (max(min(wanted, possible), 1).bit_length() - 1)
 
 
@@ -210,7 +215,7 @@ def int8_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     flat = x.reshape(-1, inputs)
     rows = len(flat)
     if rows > FEW_ROWS:  # a prefill: the weight is multiplied out once for all of it
-        return plain.int8_linear(x, weight, scales)
+        return PLAIN.int8_linear(x, weight, scales)
     assert flat.stride(1) == 1 and weight.is_contiguous() and scales.is_contiguous()
     out = x.new_empty(rows, outputs)
     block = 16 if outputs <= 2048 else 32  # or there are fewer programs than a large GPU has processors
@@ -255,4 +260,14 @@ def _int8_linear(
     )
 
 
-KERNELS = Operations(add_norm, attention, draw, int8_linear, reads_lengths=True)
+class KernelOperations:
+    """Operations as Triton kernels."""
+
+    reads_lengths = True
+    add_norm = staticmethod(add_norm)
+    attention = staticmethod(attention)
+    draw = staticmethod(draw)
+    int8_linear = staticmethod(int8_linear)
+
+
+KERNELS: Operations = KernelOperations()

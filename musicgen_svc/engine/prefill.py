@@ -1,4 +1,5 @@
-"""A request's first pass: its columns laid out, its prefix and prompt read at once, the first logits."""
+"""The first pass of a request: lays out its columns, reads its prefix and prompt at once, gives the first
+logits."""
 
 from dataclasses import dataclass
 
@@ -6,9 +7,10 @@ import torch
 from torch import Tensor
 
 from musicgen_svc.engine.batch import UNKNOWN, DecodeRequest
-from musicgen_svc.engine.decoder import Conditions, Decoder, Pulse
+from musicgen_svc.engine.decoder import Conditions, Decoder
 from musicgen_svc.engine.delays import first_column, interleave
 from musicgen_svc.engine.kv_cache import RaggedAttention, RequestCache
+from musicgen_svc.ticks import Check
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +23,8 @@ class Prefilled:
     logits: Tensor  # [rows, K, card] of column `start`
 
 
-def prefill(decoder: Decoder, request: DecodeRequest, *, spare: bool, pulse: Pulse) -> Prefilled:
-    """spare: the cache has room for all that will be drawn, too."""
+def prefill(decoder: Decoder, request: DecodeRequest, *, spare: bool, check: Check) -> Prefilled:
+    """Runs the first pass. `spare`: the cache also has room for all that will be drawn."""
     columns, start = lay_out(decoder, request)
     prefix, text = decoder.fuse(request.conditions)
     rows = rows_that_matter(request.conditions, request.sampling.guidance)
@@ -31,7 +33,7 @@ def prefill(decoder: Decoder, request: DecodeRequest, *, spare: bool, pulse: Pul
     cache = _cache(decoder, rows, text, new + (to_draw - 1 if spare else 0))  # the last one is never read
     attention = RaggedAttention([cache], new)
     owner = torch.zeros(len(rows), dtype=torch.long, device=decoder.device)
-    logits = decoder.logits(columns[None, :, :start], owner, attention, prefix[rows], pulse)
+    logits = decoder.logits(columns[None, :, :start], owner, attention, prefix[rows], check)
     attention.advance()
     return Prefilled(columns, start, cache, logits)
 
@@ -60,8 +62,8 @@ def rows_that_matter(conditions: Conditions, guidance: float) -> list[int]:
     return [0] if same else [0, 1]
 
 
-def rows_that_hear(text: Tensor | None, rows: list[int]) -> list[int]:
-    """Which of `rows` of a text [2, S, D] say something, as indices into `rows`.
+def rows_with_text(text: Tensor | None, rows: list[int]) -> list[int]:
+    """Which of `rows` have a text that is not zero in `text` [2, S, D], as indices into `rows`.
 
     An all-zero text (the null condition) has zero values, so attending to it adds nothing.
     """
@@ -70,18 +72,18 @@ def rows_that_hear(text: Tensor | None, rows: list[int]) -> list[int]:
 
 def _cache(decoder: Decoder, rows: list[int], text: Tensor | None, capacity: int) -> RequestCache:
     decoder.reserve(capacity)
-    hearing = rows_that_hear(text, rows)
-    heard = None
-    if text is not None and hearing:
-        heard = decoder.text_keys_values(text[[rows[at] for at in hearing]])
+    with_text = rows_with_text(text, rows)
+    keys_values = None
+    if text is not None and with_text:
+        keys_values = decoder.text_keys_values(text[[rows[at] for at in with_text]])
     return RequestCache(
         layers=len(decoder.layers),
         rows=len(rows),
         heads=decoder.heads,
         capacity=capacity,
         head=decoder.dim // decoder.heads,
-        text=heard,
-        text_rows=hearing,
+        text=keys_values,
+        text_rows=with_text,
         dtype=decoder.dtype,
         device=decoder.device,
     )

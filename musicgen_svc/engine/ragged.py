@@ -1,6 +1,6 @@
-"""Slots that each own a cache of just their length, and draw on the host from their own generator.
+"""A batch in which each slot owns a cache of just its length, and draws on the host from its own generator.
 
-What a slot costs is what it asked for. Rows are computed together, attention and draws slot by slot.
+Rows are computed together, attention and draws slot by slot.
 """
 
 from dataclasses import dataclass, field
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from musicgen_svc.engine.batch import UNKNOWN, DecodeRequest, Slot
-from musicgen_svc.engine.decoder import Decoder, Pulse
+from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.kv_cache import RaggedAttention, RequestCache
 from musicgen_svc.engine.prefill import prefill
 from musicgen_svc.engine.sampling import draw, mix
-from musicgen_svc.request import SamplingParams
+from musicgen_svc.engine.sampling_params import SamplingParams
+from musicgen_svc.ticks import Check, no_check
 
 
 @dataclass(eq=False)
@@ -24,7 +25,7 @@ class RaggedSlot(Slot):
     logits: Tensor = field(init=False)  # [K, card], guided: what the last column was drawn from
 
     def take(self, logits: Tensor) -> None:
-        """[rows, K, card] logits of the next column -> its tokens, where they are not given."""
+        """Draws the tokens of the next column from its logits [rows, K, card], where they are not given."""
         self.logits = mix(logits[0], logits[1], self.sampling.guidance) if len(logits) == 2 else logits[0]
         drawn = draw(self.logits, self.sampling, self.generator)
         column = self.columns[:, self.filled]
@@ -33,19 +34,22 @@ class RaggedSlot(Slot):
 
 
 class RaggedBatch:
-    """A generator draws on its own device alone: on a GPU only greedy requests run here."""
+    """The batch for a CPU.
 
-    def __init__(self, decoder: Decoder, places: int) -> None:
+    A generator draws on its own device alone, so on a GPU only greedy requests run.
+    """
+
+    def __init__(self, decoder: Decoder, num_slots: int) -> None:
         self.decoder = decoder
-        self.places = places
+        self.num_slots = num_slots
         self.slots: list[RaggedSlot] = []
 
     def has_room(self, request: DecodeRequest) -> bool:
         return True
 
     @torch.inference_mode()
-    def open(self, request: DecodeRequest, pulse: Pulse = lambda: None) -> RaggedSlot:
-        begun = prefill(self.decoder, request, spare=True, pulse=pulse)
+    def open(self, request: DecodeRequest, check: Check = no_check) -> RaggedSlot:
+        begun = prefill(self.decoder, request, spare=True, check=check)
         slot = RaggedSlot(
             columns=begun.columns,
             start=begun.start,
@@ -61,7 +65,10 @@ class RaggedBatch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """A draw that fails is its slot's own error. A forward that fails can be repeated."""
+        """Computes one step.
+
+        A draw that fails is its slot's own error; a forward that fails can be repeated.
+        """
         slots = [slot for slot in self.slots if slot.running]
         if not slots:
             return
@@ -74,11 +81,13 @@ class RaggedBatch:
         for slot, own in zip(slots, torch.split(logits, rows), strict=True):
             try:
                 slot.take(own)
-            except Exception as exc:  # a temperature that no logits survive, say: not the others' fault
+            except (
+                Exception
+            ) as exc:  # for instance a temperature that makes all logits infinite: not the others' fault
                 slot.error = exc
 
     def run(self) -> None:
-        """One: every draw is the host's, which therefore looks at each step."""
+        """Computes one step: the host draws, and so waits for each."""
         self.step()
 
     def close(self, slot: Slot) -> None:

@@ -7,19 +7,36 @@ fp32 on a CPU a generator draws the tokens that audiocraft draws from the global
 device: nothing in it waits for the host, and each request has its own parameters.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from musicgen_svc.request import GREEDY_BELOW, SamplingParams
+from musicgen_svc.engine.sampling_params import GREEDY_BELOW, SamplingParams
+
+
+class SlotParameters(NamedTuple):
+    """How each slot's next column is drawn: [slots] tensors on the device of the logits."""
+
+    guidance: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    seed: Tensor
+    step: Tensor
+    """The column that is drawn."""
 
 
 def mix(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor) -> Tensor:
-    """Classifier-free guidance in the logits' dtype throughout: [..., card] twice -> [..., card]."""
+    """Applies classifier-free guidance, in the logits' dtype throughout: [..., card] twice -> [..., card]."""
     return unconditional + ((conditional - unconditional) * guidance).to(conditional.dtype)
 
 
 def draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:
-    """[K, card] logits -> [K] tokens. A greedy choice leaves the generator as it is."""
+    """Draws a column for one request: [K, card] logits -> [K] tokens.
+
+    A greedy choice leaves the generator as it is.
+    """
     if params.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits / params.temperature, dim=-1, dtype=torch.float32)
@@ -50,21 +67,14 @@ def keep_top_p(descending: Tensor, p: float) -> Tensor:
     return kept / kept.sum(dim=-1, keepdim=True)
 
 
-def draw_counted(
-    logits: Tensor,
-    *,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seed: Tensor,
-    step: Tensor,
-) -> Tensor:
-    """[B, K, card] logits -> [B, K] tokens; every parameter is a [B] tensor on the same device.
+def draw_counted(logits: Tensor, parameters: SlotParameters) -> Tensor:
+    """Draws a column for many requests at once: [B, K, card] guided logits -> [B, K] tokens.
 
     The draw is keyed by (seed, step, codebook, rank), see `counted_uniform`: it does not depend on
     the slot, on the other requests or on any generator's state. The sets that may be drawn from are
     those of `draw`; the tokens are not, but for greedy ones.
     """
+    _, temperature, top_k, top_p, seed, step = parameters
     batch, codebooks, card = logits.shape
     column = (slice(None), None, None)
     greedy = temperature < GREEDY_BELOW

@@ -11,29 +11,27 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from musicgen_svc.request import GREEDY_BELOW
+from musicgen_svc.engine.sampling import SlotParameters
+from musicgen_svc.engine.sampling_params import GREEDY_BELOW
 
 TOKENS, OTHERS = 64, 128
-"""How many tokens one program ranks, and beside how many at once."""
+"""How many tokens one program ranks, and how many it compares them with at once."""
 
-PER_SLOT = ("guidance", "temperature", "top_k", "top_p", "seed", "step")
-"""Numbers that a slot's program reads one of, from wherever the slot's part begins: no kernel for each."""
+PER_SLOT = SlotParameters._fields
+"""Per-slot scalars.
+
+They are not specialized on alignment, or Triton would compile a kernel per slot offset.
+"""
 
 
-def draw(
-    logits: Tensor,
-    guidance: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seed: Tensor,
-    step: Tensor,
-) -> Tensor:
+def draw(logits: Tensor, parameters: SlotParameters) -> Tensor:
+    """`Operations.draw`."""
+    guidance, temperature, top_k, top_p, seed, step = parameters
     slots, _, codebooks, card = logits.shape
     probabilities = torch.empty(slots, codebooks, card, device=logits.device)
     races = torch.empty_like(probabilities)
     tokens = torch.empty(slots, codebooks, dtype=torch.long, device=logits.device)
-    for per_slot in (guidance, temperature, top_k, top_p, seed, step):
+    for per_slot in parameters:
         assert per_slot.shape == (slots,) and per_slot.is_contiguous(), (per_slot.shape, slots)
     row = triton.next_power_of_2(card)
     with launching_on(logits.device):
@@ -126,7 +124,7 @@ def _race(
 
 @triton.jit(do_not_specialize_on_alignment=PER_SLOT)
 def _finish(races, temperature, tokens, GREEDY_BELOW: tl.constexpr, CARD: tl.constexpr, ROW: tl.constexpr):
-    """The winner, where the likeliest is not asked for. One program per slot and codebook."""
+    """Stores the winner, unless the draw is greedy. One program per slot and codebook."""
     slot = tl.program_id(0)
     cell = slot * tl.num_programs(1) + tl.program_id(1)
     token = tl.arange(0, ROW)

@@ -1,9 +1,9 @@
-"""All that a static batch knows of its slots, on the device, and the step that reads and writes there alone.
+"""The state of a static batch on the device, and the step that reads and writes it.
 
-Each slot owns two rows, its CFG pair; where one would do (see `rows_that_matter`) both hold the same.
-A step computes the leading slots; one among them that is not running computes along and keeps nothing.
-Draws are keyed by the request's seed and its column (`sampling.draw_counted`), so a request is the same
-in any slot.
+Each slot owns two rows, its CFG pair. Where one row would do (see `rows_that_matter`) both hold the same.
+A step computes the leading slots. A slot among them that is not running is computed too, and keeps nothing.
+Draws are keyed by the request's seed and its column (`sampling.draw_counted`), so a request gives the same
+tokens in any slot.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,13 @@ from musicgen_svc.engine.batch import UNKNOWN
 from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.kv_cache import RequestCache
 from musicgen_svc.engine.prefill import Prefilled
-from musicgen_svc.request import SamplingParams
+from musicgen_svc.engine.sampling import SlotParameters
+from musicgen_svc.engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the buffers are made for; a 30 s window with melody and a long text fits the defaults."""
+    """The size of the buffers. A 30 s window with melody and a long text fits the defaults."""
 
     slots: int
     columns: int = 1504
@@ -32,14 +33,14 @@ class Capacity:
         return self == self.for_request(columns, positions, text)
 
     def for_request(self, columns: int, positions: int, text: int) -> "Capacity":
-        """Large enough for a request too: itself, where that is so."""
+        """The smallest capacity that also holds a request. It is this one, if that holds it."""
         return Capacity(
             self.slots, max(self.columns, columns), max(self.positions, positions), max(self.text, text)
         )
 
 
 @dataclass(frozen=True)
-class Reach:
+class ActiveExtent:
     """How much of the buffers a step reads."""
 
     slots: int
@@ -51,15 +52,15 @@ class StaticAttention:
     """Attention over what each row of the leading slots has used of the buffers."""
 
     cross_rows = None
-    """A row without a text hears nothing, which costs less than to leave it out."""
+    """A row without a text attends to nothing, which costs less than to leave the row out."""
 
-    def __init__(self, state: "State", reach: Reach) -> None:
-        self._state, self._rows = state, slice(2 * reach.slots)
-        last = state.position()[: reach.slots, None].expand(-1, 2).flatten()  # [rows]
+    def __init__(self, state: "DeviceState", extent: ActiveExtent) -> None:
+        self._state, self._rows = state, slice(2 * extent.slots)
+        last = state.position()[: extent.slots, None].expand(-1, 2).flatten()  # [rows]
         self.positions = last[:, None]
         attention = state.operations.attention
-        self._attend = attention(last + 1, reach.positions)
-        self._hear = attention(state.text_length[self._rows], reach.text)
+        self._attend = attention(last + 1, extent.positions)
+        self._cross_attend = attention(state.text_length[self._rows], extent.text)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[rows, heads, 1, head] each."""
@@ -67,14 +68,17 @@ class StaticAttention:
         return self._attend(query, keys, values, (key, value))
 
     def cross(self, layer: int, query: Tensor) -> Tensor:
-        """[rows, heads, 1, head]: both of a slot's look at its one text; the null row sees none of it."""
+        """[rows, heads, 1, head] -> the same: both rows of a slot have its one text; the null row has
+        length 0."""
         assert self._state.text_keys is not None and self._state.text_values is not None
         slots = slice(len(query) // 2)
-        return self._hear(query, self._state.text_keys[layer, slots], self._state.text_values[layer, slots])
+        return self._cross_attend(
+            query, self._state.text_keys[layer, slots], self._state.text_values[layer, slots]
+        )
 
 
-class State:
-    """The buffers of `capacity.slots` slots, each at rest until a request moves in."""
+class DeviceState:
+    """The buffers of `capacity.slots` slots. A slot is stopped until a request moves in."""
 
     def __init__(self, decoder: Decoder, capacity: Capacity) -> None:
         self._decoder = decoder
@@ -105,7 +109,7 @@ class State:
         decoder.reserve(capacity.positions)
 
     def move_in(self, slot: int, begun: Prefilled, sampling: SamplingParams, seed: int) -> None:
-        """A prefilled request moves in, and the column after its prefill is drawn."""
+        """Copies a prefilled request into a slot, and draws the column after its prefill."""
         cache, length = begun.cache, begun.columns.shape[1]
         assert length <= self.capacity.columns, (length, self.capacity)
         assert cache.length + length - begun.start <= self.capacity.positions, (cache.length, self.capacity)
@@ -113,7 +117,7 @@ class State:
         own = slice(2 * slot, 2 * slot + 2)  # a single row is copied into both
         self.keys[:, own, :, : cache.length] = cache.keys[:, :, :, : cache.length]
         self.values[:, own, :, : cache.length] = cache.values[:, :, :, : cache.length]
-        self._hear(slot, cache)
+        self._copy_text(slot, cache)
         self.columns[slot, :, :length] = begun.columns
         for numbers, own_number in (
             (self.filled, begun.start), (self.end, length), (self.before, cache.length - begun.start),
@@ -129,16 +133,17 @@ class State:
     def stop_all(self) -> None:
         self.end.zero_()
 
-    def step(self, reach: Reach) -> None:
-        """One more column for every slot among the leading ones that is not done."""
-        slots = slice(reach.slots)
+    def step(self, extent: ActiveExtent) -> None:
+        """Computes one more column for every slot among the leading ones that is not done."""
+        slots = slice(extent.slots)
         last = self.columns[slots].gather(2, self._at(self.filled[slots] - 1))  # [slots, K, 1]
-        rows = self._slot_of_row[: 2 * reach.slots]
-        logits = self._decoder.logits(last, rows, StaticAttention(self, reach))
+        rows = self._slot_of_row[: 2 * extent.slots]
+        logits = self._decoder.logits(last, rows, StaticAttention(self, extent))
         self._take(logits.view(-1, 2, *logits.shape[1:]), slots)
 
-    def without_a_trace(self, call: Callable[[], None]) -> None:
-        """With every slot stopped a step writes only what the next one writes again."""
+    def with_all_slots_stopped(self, call: Callable[[], None]) -> None:
+        """Makes a call with all slots stopped: a step then writes only scratch that the next step
+        overwrites."""
         end = self.end.clone()
         self.end.zero_()
         try:
@@ -147,20 +152,19 @@ class State:
             self.end.copy_(end)
 
     def position(self) -> Tensor:
-        """[slots]: where each slot's newest token stands behind its prefix."""
+        """[slots]: the position of each slot's newest token, its prefix counted."""
         return (self.before + self.filled - 1).clamp(max=self.capacity.positions - 1)
 
     def _take(self, logits: Tensor, slots: slice) -> None:
-        """[slots, 2, K, card] logits of the next column -> its tokens, where they are not given."""
+        """Draws the tokens of the next column from its logits [slots, 2, K, card], where they are not
+        given."""
         drawn = self.operations.draw(
             logits,
-            self.guidance[slots],
-            self.temperature[slots],
-            self.top_k[slots],
-            self.top_p[slots],
-            self.seed[slots],
-            self.filled[slots],
-        )
+            SlotParameters(
+                self.guidance[slots], self.temperature[slots], self.top_k[slots], self.top_p[slots],
+                self.seed[slots], self.filled[slots],
+            ),
+        )  # fmt: skip
         running = self.filled[slots] < self.end[slots]
         at = self._at(torch.where(running, self.filled[slots], self.capacity.columns))
         own = self.columns[slots]
@@ -169,16 +173,16 @@ class State:
         self.filled[slots].add_(running)
 
     def _at(self, column: Tensor) -> Tensor:
-        """[slots] -> [slots, K, 1], an index into the columns."""
+        """An index [slots, K, 1] into the columns, from a column [slots] for each slot."""
         return column[:, None, None].expand(-1, self._decoder.codebooks, 1)
 
-    def _hear(self, slot: int, cache: RequestCache) -> None:
-        """Only the conditional row has a text, if the request has one."""
+    def _copy_text(self, slot: int, cache: RequestCache) -> None:
+        """Copies the text of a request, if it has one. Only the conditional row has it."""
         if self.text_keys is None or self.text_values is None:
             return
         self.text_length[2 * slot].fill_(cache.text_length)
         if cache.text is not None:
-            assert (cache.rows, cache.text_rows) == (2, (0,)), "a null text that says something"
+            assert (cache.rows, cache.text_rows) == (2, (0,)), "the null row has a text of its own"
             keys, values = cache.text
             self.text_keys[:, slot, :, : cache.text_length] = keys[:, 0]
             self.text_values[:, slot, :, : cache.text_length] = values[:, 0]

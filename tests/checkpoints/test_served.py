@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from test_transformers_folder import model_of
 
 from musicgen_svc.catalog import read_catalog
+from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.generation import perform, write_score
+from musicgen_svc.generation import generate, prepare
 from musicgen_svc.loader import Loader
 from musicgen_svc.randomness import GlobalRandom
-from musicgen_svc.request import SamplingParams
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights import Weights
 
@@ -122,8 +122,8 @@ def test_a_format_is_served(places: Path, tmp_path: Path, name: str) -> None:
     model = loader.start()
     assert model.name == "finetuned" and len(model.content_hash) == 64
     random = GlobalRandom(0, CPU)
-    score = write_score(model, prompt="rock", frames=50, melody=None, clip_tokens=None, random=random)
-    tokens, _ = perform(model, score, SamplingParams(), torch.Generator().manual_seed(0))
+    score = prepare(model, prompt="rock", frames=50, melody=None, clip_tokens=None, random=random)
+    tokens, _ = generate(model, score, SamplingParams(), torch.Generator().manual_seed(0))
     sound = model.codec.decode(tokens)
     assert sound.shape == (1, 32_000) and sound.isfinite().all() and sound.std() > 0
 

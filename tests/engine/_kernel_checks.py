@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from musicgen_svc.engine import operations as plain
+from musicgen_svc.engine.operations import PLAIN, Attend, PlainOperations
+from musicgen_svc.engine.sampling import SlotParameters
 
 Check = Callable[[torch.device], None]
 
@@ -39,7 +40,7 @@ def norm_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     before = x.clone()
     for added in (delta, None):
         total, normed = kernels.add_norm(x, added, weight, bias, 1e-5, dtype)
-        expected_total, expected = plain.add_norm(x, added, weight, bias, 1e-5, dtype)
+        expected_total, expected = PLAIN.add_norm(x, added, weight, bias, 1e-5, dtype)
         assert torch.equal(total, expected_total)
         close(normed, expected, 1e-5 if dtype == torch.float32 else 4e-3)
     assert torch.equal(x, before), "the stream was written to"
@@ -52,7 +53,7 @@ def norm_of_the_last_position(device: torch.device) -> None:
     x, delta = noise(2, 5, 96, device=device), noise(2, 5, 96, device=device, seed=1)
     weight, bias = noise(2, 96, device=device, seed=2)
     found = kernels.add_norm(x[:, -1], delta[:, -1], weight, bias, 1e-5, torch.float32)
-    expected = plain.add_norm(x[:, -1], delta[:, -1], weight, bias, 1e-5, torch.float32)
+    expected = PLAIN.add_norm(x[:, -1], delta[:, -1], weight, bias, 1e-5, torch.float32)
     for a, b in zip(found, expected, strict=True):
         close(a, b, 1e-5)
 
@@ -72,7 +73,7 @@ def attention_of(
     buffers = noise(2, 3, rows + 2, heads, capacity, head, device=device, dtype=dtype, seed=1)
     at = torch.tensor(lengths, device=device)
     results = []
-    for operation in (kernels.attention, plain.attention):
+    for operation in (kernels.attention, PLAIN.attention):
         keys, values = buffers.clone()[:, 1, :rows]
         # What lies beyond the length must not matter, whatever it is.
         beyond = torch.arange(capacity, device=device) >= at[:, None] - 1
@@ -97,7 +98,7 @@ def shared_attention_of(lengths: list[int], capacity: int, device: torch.device)
     before = buffers.clone()
     at = torch.tensor(lengths, device=device)
     found = kernels.attention(at, capacity)(query, keys, values)
-    close(found, plain.attention(at, capacity)(query, keys, values), 1e-5)
+    close(found, PLAIN.attention(at, capacity)(query, keys, values), 1e-5)
     assert torch.equal(buffers, before)
     assert not found[at == 0].any() and found[at > 0].all()
 
@@ -130,13 +131,12 @@ def draws_of(card: int, dtype: torch.dtype, device: torch.device) -> None:
 
     slots = len(PARAMETERS)
     logits = (2 * noise(slots, 2, 2, card, device=device)).round().to(dtype)  # so that many are equal
-    guidance, temperature, top_k, top_p = (
-        torch.tensor(p, device=device) for p in zip(*PARAMETERS, strict=True)
+    parameters = SlotParameters(
+        *(torch.tensor(p, device=device) for p in zip(*PARAMETERS, strict=True)),
+        seed=torch.arange(slots, device=device) * 0x123456789ABCD,
+        step=torch.tensor([1, 1500] * (slots // 2), device=device),
     )
-    seed = torch.arange(slots, device=device) * 0x123456789ABCD
-    step = torch.tensor([1, 1500] * (slots // 2), device=device)
-    given = (logits, guidance, temperature, top_k, top_p, seed, step)
-    assert torch.equal(kernels.draw(*given), plain.draw(*given))
+    assert torch.equal(kernels.draw(logits, parameters), PLAIN.draw(logits, parameters))
 
 
 def draws_from_views(device: torch.device) -> None:
@@ -145,8 +145,8 @@ def draws_from_views(device: torch.device) -> None:
 
     logits = noise(1, 2, 70, device=device).expand(2, -1, -1)[None]
     parameters = [torch.tensor([9.0, p], device=device)[1:] for p in (3.0, 1.0, 20.0, 0.0, 5.0, 7.0)]
-    given = [p.long() if i in (2, 4, 5) else p for i, p in enumerate(parameters)]
-    assert torch.equal(kernels.draw(logits, *given), plain.draw(logits, *given))
+    given = SlotParameters(*(p.long() if i in (2, 4, 5) else p for i, p in enumerate(parameters)))
+    assert torch.equal(kernels.draw(logits, given), PLAIN.draw(logits, given))
 
 
 # --- product ------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def int8_product_of(shape: tuple[int, ...], outputs: int, dtype: torch.dtype, de
     exact = x.double() @ (weight.double() * scales.double()[:, None]).T
     assert (found.dtype, found.shape) == (dtype, exact.shape)
     assert (found - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-3) * exact.abs().max()
-    close(found, plain.int8_linear(x, weight, scales), 1e-4 if dtype == torch.float32 else 0.1)
+    close(found, PLAIN.int8_linear(x, weight, scales), 1e-4 if dtype == torch.float32 else 0.1)
 
 
 # --- all of them --------------------------------------------------------------------------------
@@ -175,19 +175,19 @@ def a_static_batch(device: torch.device) -> None:
     from _random_models import conditions, language_model
 
     from musicgen_svc.engine.batch import DecodeRequest
-    from musicgen_svc.engine.choice import operations_for
     from musicgen_svc.engine.decoder import Decoder
+    from musicgen_svc.engine.factory import operations_for
+    from musicgen_svc.engine.sampling_params import SamplingParams
     from musicgen_svc.engine.state import Capacity
     from musicgen_svc.engine.static import StaticBatch
-    from musicgen_svc.request import SamplingParams
 
     lm = language_model(dim=16, layers=2, heads=1, card=40, delays=(0, 1), device=device)
     heard = {name: (t.to(device), mask.to(device)) for name, (t, mask) in conditions(dim=16).items()}
     codes = []
-    for kernels in (True, False):
+    for kernels in ("on", "off"):
         decoder = Decoder(lm, operations=operations_for(lm, kernels))
-        assert decoder.operations.reads_lengths == kernels
-        batch = StaticBatch(decoder, Capacity(2, 40, 640, 40), graphs=False)
+        assert decoder.operations.reads_lengths == (kernels == "on")
+        batch = StaticBatch(decoder, Capacity(2, 40, 640, 40), graphs="off")
         slots = []
         for i, given in enumerate((heard, {})):
             sampling = SamplingParams(temperature=0 if i == 0 else 1, top_k=9)
@@ -203,26 +203,26 @@ def a_static_batch(device: torch.device) -> None:
 
 def the_choice(device: torch.device) -> None:
     """The kernels pass the check that comes before their use, and wrong ones do not."""
-    from dataclasses import replace
-
-    from musicgen_svc.engine.choice import Shape, disagreements
     from musicgen_svc.engine.kernels import KERNELS
+    from musicgen_svc.engine.selftest import Shape, disagreements
 
     shape = Shape(dim=32, heads=2, codebooks=2, card=70, dtype=torch.float16)
     assert disagreements(KERNELS, shape, device) == []
 
-    def one_position_less(lengths: Tensor, reach: int) -> plain.Attend:
-        attend = plain.attention(lengths - 1, reach)
-        return lambda query, keys, values, new=None: attend(query, keys, values, new)
+    class Wrong(PlainOperations):
+        def add_norm(self, x, delta, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
+            return super().add_norm(x, None, weight, bias, eps, dtype)
 
-    wrong = replace(
-        KERNELS,
-        add_norm=lambda x, delta, weight, bias, eps, dtype: plain.add_norm(x, None, weight, bias, eps, dtype),
-        attention=one_position_less,
-        draw=lambda logits, guidance, *rest: plain.draw(logits, guidance + 1, *rest),
-        int8_linear=lambda x, weight, scales: plain.int8_linear(x, weight, scales.flip(0)),
-    )
-    assert len(disagreements(wrong, shape, device)) == 4
+        def attention(self, lengths: Tensor, extent: int) -> Attend:
+            return super().attention(lengths - 1, extent)
+
+        def draw(self, logits: Tensor, parameters: SlotParameters) -> Tensor:
+            return super().draw(logits, parameters._replace(guidance=parameters.guidance + 1))
+
+        def int8_linear(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+            return super().int8_linear(x, weight, scales.flip(0))
+
+    assert len(disagreements(Wrong(), shape, device)) == 4
 
 
 HALF, SINGLE = torch.float16, torch.float32

@@ -17,11 +17,11 @@ from _random_models import audiocraft_generates, conditions, language_model
 from torch.autograd import DeviceType
 
 from musicgen_svc.engine import ragged
-from musicgen_svc.engine.factory import batch_for
+from musicgen_svc.engine.factory import BatchKind, batch_for
 from musicgen_svc.engine.projections import packs_float16
+from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.engine.static import CHUNK
 from musicgen_svc.meta import on_meta
-from musicgen_svc.request import SamplingParams
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -151,7 +151,7 @@ def test_a_steps_share_leaves_out_what_a_run_has_once(monkeypatch: pytest.Monkey
 @pytest.mark.cuda
 def test_a_recorded_step_is_hardly_a_launch() -> None:
     work = _work(device="cuda", dtype=torch.float16)
-    batches = [batch_for(work.lm, graphs=on) for on in (True, False)]
+    batches = [batch_for(work.lm, graphs=graphs) for graphs in ("on", "off")]
     recorded, launched = (
         _bench_launches.per_step(lambda frames, b=b: work.of(frames).engine(b, 1)) for b in batches
     )
@@ -162,10 +162,10 @@ def test_a_recorded_step_is_hardly_a_launch() -> None:
 # --- agreement ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_the_engine_agrees_with_audiocraft(static: bool) -> None:
+@pytest.mark.parametrize("batch_kind", ["ragged", "static"])
+def test_the_engine_agrees_with_audiocraft(batch_kind: BatchKind) -> None:
     work = _work()
-    found = with_audiocraft(work, batch_for(work.lm, static=static), frames=12)
+    found = with_audiocraft(work, batch_for(work.lm, kind=batch_kind), frames=12)
     assert (found.top1, found.first_divergence, found.frames) == (1, None, 12)
 
 

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 from musicgen_svc.engine import decoder, prefill, static
 from musicgen_svc.engine.batch import DecodeRequest
 from musicgen_svc.engine.factory import batch_for
-from musicgen_svc.engine.state import Reach, State
+from musicgen_svc.engine.sampling_params import SamplingParams
+from musicgen_svc.engine.state import ActiveExtent, DeviceState
 from musicgen_svc.engine.static import StaticBatch
-from musicgen_svc.request import SamplingParams
 
 CARD, DIM = 40, 32
 
@@ -59,7 +59,7 @@ class OnTheDevice(TorchDispatchMode):
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor is a fake one. What is read before the first step, on purpose, is answered from here."""
     monkeypatch.setattr(prefill, "rows_that_matter", lambda given, guidance: [0, 1] if given else [0])
-    monkeypatch.setattr(prefill, "rows_that_hear", lambda text, rows: [] if text is None else [0])
+    monkeypatch.setattr(prefill, "rows_with_text", lambda text, rows: [] if text is None else [0])
     monkeypatch.setattr(static, "seed_from", lambda generator: 2**40 + 1)
     monkeypatch.setattr(  # the real one compares addresses
         decoder, "_merged_heads", lambda lm: torch.cat([linear.weight for linear in lm.linears])
@@ -80,7 +80,7 @@ def on_gpu(name: str) -> StaticBatch:
         {name: torch.empty(shape, dtype=dtype, device="cuda") for name, (shape, dtype) in types.items()},
         assign=True,
     )
-    batch = batch_for(lm, slots=4, graphs=False, kernels=False)
+    batch = batch_for(lm, slots=4, graphs="off", kernels="off")
     assert isinstance(batch, StaticBatch), "what a GPU is given"
     return batch
 
@@ -112,9 +112,9 @@ def test_a_step_never_leaves_the_device_and_is_the_same_at_every_position(
 ) -> None:
     """The same operations in the same order, wherever its requests of several lengths are."""
     batch = on_gpu(name)
-    reaches: list[Reach] = []
-    step = State.step
-    monkeypatch.setattr(State, "step", lambda state, reach: (reaches.append(reach), step(state, reach)))
+    reaches: list[ActiveExtent] = []
+    step = DeviceState.step
+    monkeypatch.setattr(DeviceState, "step", lambda state, reach: (reaches.append(reach), step(state, reach)))
     slots, steps = [], []
     for wanted in (
         request(name, 0, length=9),
@@ -139,15 +139,15 @@ def test_nor_do_joining_leaving_and_rehearsing_wait_for_it(
 ) -> None:
     """The prefill does: it looks which rows matter, and takes the prompt from wherever it is."""
     batch, joined = on_gpu(name), []
-    move_in = State.move_in
+    move_in = DeviceState.move_in
     monkeypatch.setattr(
-        State, "move_in", lambda state, *given: joined.append(watched(lambda: move_in(state, *given)))
+        DeviceState, "move_in", lambda state, *given: joined.append(watched(lambda: move_in(state, *given)))
     )
     first, _ = (batch.open(request(name, 2, length=6)) for _ in range(2))
     assert len(joined) == 2 and len(joined[0]) > 50
-    state, reach = batch.state, Reach(2, 16, 64)
+    state, reach = batch.state, ActiveExtent(2, 16, 64)
     with torch.inference_mode():
-        assert watched(lambda: state.without_a_trace(lambda: state.step(reach)))
+        assert watched(lambda: state.with_all_slots_stopped(lambda: state.step(reach)))
     assert watched(lambda: batch.close(first))
     assert watched(batch.clear)
 
@@ -170,8 +170,8 @@ def test_a_step_that_asks_the_host_is_found(
 ) -> None:
     batch = on_gpu("text")
     batch.open(request("text", 0, length=12))
-    position = State.position
-    monkeypatch.setattr(State, "position", lambda state: mistake(position(state)))
+    position = DeviceState.position
+    monkeypatch.setattr(DeviceState, "position", lambda state: mistake(position(state)))
     with pytest.raises(error):
         watched(batch.step)
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from musicgen_svc.compat import LMModel
 from musicgen_svc.engine import static
 from musicgen_svc.engine.batch import DecodeRequest, Slot
-from musicgen_svc.engine.factory import batch_for
-from musicgen_svc.engine.state import State
+from musicgen_svc.engine.factory import Switch, batch_for
+from musicgen_svc.engine.sampling_params import SamplingParams
+from musicgen_svc.engine.state import DeviceState
 from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.errors import GenerationError
-from musicgen_svc.request import SamplingParams
 
 
 @cache
@@ -37,8 +37,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperGpu]:
         yield found
 
 
-def batch_on(name: str, *, graphs: bool | None, slots: int = 2) -> StaticBatch:
-    batch = batch_for(on_a_cpu(name).to("cuda"), slots=slots, graphs=graphs, kernels=False)
+def batch_on(name: str, *, graphs: Switch, slots: int = 2) -> StaticBatch:
+    batch = batch_for(on_a_cpu(name).to("cuda"), slots=slots, graphs=graphs, kernels="off")
     assert isinstance(batch, StaticBatch)
     return batch
 
@@ -91,7 +91,7 @@ def test_a_graph_of_paper_is_like_a_real_one(gpu: PaperGpu) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_replayed_step_does_what_a_launched_one_does(name: str, gpu: PaperGpu) -> None:
-    recorded, launched = (batch_on(name, graphs=graphs) for graphs in (True, False))
+    recorded, launched = (batch_on(name, graphs=graphs) for graphs in ("on", "off"))
     expected = decoded(launched, name)
     for _ in range(2):
         assert all(map(torch.equal, decoded(recorded, name), expected))
@@ -102,7 +102,7 @@ def test_a_replayed_step_does_what_a_launched_one_does(name: str, gpu: PaperGpu)
 
 
 def test_recordings_of_buffers_that_are_gone_are_not_replayed(gpu: PaperGpu) -> None:
-    recorded, launched = (batch_on("text", graphs=graphs) for graphs in (True, False))
+    recorded, launched = (batch_on("text", graphs=graphs) for graphs in ("on", "off"))
     codes = []
     for batch in (recorded, launched):
         decoded(batch, "text")
@@ -115,10 +115,10 @@ def test_recordings_of_buffers_that_are_gone_are_not_replayed(gpu: PaperGpu) -> 
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_graphs_that_work_are_kept_and_the_trial_leaves_no_trace(
+def test_graphs_that_work_are_kept_and_the_self_test_leaves_no_trace(
     name: str, gpu: PaperGpu, caplog: pytest.LogCaptureFixture
 ) -> None:
-    batch, launched = (batch_on(name, graphs=graphs) for graphs in (None, False))
+    batch, launched = (batch_on(name, graphs=graphs) for graphs in ("auto", "off"))
     assert batch.graphed.enabled and batch.graphed._graphs
     assert not batch.slots and not gpu.waits_are_errors
     assert all(map(torch.equal, decoded(batch, name), decoded(launched, name)))
@@ -127,8 +127,8 @@ def test_graphs_that_work_are_kept_and_the_trial_leaves_no_trace(
 
 def in_every_step(monkeypatch: pytest.MonkeyPatch, call: Callable[[Tensor], Tensor]) -> None:
     """What a step takes its positions to be goes through `call`."""
-    position = State.position
-    monkeypatch.setattr(State, "position", lambda state: call(position(state)))
+    position = DeviceState.position
+    monkeypatch.setattr(DeviceState, "position", lambda state: call(position(state)))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -145,7 +145,7 @@ def test_a_step_that_takes_its_position_from_the_host_is_launched(
     monkeypatch.setattr(StaticBatch, "step", stepped)
     in_every_step(monkeypatch, lambda positions: torch.full_like(positions, position[0]))
     with caplog.at_level(logging.WARNING):
-        batch = batch_on(name, graphs=None)
+        batch = batch_on(name, graphs="auto")
     assert "a recorded step draws other tokens" in caplog.text
     assert not batch.graphed.enabled and not batch.graphed._graphs and not batch.slots
 
@@ -156,7 +156,7 @@ def test_a_step_that_waits_is_found_before_it_is_recorded(
     in_every_step(monkeypatch, lambda positions: positions + 0 * int(positions.max()))
     monkeypatch.setattr(torch.cuda, "graph", None)
     with caplog.at_level(logging.WARNING):
-        batch = batch_on("text", graphs=None)
+        batch = batch_on("text", graphs="auto")
     assert "a step cannot be recorded" in caplog.text and "synchronizing" in caplog.text
     assert not batch.graphed.enabled and not gpu.waits_are_errors
     assert len(decoded(batch, "text")) == 3
@@ -168,16 +168,16 @@ def test_a_recording_that_fails_is_said_in_a_sentence(gpu: PaperGpu, monkeypatch
 
     monkeypatch.setattr(PaperGraph, "note", note)
     with pytest.raises(GenerationError) as failure:
-        batch_on("text", graphs=None)
+        batch_on("text", graphs="auto")
     assert str(failure.value) == (
         "This GPU cannot record the decoding step (CUDA error: operation not permitted when stream is "
-        "capturing): set MUSICGEN_CUDA_GRAPHS=false."
+        "capturing): set MUSICGEN_CUDA_GRAPHS=off."
     )
 
 
 def test_slots_go_on_after_a_recording_that_failed(gpu: PaperGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later, in a step that they share: with the next one's."""
-    batch, launched = (batch_on("text", graphs=graphs) for graphs in (True, False))
+    batch, launched = (batch_on("text", graphs=graphs) for graphs in ("on", "off"))
     with monkeypatch.context() as broken:
         slot = batch.open(request("text", 6, seed=1))
         broken.setattr(torch.cuda, "graph", None)

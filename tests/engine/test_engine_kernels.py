@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,19 +14,28 @@ import torch
 from _kernel_checks import CHECKS
 from _random_models import conditions, language_model
 
-from musicgen_svc.engine import choice
-from musicgen_svc.engine.choice import Shape, best, operations_for
+from musicgen_svc.engine import factory
 from musicgen_svc.engine.engine import Engine
-from musicgen_svc.engine.factory import batch_for
-from musicgen_svc.engine.operations import PLAIN, Operations
-from musicgen_svc.engine.state import Reach
+from musicgen_svc.engine.factory import Switch, batch_for, kernels_that_work, operations_for
+from musicgen_svc.engine.operations import PLAIN, Operations, PlainOperations
+from musicgen_svc.engine.sampling_params import SamplingParams
+from musicgen_svc.engine.selftest import Shape
+from musicgen_svc.engine.state import ActiveExtent
 from musicgen_svc.engine.static import StaticBatch
-from musicgen_svc.request import SamplingParams
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SHAPE = Shape(dim=32, heads=2, codebooks=2, card=70, dtype=torch.float32)
-BY_LENGTH = replace(PLAIN, reads_lengths=True)
+
+
+def altered(**members: object) -> Operations:
+    """The plain operations with some members replaced."""
+    operations = PlainOperations()
+    operations.__dict__.update(members)
+    return operations
+
+
+BY_LENGTH = altered(reads_lengths=True)
 CPU = torch.device("cpu")
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -82,10 +90,10 @@ def test_on_a_cpu_the_plain_ones_are_taken() -> None:
 
 def test_they_are_off_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = language_model(dim=32, layers=1, heads=2)
-    monkeypatch.setattr(choice, "_kernels", lambda: BY_LENGTH)
-    assert batch_for(lm, static=True, kernels=True).decoder.operations is BY_LENGTH
-    assert batch_for(lm, static=True, kernels=False).decoder.operations is PLAIN
-    assert batch_for(lm, static=False, kernels=True).decoder.operations is PLAIN
+    monkeypatch.setattr(factory, "_kernels", lambda: BY_LENGTH)
+    assert batch_for(lm, kind="static", kernels="on").decoder.operations is BY_LENGTH
+    assert batch_for(lm, kind="static", kernels="off").decoder.operations is PLAIN
+    assert batch_for(lm, kind="ragged", kernels="on").decoder.operations is PLAIN
 
 
 def _raise(exc: Exception) -> Operations:
@@ -97,7 +105,7 @@ def _raise(exc: Exception) -> Operations:
     [
         (partial(_raise, ImportError("No module named 'triton'")), "No module named 'triton'"),
         (partial(_raise, RuntimeError("Failed to find C compiler.")), "Failed to find C compiler."),
-        (lambda: replace(BY_LENGTH, draw=lambda *given: PLAIN.draw(*given) + 1), "other tokens are drawn"),
+        (lambda: altered(draw=lambda *given: PLAIN.draw(*given) + 1), "other tokens are drawn"),
     ],
 )
 def test_an_engine_does_without_kernels_that_do_not_work(
@@ -106,28 +114,28 @@ def test_an_engine_does_without_kernels_that_do_not_work(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(choice, "_kernels", kernels)
+    monkeypatch.setattr(factory, "_kernels", kernels)
     with caplog.at_level(logging.WARNING):
-        assert best(SHAPE, CPU) is PLAIN
+        assert kernels_that_work(SHAPE, CPU) is PLAIN
     assert said in caplog.text
 
 
 def test_kernels_that_agree_are_taken(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(choice, "_kernels", lambda: BY_LENGTH)
-    assert best(SHAPE, CPU) is BY_LENGTH
+    monkeypatch.setattr(factory, "_kernels", lambda: BY_LENGTH)
+    assert kernels_that_work(SHAPE, CPU) is BY_LENGTH
     assert not caplog.text
 
 
 def test_with_them_a_number_of_slots_has_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the position and the text."""
-    monkeypatch.setattr(choice, "_kernels", lambda: BY_LENGTH)
+    monkeypatch.setattr(factory, "_kernels", lambda: BY_LENGTH)
     lm = language_model(dim=32, layers=1, heads=2, card=40)
-    keys: dict[bool, set[Reach]] = {True: set(), False: set()}
+    keys: dict[Switch, set[ActiveExtent]] = {"on": set(), "off": set()}
     codes = []
     for kernels, seen in keys.items():
-        batch = batch_for(lm, slots=2, static=True, kernels=kernels)
+        batch = batch_for(lm, slots=2, kind="static", kernels=kernels)
         assert isinstance(batch, StaticBatch)
         step = batch._step
         batch.graphed._function = lambda reach, step=step, seen=seen: (seen.add(reach), step(reach))
@@ -138,6 +146,11 @@ def test_with_them_a_number_of_slots_has_one_graph(monkeypatch: pytest.MonkeyPat
                     generator=torch.Generator().manual_seed(0),
                 )
             )  # fmt: skip
-    assert keys[True] == {Reach(1, 2048, 512)}
-    assert keys[False] == {Reach(1, 256, 64), Reach(1, 512, 64), Reach(1, 256, 128), Reach(1, 512, 128)}
+    assert keys["on"] == {ActiveExtent(1, 2048, 512)}
+    assert keys["off"] == {
+        ActiveExtent(1, 256, 64),
+        ActiveExtent(1, 512, 64),
+        ActiveExtent(1, 256, 128),
+        ActiveExtent(1, 512, 128),
+    }
     assert torch.equal(codes[0], codes[2]) and torch.equal(codes[1], codes[3])

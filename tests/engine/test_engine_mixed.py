@@ -7,8 +7,8 @@ from _random_models import conditions, language_model
 from musicgen_svc.compat import LMModel
 from musicgen_svc.engine.batch import DecodeRequest
 from musicgen_svc.engine.engine import Engine
-from musicgen_svc.engine.factory import batch_for
-from musicgen_svc.request import SamplingParams
+from musicgen_svc.engine.factory import BatchKind, batch_for
+from musicgen_svc.engine.sampling_params import SamplingParams
 
 
 def twins(kind: str) -> tuple[LMModel, LMModel]:
@@ -19,8 +19,8 @@ def twins(kind: str) -> tuple[LMModel, LMModel]:
 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
-@pytest.mark.parametrize("static", [False, True])
-def test_the_mix_gives_fp32s_logits_within_fp16s_rounding(kind: str, static: bool) -> None:
+@pytest.mark.parametrize("batch_kind", ["ragged", "static"])
+def test_the_mix_gives_fp32s_logits_within_fp16s_rounding(kind: str, batch_kind: BatchKind) -> None:
     mixed, exact = twins(kind)
     types = {name: p.dtype for name, p in mixed.named_parameters()}
     assert types["emb.0.weight"] == types["linears.0.weight"] == types["out_norm.weight"] == torch.float32
@@ -28,7 +28,7 @@ def test_the_mix_gives_fp32s_logits_within_fp16s_rounding(kind: str, static: boo
 
     given = conditions(kind)
     sampling, generator = SamplingParams(temperature=0), torch.Generator()
-    tokens = Engine(batch_for(mixed, static=static)).generate(
+    tokens = Engine(batch_for(mixed, kind=batch_kind)).generate(
         given, prompt=None, length=40, sampling=sampling, generator=generator
     )
     request = DecodeRequest(given, tokens[:, :39], 40, sampling, generator)

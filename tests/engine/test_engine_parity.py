@@ -11,7 +11,7 @@ from musicgen_svc.compat import LMModel
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.ragged import RaggedSlot
-from musicgen_svc.request import SamplingParams
+from musicgen_svc.engine.sampling_params import SamplingParams
 
 CARD = 300
 LAYOUTS = {"mono": MONO, "stereo": STEREO}

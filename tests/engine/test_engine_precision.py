@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from musicgen_svc.engine.batch import DecodeRequest
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import batch_for
-from musicgen_svc.engine.operations import PLAIN
+from musicgen_svc.engine.operations import PlainOperations
 from musicgen_svc.engine.projections import Precision, projection
-from musicgen_svc.request import SamplingParams
+from musicgen_svc.engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
 FBGEMM = torch.backends.quantized.engine in ("x86", "fbgemm")
@@ -96,12 +95,13 @@ def test_int8_without_fbgemm_rounds_the_weight_alone(monkeypatch: pytest.MonkeyP
 
 
 def test_int8_without_fbgemm_is_multiplied_by_the_operations_that_were_chosen() -> None:
-    def product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-        assert weight.dtype == torch.int8 and scales.dtype == torch.float32
-        return 2 * PLAIN.int8_linear(x, weight, scales)
+    class Doubling(PlainOperations):
+        def int8_linear(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+            assert weight.dtype == torch.int8 and scales.dtype == torch.float32
+            return 2 * super().int8_linear(x, weight, scales)
 
     x, weight = drawn(2, 96).half(), drawn(64, 96).half()
-    found = projection(weight, "int8", replace(PLAIN, int8_linear=product))(x)
+    found = projection(weight, "int8", Doubling())(x)
     assert torch.equal(found, 2 * projection(weight, "int8")(x))
 
 

@@ -7,8 +7,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from musicgen_svc import compat  # noqa: F401
-from musicgen_svc.engine.sampling import counted_uniform, draw, draw_counted, keep_top_k, keep_top_p, mix
-from musicgen_svc.request import SamplingParams
+from musicgen_svc.engine.sampling import (
+    SlotParameters,
+    counted_uniform,
+    draw,
+    draw_counted,
+    keep_top_k,
+    keep_top_p,
+    mix,
+)
+from musicgen_svc.engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
 PARAMS = st.builds(
@@ -26,14 +34,8 @@ def _logits(codebooks: int = 4, card: int = 30, seed: int = 0, ties: bool = Fals
 
 def _counted(logits: Tensor, params: SamplingParams, seed: int, step: int = 0) -> Tensor:
     batch = len(logits)
-    return draw_counted(
-        logits,
-        temperature=torch.full((batch,), float(params.temperature)),
-        top_k=torch.full((batch,), params.top_k),
-        top_p=torch.full((batch,), params.top_p),
-        seed=torch.full((batch,), seed),
-        step=torch.full((batch,), step),
-    )
+    numbers = (params.guidance, float(params.temperature), params.top_k, params.top_p, seed, step)
+    return draw_counted(logits, SlotParameters(*(torch.full((batch,), number) for number in numbers)))
 
 
 def _allowed(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -129,14 +131,15 @@ def test_guidance_extrapolates_from_the_null_row(guidance: float) -> None:
 def test_counted_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     draws = 20_000
-    tokens = draw_counted(
-        logits.expand(draws, 1, 4),
+    parameters = SlotParameters(
+        guidance=torch.ones(draws),
         temperature=torch.ones(draws),
         top_k=torch.zeros(draws, dtype=torch.long),
         top_p=torch.zeros(draws),
         seed=torch.full((draws,), 7),
         step=torch.arange(draws),
     )
+    tokens = draw_counted(logits.expand(draws, 1, 4), parameters)
     shares = tokens.flatten().bincount(minlength=4) / draws
     assert torch.allclose(shares, torch.softmax(logits[0], dim=-1), atol=0.015)
 

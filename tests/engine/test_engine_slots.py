@@ -16,11 +16,11 @@ from musicgen_svc.engine import static
 from musicgen_svc.engine.batch import Batch, DecodeRequest, Slot
 from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.engine import Engine, StepError
-from musicgen_svc.engine.factory import batch_for
-from musicgen_svc.engine.state import Capacity, State
+from musicgen_svc.engine.factory import BatchKind, batch_for
+from musicgen_svc.engine.sampling_params import SamplingParams
+from musicgen_svc.engine.state import Capacity, DeviceState
 from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.request import SamplingParams
 from musicgen_svc.ticks import Tick, no_tick
 
 CARD = 300
@@ -68,8 +68,8 @@ def asks(kind: str = "text") -> list[Ask]:
     ]
 
 
-def alone(ask: Ask, kind: str = "text", static: bool = False) -> Tensor:
-    return ask.generate_in(Engine(batch_for(model(kind), static=static)))
+def alone(ask: Ask, kind: str = "text", batch_kind: BatchKind = "auto") -> Tensor:
+    return ask.generate_in(Engine(batch_for(model(kind), kind=batch_kind)))
 
 
 def finish(batch: Batch, slot: Slot) -> Tensor:
@@ -225,11 +225,11 @@ def together(engine: Engine, asked: list[Ask]) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("batch_kind", ["ragged", "static"])
 def test_a_shared_step_that_fails_ends_all_that_are_in_it_and_leaves_the_engine_whole(
-    static: bool, monkeypatch: pytest.MonkeyPatch
+    batch_kind: BatchKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(batch_for(model(), slots=3, static=static))
+    engine = Engine(batch_for(model(), slots=3, kind=batch_kind))
     compute, steps = engine.decoder.logits, 0
 
     def fail_at_the_fifth(tokens: Tensor, *rest: Any) -> Tensor:
@@ -245,7 +245,7 @@ def test_a_shared_step_that_fails_ends_all_that_are_in_it_and_leaves_the_engine_
             assert isinstance(end, StepError) and isinstance(end.__cause__, torch.OutOfMemoryError), end
     assert steps == 5 and not engine.batch.slots
     for got, ask in zip(together(engine, asks()[:3]), asks(), strict=False):
-        assert torch.equal(got, alone(ask, static=static))
+        assert torch.equal(got, alone(ask, batch_kind=batch_kind))
 
 
 def test_a_draw_that_fails_is_one_requests_own_error() -> None:
@@ -270,7 +270,7 @@ def test_a_prefill_that_fails_is_one_requests_own_error() -> None:
 
 def test_a_long_prefill_lets_others_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every turn is over at once: the prefill is laid aside at each of its pulses."""
-    monkeypatch.setattr("musicgen_svc.turns.TURN_S", 0.0)
+    monkeypatch.setattr("musicgen_svc.fair_queue.TURN_S", 0.0)
     monkeypatch.setattr("musicgen_svc.engine.engine.TURN_S", 0.01)
     engine = Engine(batch_for(model(), slots=2))
     first = replace(asks()[0], length=400)
@@ -295,7 +295,7 @@ def test_a_long_prefill_lets_others_step(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_request_for_longer_buffers_waits_until_they_are_empty_and_later_ones_behind_it() -> None:
-    batch = batch_for(model(), slots=3, static=True)
+    batch = batch_for(model(), slots=3, kind="static")
     engine = Engine(batch)
     wide = Ask(conditions(tokens=600), 30, sampling=SamplingParams(temperature=0))
     order: list[str] = []
@@ -306,7 +306,7 @@ def test_a_request_for_longer_buffers_waits_until_they_are_empty_and_later_ones_
         def tick(done: int, total: int) -> None:
             if done and name not in order:
                 order.append(name)
-            if name == "first" and len(engine._places._queue) < 3:
+            if name == "first" and engine._slot_queue.length < 3:
                 time.sleep(0.05)  # it is not done before the others have come
 
         def run() -> None:
@@ -314,7 +314,7 @@ def test_a_request_for_longer_buffers_waits_until_they_are_empty_and_later_ones_
 
         threads.append(threading.Thread(target=run))
         threads[-1].start()
-        while len(engine._places._queue) < in_queue:
+        while engine._slot_queue.length < in_queue:
             pass
 
     start("first", replace(asks()[0], length=600), 1)
@@ -324,22 +324,22 @@ def test_a_request_for_longer_buffers_waits_until_they_are_empty_and_later_ones_
         thread.join()
     assert order == ["first", "wide", "later"]
     assert torch.equal(results["wide"], alone(wide))
-    assert torch.equal(results["later"], alone(asks()[1], static=True))
+    assert torch.equal(results["later"], alone(asks()[1], batch_kind="static"))
     assert isinstance(batch, StaticBatch) and batch.state.capacity.text >= 600
 
 
 def test_buffers_that_could_not_grow_are_there_for_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = batch_for(model(), slots=2, static=True)
+    batch = batch_for(model(), slots=2, kind="static")
     assert isinstance(batch, StaticBatch)
 
-    def scarce(decoder: Decoder, capacity: Capacity) -> State:
+    def scarce(decoder: Decoder, capacity: Capacity) -> DeviceState:
         if capacity.text > 512:
             raise torch.OutOfMemoryError("of the buffers")
-        return State(decoder, capacity)
+        return DeviceState(decoder, capacity)
 
-    monkeypatch.setattr(static, "State", scarce)
+    monkeypatch.setattr(static, "DeviceState", scarce)
     with pytest.raises(torch.OutOfMemoryError):
         Ask(conditions(tokens=600), 30).generate_in(Engine(batch))
     assert batch.state.keys.numel() == 0, "old buffers and new ones at once may not fit"
-    assert torch.equal(asks()[1].generate_in(Engine(batch)), alone(asks()[1], static=True))
+    assert torch.equal(asks()[1].generate_in(Engine(batch)), alone(asks()[1], batch_kind="static"))
     assert batch.state.capacity == Capacity(2)

@@ -14,10 +14,10 @@ from torch import Tensor
 from musicgen_svc.compat import LMModel
 from musicgen_svc.engine.batch import Batch, DecodeRequest, Slot
 from musicgen_svc.engine.engine import Engine
-from musicgen_svc.engine.factory import batch_for
-from musicgen_svc.engine.state import Reach
+from musicgen_svc.engine.factory import Switch, batch_for
+from musicgen_svc.engine.sampling_params import SamplingParams
+from musicgen_svc.engine.state import ActiveExtent
 from musicgen_svc.engine.static import StaticBatch
-from musicgen_svc.request import SamplingParams
 
 CARD = 300
 GREEDY = SamplingParams(temperature=0)
@@ -61,7 +61,7 @@ def finished(batch: Batch, slot: Slot) -> Tensor:
 @pytest.mark.parametrize("frames", [0, 15])
 def test_greedy_tokens_are_the_ragged_ones(kind: str, guidance: float, frames: int) -> None:
     sampling = SamplingParams(temperature=0, guidance=guidance)
-    static, ragged = (batch_for(model(kind), static=static) for static in (True, False))
+    static, ragged = (batch_for(model(kind), kind=batch_kind) for batch_kind in ("static", "ragged"))
     expected = finished(ragged, opened(ragged, given_for(kind), sampling, frames=frames))
     assert torch.equal(finished(static, opened(static, given_for(kind), sampling, frames=frames)), expected)
     assert expected.unique().numel() > 10, "a model that repeats itself proves nothing"
@@ -74,23 +74,23 @@ def test_requests_are_the_same_in_any_slot_and_company() -> None:
     ]
 
     def alone(given: Conditions, sampling: SamplingParams, seed: int) -> Tensor:
-        batch = batch_for(lm, static=True)
+        batch = batch_for(lm, kind="static")
         return finished(batch, opened(batch, given, sampling, seed=seed))
 
-    batch = batch_for(lm, slots=3, static=True)
+    batch = batch_for(lm, slots=3, kind="static")
     first = opened(batch, *asks[0][:2], seed=9, length=60)
     slots = [opened(batch, given, sampling, seed=seed) for given, sampling, seed in asks[1:]]
     for _ in range(10):
         batch.step()
     batch.close(first)  # its place is taken by one that joins later
     late = opened(batch, *asks[0][:2], seed=asks[0][2])
-    assert late.place == first.place
+    assert late.index == first.index
     for slot, ask in zip([late, *slots], asks, strict=True):
         assert torch.equal(finished(batch, slot), alone(*ask))
 
 
 def test_seeds_differ_and_repeat() -> None:
-    batch = batch_for(model("melody"), static=True)
+    batch = batch_for(model("melody"), kind="static")
 
     def run(seed: int) -> Tensor:
         slot = opened(batch, given_for("melody"), DRAWN, seed=seed)
@@ -102,20 +102,22 @@ def test_seeds_differ_and_repeat() -> None:
     assert not torch.equal(run(1), run(2))
 
 
-@pytest.mark.parametrize("reach", [Reach(1, 256, 64), Reach(2, 256, 64), Reach(4, 512, 64)])
-def test_a_rehearsed_step_leaves_no_trace(reach: Reach) -> None:
+@pytest.mark.parametrize(
+    "reach", [ActiveExtent(*sizes) for sizes in ((1, 256, 64), (2, 256, 64), (4, 512, 64))]
+)
+def test_a_rehearsed_step_leaves_no_trace(reach: ActiveExtent) -> None:
     """However many slots it computes: those that run, fewer, or some that nobody has."""
     lm = model("text")
-    alone = batch_for(lm, static=True)
+    alone = batch_for(lm, kind="static")
     expected = finished(alone, opened(alone, given_for("text"), DRAWN))
-    batch = batch_for(lm, slots=4, static=True)
+    batch = batch_for(lm, slots=4, kind="static")
     assert isinstance(batch, StaticBatch)
     state = batch.state
     done = opened(batch, given_for("text"), DRAWN, length=3)
     slots = [opened(batch, given_for("text"), DRAWN, length=length) for length in (40, 60)]
     while not slots[1].done:
         with torch.inference_mode():
-            state.without_a_trace(lambda: state.step(reach))
+            state.with_all_slots_stopped(lambda: state.step(reach))
             assert state.filled[:3].tolist() == [slot.filled for slot in (done, *slots)]
         batch.step()
     assert torch.equal(slots[0].codes, expected)
@@ -125,7 +127,7 @@ def test_a_rehearsed_step_leaves_no_trace(reach: Reach) -> None:
 def test_a_step_computes_the_places_that_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """As 1, 2, 4 or 8 of them. A request stays in its place when those below have left."""
     lm = model("text")
-    batch = batch_for(lm, slots=6, static=True)
+    batch = batch_for(lm, slots=6, kind="static")
     rows: list[int] = []
     logits = batch.decoder.logits
 
@@ -147,31 +149,31 @@ def test_a_step_computes_the_places_that_are_in_use(monkeypatch: pytest.MonkeyPa
         batch.close(slot)
     assert stepped() == 2 * 6
     slots[0] = opened(batch, given_for("text"), GREEDY, length=50)
-    assert slots[0].place == 0
+    assert slots[0].index == 0
     batch.close(slots[4])
     assert stepped() == 2 * 4
     finished(batch, slots[3])
     assert stepped() == 2 * 1, "one that is done needs no steps"
     monkeypatch.undo()
 
-    alone = batch_for(lm, static=True)
+    alone = batch_for(lm, kind="static")
     assert torch.equal(slots[3].codes, finished(alone, opened(alone, given_for("text"), DRAWN, seed=3)))
-    alone = batch_for(lm, static=True)
+    alone = batch_for(lm, kind="static")
     expected_codes = finished(alone, opened(alone, given_for("text"), GREEDY, length=50))
     assert torch.equal(finished(batch, slots[0]), expected_codes)
 
 
 def test_a_place_forgets_the_text_of_who_had_it_before() -> None:
     null = {name: (torch.zeros_like(tensor), mask) for name, (tensor, mask) in given_for("text").items()}
-    batch = batch_for(model("text"), static=True)
+    batch = batch_for(model("text"), kind="static")
     batch.close(opened(batch, given_for("text"), GREEDY))
     codes = finished(batch, opened(batch, null, GREEDY))
-    fresh = batch_for(model("text"), static=True)
+    fresh = batch_for(model("text"), kind="static")
     assert torch.equal(codes, finished(fresh, opened(fresh, null, GREEDY)))
 
 
 def test_generate_drives_the_static_batch() -> None:
-    batch = batch_for(model("text"), static=True)
+    batch = batch_for(model("text"), kind="static")
     ticks: list[tuple[int, int]] = []
     codes = Engine(batch).generate(
         given_for("text"), prompt=None, length=40, sampling=DRAWN,
@@ -188,10 +190,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 @needs_gpu
 @pytest.mark.parametrize("kind", ["text", "melody"])
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
-@pytest.mark.parametrize("kernels", [True, False])
-def test_a_graph_generates_what_the_step_does(kind: str, sampling: SamplingParams, kernels: bool) -> None:
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_a_graph_generates_what_the_step_does(kind: str, sampling: SamplingParams, kernels: Switch) -> None:
     codes = []
-    for graphs in (True, False):
+    for graphs in ("on", "off"):
         batch = batch_for(model(kind, "cuda"), slots=2, graphs=graphs, kernels=kernels)
         slots = [opened(batch, given_for(kind, s, "cuda"), sampling, seed=s, length=300) for s in range(2)]
         codes.append([finished(batch, slot) for slot in slots])
@@ -202,9 +204,9 @@ def test_a_graph_generates_what_the_step_does(kind: str, sampling: SamplingParam
 @pytest.mark.cuda
 @needs_gpu
 @pytest.mark.parametrize("kind", ["text", "melody"])
-@pytest.mark.parametrize("kernels", [True, False])
-def test_graphs_pass_their_trial(kind: str, kernels: bool) -> None:
-    batch = batch_for(model(kind, "cuda"), graphs=None, kernels=kernels)
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_graphs_pass_their_self_test(kind: str, kernels: Switch) -> None:
+    batch = batch_for(model(kind, "cuda"), graphs="auto", kernels=kernels)
     assert isinstance(batch, StaticBatch) and batch.graphed.enabled
 
 
@@ -215,7 +217,7 @@ def test_with_kernels_and_without_the_tokens_are_the_same(kind: str) -> None:
     """In fp32, where sums in another order hardly ever choose another token."""
     lm = language_model(kind, dim=128, heads=2, card=CARD, device="cuda")
     codes = []
-    for kernels in (True, False):
+    for kernels in ("on", "off"):
         batch = batch_for(lm, slots=4, kernels=kernels)
         slots = []
         for seed, sampling in enumerate((GREEDY, DRAWN, SamplingParams(top_p=0.9))):
@@ -266,7 +268,7 @@ def test_a_step_never_waits_for_the_device() -> None:
 @pytest.mark.parametrize("kind", ["text", "melody"])
 def test_logits_are_audiocrafts_under_autocast(kind: str) -> None:
     lm, given = model(kind, "cuda"), given_for(kind, device="cuda")
-    batch = batch_for(lm, static=False)
+    batch = batch_for(lm, kind="ragged")
     slot = opened(batch, given, GREEDY)
     seen = [slot.logits]
     while not slot.done:
@@ -287,7 +289,7 @@ def test_buffers_grow_for_a_request_beyond_them() -> None:
     expected = Engine(batch_for(lm)).generate(
         given, prompt=None, length=20, sampling=sampling, generator=torch.Generator()
     )
-    engine = Engine(batch_for(lm, static=True))
+    engine = Engine(batch_for(lm, kind="static"))
     for _ in range(2):
         tokens = engine.generate(
             given, prompt=None, length=20, sampling=sampling, generator=torch.Generator()
@@ -296,7 +298,7 @@ def test_buffers_grow_for_a_request_beyond_them() -> None:
 
 
 def test_there_is_room_for_just_what_the_buffers_hold() -> None:
-    batch = batch_for(model("text"), static=True)
+    batch = batch_for(model("text"), kind="static")
 
     def fits(length: int, tokens: int = 5) -> bool:
         given = conditions("text", tokens=tokens)
@@ -310,7 +312,7 @@ def test_recorded_steps_are_forgotten_before_what_they_read_is_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A prefill beyond the table of positions makes a longer one, and may be given up after that."""
-    batch = batch_for(model("melody"), static=True)
+    batch = batch_for(model("melody"), kind="static")
     assert isinstance(batch, StaticBatch)
     tables, forgotten = [batch.decoder._table], []
     monkeypatch.setattr(batch.graphed, "forget", lambda: forgotten.append(batch.decoder._table))

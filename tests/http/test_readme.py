@@ -1,4 +1,4 @@
-"""The README's client examples run as they stand, and its tables say what the code says."""
+"""The client examples in README and docs run as they are, and the tables say what the code says."""
 
 import dataclasses
 import json
@@ -14,19 +14,23 @@ from server import ROOT, CogServer
 from musicgen_svc.settings import Settings, variable
 
 README = (ROOT / "README.md").read_text()
+HTTP = (ROOT / "docs" / "http.md").read_text()
+SETTINGS = (ROOT / "docs" / "settings.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 ADDRESS = "http://127.0.0.1:5000"
 
 
-def block(language: str, holding: str) -> str:
-    """The one code block of a language that holds a string."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def block(page: str, language: str, holding: str) -> str:
+    """The one code block of a language on a page that holds a string."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     found = [text for text in blocks if holding in text]
     assert len(found) == 1, (language, holding, len(found))
     return str(found[0])
 
 
-def test_the_curl_example(server: CogServer, tmp_path: Path) -> None:
-    example = block("bash", "curl").replace(ADDRESS, server.url)
+@pytest.mark.parametrize("page", [README, HTTP], ids=["README", "docs/http.md"])
+def test_the_curl_example(server: CogServer, tmp_path: Path, page: str) -> None:
+    example = block(page, "bash", "curl").replace(ADDRESS, server.url)
     shown = subprocess.run(
         ["bash", "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
     )
@@ -34,7 +38,7 @@ def test_the_curl_example(server: CogServer, tmp_path: Path) -> None:
 
 
 def test_the_python_example(server: CogServer, tmp_path: Path) -> None:
-    example = block("python", ADDRESS).replace(ADDRESS, server.url)
+    example = block(HTTP, "python", ADDRESS).replace(ADDRESS, server.url)
     shown = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
     )
@@ -44,7 +48,7 @@ def test_the_python_example(server: CogServer, tmp_path: Path) -> None:
 
 def test_every_setting_stands_in_the_table_with_its_default() -> None:
     for field in dataclasses.fields(Settings):
-        row = re.search(rf"^\| `{variable(field)}` \| (.*?) \|", README, flags=re.MULTILINE)
+        row = re.search(rf"^\| `{variable(field)}` \| (.*?) \|", SETTINGS, flags=re.MULTILINE)
         assert row, field.name
         if field.default is not None:
             default = str(field.default).lower().removesuffix(".0")
@@ -60,10 +64,24 @@ def test_every_input_stands_in_the_table_with_its_default() -> None:
         assert row[2].strip("`") == expected, (name, row[2])
 
 
-@pytest.mark.parametrize("folder", ["musicgen_svc", "musicgen_svc/engine", "scripts"])
-def test_the_file_tree_names_every_file(folder: str) -> None:
-    tree = README.split("## Files", 1)[1]
-    for path in (ROOT / folder).iterdir():
-        if path.name.startswith(("_", ".")):
-            continue
-        assert path.name in tree, f"{path} is not in the README's file tree"
+def test_the_file_tree_names_every_file() -> None:
+    packages = [path.parent for path in (ROOT / "musicgen_svc").rglob("__init__.py")]
+    for folder in [ROOT, *packages, *(ROOT / name for name in ("scripts", "docs", "benchmarks", "training"))]:
+        for path in folder.iterdir():
+            if not path.name.startswith(("_", ".")) and path.name != "weights" and not is_ignored(path):
+                assert path.name in ARCHITECTURE, f"{path} is not in the file tree of docs/architecture.md"
+
+
+def is_ignored(path: Path) -> bool:
+    """Whether git leaves it out, such as an output that somebody made here."""
+    return not subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT).returncode
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page.read_text()):
+            assert not target or (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 1300

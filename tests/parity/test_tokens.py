@@ -14,10 +14,10 @@ from demucs.demucs import Demucs
 
 from musicgen_svc.catalog import read_catalog
 from musicgen_svc.conditioning import MELODY
-from musicgen_svc.generation import Score, perform, write_score
+from musicgen_svc.engine.sampling_params import SamplingParams
+from musicgen_svc.generation import GenerationPlan, generate, prepare
 from musicgen_svc.loader import Loader
 from musicgen_svc.randomness import GlobalRandom
-from musicgen_svc.request import SamplingParams
 from musicgen_svc.separation import Separator
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights import Weights
@@ -54,11 +54,11 @@ def ours(
 ) -> torch.Tensor:  # fmt: skip
     model = loader.model(name if name in ("small", "melody") else "finetuned")
     stream = GlobalRandom(seed, CPU)
-    score = write_score(
+    plan = prepare(
         model, prompt=prompt, frames=round(50 * seconds), melody=melody,
         clip_tokens=None if clip is None else model.codec.encode(clip), random=stream,
     )  # fmt: skip
-    return perform(model, score, sampling, torch.Generator().manual_seed(seed))[0]
+    return generate(model, plan, sampling, torch.Generator().manual_seed(seed))[0]
 
 
 def audiocrafts(
@@ -153,13 +153,13 @@ def test_three_at_once_get_what_audiocraft_gives_each_alone(weights: Path, pretr
     ]
     model = Loader(Weights.at(weights, read_catalog(), None), CPU, Settings(slots=3)).model("small")
     scores = [
-        write_score(model, prompt=prompt, frames=50 * seconds, melody=None, clip_tokens=None,
+        prepare(model, prompt=prompt, frames=50 * seconds, melody=None, clip_tokens=None,
                     random=GlobalRandom(seed, CPU))
         for prompt, seconds, seed, _ in asked
     ]  # fmt: skip
     all_in = threading.Barrier(3)
 
-    def play(score: Score, request: tuple[str, int, int, SamplingParams]) -> torch.Tensor:
+    def play(plan: GenerationPlan, request: tuple[str, int, int, SamplingParams]) -> torch.Tensor:
         waited = False
 
         def tick(done: int, total: int) -> None:
@@ -168,7 +168,7 @@ def test_three_at_once_get_what_audiocraft_gives_each_alone(weights: Path, pretr
                 waited = True
                 all_in.wait(60)
 
-        return perform(model, score, request[3], torch.Generator().manual_seed(request[2]), tick)[0]
+        return generate(model, plan, request[3], torch.Generator().manual_seed(request[2]), tick)[0]
 
     with ThreadPoolExecutor(3) as threads:
         played = list(threads.map(play, scores, asked))

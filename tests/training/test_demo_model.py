@@ -100,10 +100,10 @@ def test_audiocraft_itself_loads_it_and_draws_the_same_tokens(tmp_path, monkeypa
     from audiocraft.models.musicgen import MusicGen
 
     from musicgen_svc.catalog import read_catalog
-    from musicgen_svc.generation import perform, write_score
+    from musicgen_svc.engine.sampling_params import SamplingParams
+    from musicgen_svc.generation import generate, prepare
     from musicgen_svc.loader import Loader
     from musicgen_svc.randomness import GlobalRandom
-    from musicgen_svc.request import SamplingParams
     from musicgen_svc.settings import Settings
     from musicgen_svc.weights import Weights
 
@@ -118,9 +118,9 @@ def test_audiocraft_itself_loads_it_and_draws_the_same_tokens(tmp_path, monkeypa
 
     loader = Loader(Weights.at(DEMO.parent, read_catalog(), str(DEMO)), torch.device("cpu"), Settings())
     model = loader.model("finetuned")
-    score = write_score(
+    score = prepare(
         model, prompt="jingle bells on a harp", frames=100, melody=None, clip_tokens=None,
         random=GlobalRandom(3, torch.device("cpu")),
     )  # fmt: skip
-    tokens, _ = perform(model, score, SamplingParams(), torch.Generator().manual_seed(3))
+    tokens, _ = generate(model, score, SamplingParams(), torch.Generator().manual_seed(3))
     assert torch.equal(tokens, expected)

@@ -5,35 +5,35 @@ from collections.abc import Callable
 
 import pytest
 
-from musicgen_svc.turns import Turn, Turns
+from musicgen_svc.fair_queue import FairQueue, Turn
 
 WAIT_S = 60.0
 
 
-def no_wait() -> None:
+def never_gives_up() -> None:
     """Never gives up."""
 
 
 class Person:
     """A thread that takes a turn, holds it until it is told to leave, and writes down when it came."""
 
-    def __init__(self, turns: Turns, name: str, came: list[str], kind: str | None = None) -> None:
+    def __init__(self, queue: FairQueue, name: str, came: list[str], group: str | None = None) -> None:
         self.turn: Turn | None = None
         self._leave, self._inside = threading.Event(), threading.Event()
         self._steps: list[Callable[[Turn], None]] = []
 
         def run() -> None:
-            with turns.taken(no_wait, kind) as self.turn:
+            with queue.acquire(never_gives_up, group) as self.turn:
                 came.append(name)
                 self._inside.set()
                 assert self._leave.wait(WAIT_S)
                 for step in self._steps:
                     step(self.turn)
 
-        before = len(turns._queue)
+        before = queue.length
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
-        while len(turns._queue) == before:
+        while queue.length == before:
             pass
 
     @property
@@ -55,26 +55,26 @@ class Person:
 
 
 def test_turns_come_in_the_order_of_asking_and_can_be_given_up() -> None:
-    turns, came = Turns(1), list[str]()
+    queue, came = FairQueue(1), list[str]()
 
     def give_up() -> None:
         raise TimeoutError
 
-    holder = Person(turns, "holder", came)
-    first = Person(turns, "first", came)
-    with pytest.raises(TimeoutError), turns.taken(give_up):
+    holder = Person(queue, "holder", came)
+    first = Person(queue, "first", came)
+    with pytest.raises(TimeoutError), queue.acquire(give_up):
         pytest.fail("a turn that was never free")
-    second = Person(turns, "second", came)
+    second = Person(queue, "second", came)
     assert not first.inside
     for person in (holder, first, second):
         person.leaves()
         person.has_left()
-    assert came == ["holder", "first", "second"] and not turns._queue
+    assert came == ["holder", "first", "second"] and queue.length == 0
 
 
 def test_as_many_as_there_is_room_for_hold_one_at_once() -> None:
-    turns, came = Turns(2), list[str]()
-    one, two, three = (Person(turns, name, came) for name in "123")
+    queue, came = FairQueue(2), list[str]()
+    one, two, three = (Person(queue, name, came) for name in "123")
     one.enters()
     two.enters()
     assert not three.inside
@@ -86,11 +86,11 @@ def test_as_many_as_there_is_room_for_hold_one_at_once() -> None:
 
 
 def test_another_kind_waits_for_all_before_it_and_holds_up_all_behind_it() -> None:
-    turns, came = Turns(9), list[str]()
-    a1, a2 = Person(turns, "a1", came, "a"), Person(turns, "a2", came, "a")
-    b1 = Person(turns, "b1", came, "b")
-    a3, a4 = Person(turns, "a3", came, "a"), Person(turns, "a4", came, "a")
-    b2 = Person(turns, "b2", came, "b")
+    queue, came = FairQueue(9), list[str]()
+    a1, a2 = Person(queue, "a1", came, "a"), Person(queue, "a2", came, "a")
+    b1 = Person(queue, "b1", came, "b")
+    a3, a4 = Person(queue, "a3", came, "a"), Person(queue, "a4", came, "a")
+    b2 = Person(queue, "b2", came, "b")
     a1.leaves()
     a1.has_left()
     a2.enters()
@@ -111,21 +111,21 @@ def test_another_kind_waits_for_all_before_it_and_holds_up_all_behind_it() -> No
 
 
 def test_one_of_another_kind_that_gives_up_no_longer_stands_between_the_others() -> None:
-    turns, came = Turns(9), list[str]()
-    a1 = Person(turns, "a1", came, "a")
+    queue, came = FairQueue(9), list[str]()
+    a1 = Person(queue, "a1", came, "a")
     calls = 0
 
     def give_up_soon() -> None:
         nonlocal calls
         calls += 1
         if calls == 1:
-            a2 = Person(turns, "a2", came, "a")
+            a2 = Person(queue, "a2", came, "a")
             assert not a2.inside
             a2.leaves()
         else:
             raise TimeoutError
 
-    with pytest.raises(TimeoutError), turns.taken(give_up_soon, "b"):
+    with pytest.raises(TimeoutError), queue.acquire(give_up_soon, "b"):
         pytest.fail("a1 never left")
     while came != ["a1", "a2"]:
         pass
@@ -133,12 +133,12 @@ def test_one_of_another_kind_that_gives_up_no_longer_stands_between_the_others()
 
 
 def test_a_turn_that_joins_the_others_kind_lets_them_in() -> None:
-    turns, came = Turns(2), list[str]()
-    alone, other = Person(turns, "alone", came, "its own"), Person(turns, "other", came, "a")
+    queue, came = FairQueue(2), list[str]()
+    alone, other = Person(queue, "alone", came, "its own"), Person(queue, "other", came, "a")
     alone.enters()
     assert not other.inside
     assert alone.turn
-    alone.turn.share("a")
+    alone.turn.join_group("a")
     other.enters()
     for person in (alone, other):
         person.leaves()
@@ -146,55 +146,55 @@ def test_a_turn_that_joins_the_others_kind_lets_them_in() -> None:
 
 
 def test_a_turn_passed_on_comes_back_after_all_who_waited() -> None:
-    turns, came = Turns(1), list[str]()
-    with turns.taken(no_wait) as turn:
+    queue, came = FairQueue(1), list[str]()
+    with queue.acquire(never_gives_up) as turn:
         assert not turn.over, "nobody waits"
-        one, two = Person(turns, "one", came), Person(turns, "two", came)
+        one, two = Person(queue, "one", came), Person(queue, "two", came)
         assert not one.inside
         while not turn.over:
             pass
         one.leaves()
         two.leaves()
-        turn.pass_on(no_wait)
+        turn.yield_turn(never_gives_up)
         assert came == ["one", "two"]
         assert not turn.over, "its time begins again"
-    assert not turns._queue
+    assert queue.length == 0
 
 
 def test_what_is_raised_while_waiting_to_come_back_comes_out_in_the_very_next_turn() -> None:
-    turns, came = Turns(1), list[str]()
+    queue, came = FairQueue(1), list[str]()
 
     def give_up() -> None:
         one.leaves()
         raise TimeoutError
 
-    with pytest.raises(TimeoutError), turns.taken(no_wait) as turn:
-        one, two = Person(turns, "one", came), Person(turns, "two", came)
+    with pytest.raises(TimeoutError), queue.acquire(never_gives_up) as turn:
+        one, two = Person(queue, "one", came), Person(queue, "two", came)
         try:
-            turn.pass_on(give_up)
+            turn.yield_turn(give_up)
         finally:
-            assert turn.served.is_set() and came == ["one"], "before two, and in a turn"
+            assert turn.acquired.is_set() and came == ["one"], "before two, and in a turn"
     two.enters()
     two.leaves()
     two.has_left()
-    assert not turns._queue
+    assert queue.length == 0
 
 
 def test_the_next_turn_can_be_taken_before_those_who_wait() -> None:
-    turns, came = Turns(1), list[str]()
-    holder, queued = Person(turns, "holder", came), Person(turns, "queued", came)
+    queue, came = FairQueue(1), list[str]()
+    holder, queued = Person(queue, "holder", came), Person(queue, "queued", came)
 
     def take_next() -> None:
-        with turns.taken_next():
+        with queue.acquire_next():
             came.append("next")
 
     thread = threading.Thread(target=take_next)
     thread.start()
-    while len(turns._queue) < 3:
+    while queue.length < 3:
         pass
     holder.leaves()
     thread.join()
     queued.enters()
     queued.leaves()
     queued.has_left()
-    assert came == ["holder", "next", "queued"] and not turns._queue
+    assert came == ["holder", "next", "queued"] and queue.length == 0
