@@ -23,7 +23,8 @@ from musicgen_svc.diffusion import Band, load_bands
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.separation import Separator, load_separator
 from musicgen_svc.store import Draft, Recipe
-from musicgen_svc.t5 import TOKENIZER_FILES, T5Encoder, load_t5, load_tokenizer
+from musicgen_svc.t5 import T5Encoder, load_t5
+from musicgen_svc.tokenizer import TOKENIZER_FILES, PromptTokenizer, load_tokenizer
 from musicgen_svc.weights import Weights
 
 ENCODEC = "encodec_32khz"
@@ -35,7 +36,7 @@ class Text:
     """T5 and its tokenizer."""
 
     encoder: T5Encoder
-    tokenizer: Any
+    tokenizer: PromptTokenizer
 
 
 def codec(
@@ -88,14 +89,14 @@ def text(
     Raises:
         WeightsError: there is none, or the checkpoint wants its prompts changed first.
     """
-    t5 = config.conditioners[TEXT].t5
-    if t5.get("normalize_text"):
+    wanted = config.conditioners[TEXT].t5
+    if wanted.get("normalize_text"):
         raise WeightsError("The checkpoint normalizes its prompts (normalize_text), which needs spaCy.")
     inside = opened.text_encoder()
     if inside is not None and any((opened.path / name).is_file() for name in TOKENIZER_FILES):
         folder = opened.path
     else:
-        folder = weights.component(component_name(t5.name), opened.path)
+        folder = weights.component(component_name(wanted.name), opened.path)
     if inside is None:
         weight_files = tensor_files(folder, TRANSFORMERS_FILES)
         files, state = (folder / "config.json", *weight_files), read_tensors(weight_files)
@@ -104,13 +105,15 @@ def text(
     tokenizer_files = [folder / name for name in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER)]
     encoder = [t for name, t in state.items() if name.startswith("encoder.") and ".embed_tokens." not in name]
     embedding = [t for name, t in state.items() if name in ("shared.weight", "encoder.embed_tokens.weight")]
+
+    def built() -> Text:
+        t5 = load_t5(inside or folder, device)
+        return Text(t5, load_tokenizer(folder, t5.vocab_size))
+
     return Recipe(
         kind="text",
         files=(*files, *(path for path in tokenizer_files if path.is_file())),
-        draft=lambda: Draft(
-            _fp32_bytes([*encoder, *embedding[:1]]),
-            lambda: Text(load_t5(inside or folder, device), load_tokenizer(folder)),
-        ),
+        draft=lambda: Draft(_fp32_bytes([*encoder, *embedding[:1]]), built),
     )
 
 

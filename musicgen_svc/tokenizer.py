@@ -1,0 +1,90 @@
+"""T5's tokenizer, which is transformers', around files that a stranger may have written."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from musicgen_svc.checkpoints import known_fields as known
+from musicgen_svc.checkpoints.fields import checked
+from musicgen_svc.checkpoints.tensors import read_json
+from musicgen_svc.errors import WeightsError, first_line
+
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+_CONFIG = "tokenizer_config.json"
+
+
+class PromptTokenizer:
+    """transformers' `T5Tokenizer`, whose tokens are ones that the encoder has an embedding of."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int, origin: str) -> None:
+        """
+        Args:
+            vocabulary: how many tokens the encoder has an embedding of.
+            origin: where the tokenizer was read from, for messages.
+
+        Raises:
+            WeightsError: it knows tokens that the encoder does not, or fails on a short text.
+        """
+        self._tokenizer, self._vocabulary, self._origin = tokenizer, vocabulary, origin
+        with _understood(origin):
+            greatest = max(tokenizer.get_vocab().values(), default=0)
+        self._check(greatest)
+        self(["a melody", ""], return_tensors="pt", padding=True)
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        """Texts -> `input_ids` and `attention_mask`, as transformers' tokenizer takes and gives them.
+
+        Raises:
+            WeightsError: the tokenizer fails on them, or makes tokens that the encoder does not know.
+        """
+        with _understood(self._origin):
+            tokens = self._tokenizer(texts, **options)
+            greatest = int(tokens["input_ids"].max())
+        self._check(greatest)
+        return tokens
+
+    def _check(self, greatest: int) -> None:
+        if greatest >= self._vocabulary:
+            raise WeightsError(
+                f"{self._origin} has a tokenizer with the token {greatest}; the text encoder knows "
+                f"{self._vocabulary} tokens, numbered from 0."
+            )
+
+
+def load_tokenizer(folder: Path, vocabulary: int) -> PromptTokenizer:
+    """T5's tokenizer in a folder of transformers.
+
+    Args:
+        vocabulary: how many tokens the encoder has an embedding of.
+
+    Raises:
+        WeightsError: there is none, it cannot be read, or it does not fit the encoder.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make one up
+        raise WeightsError(f"{folder} holds no tokenizer: {' or '.join(TOKENIZER_FILES)} is one.")
+    config = folder / _CONFIG
+    if config.is_file():
+        checked(read_json(config), known.TOKENIZER, "", str(config), others=True)
+    from transformers import T5Tokenizer
+
+    with _understood(str(folder)):
+        tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
+    return PromptTokenizer(tokenizer, vocabulary, str(folder))
+
+
+@contextmanager
+def _understood(origin: str) -> Iterator[None]:
+    """Whatever transformers raises over a file is the file's fault, and so is a panic of its Rust library.
+
+    A panic is a BaseException, which would get past every handler up to the client. Its class has no
+    importable name.
+    """
+    try:
+        yield
+    except WeightsError:
+        raise
+    except BaseException as exc:
+        if not isinstance(exc, Exception) and type(exc).__name__ != "PanicException":
+            raise
+        raise WeightsError(f"{origin} does not hold T5's tokenizer: {first_line(exc)}") from exc
