@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from musicgen_svc.bands import Band, load_bands
 from musicgen_svc.building import build_codec, build_transformers_codec, codec_in
 from musicgen_svc.checkpoints import Checkpoint, CodecPointer, OpenedCheckpoint, TransformersPart
 from musicgen_svc.checkpoints.opened import component_name
@@ -19,7 +20,6 @@ from musicgen_svc.checkpoints.unpickle import load_pickle
 from musicgen_svc.codec import Codec
 from musicgen_svc.compat import CompressionModel
 from musicgen_svc.conditioning import TEXT
-from musicgen_svc.diffusion import Band, load_bands
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.separation import Separator, load_separator
 from musicgen_svc.store import Draft, Recipe
@@ -145,8 +145,12 @@ def _fp32_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _tensors_in(package: Any) -> Iterator[torch.Tensor]:
-    if isinstance(package, torch.Tensor):
-        yield package
-    elif isinstance(package, dict):
-        for value in package.values():
-            yield from _tensors_in(value)
+    """Those in nested dictionaries, each dictionary once: a pickled one may hold itself."""
+    waiting, seen = [package], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values()

@@ -1,15 +1,21 @@
 """Demucs: audio -> the stems that carry its melody."""
 
+import importlib
+import inspect
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from musicgen_svc.errors import WeightsError
+from musicgen_svc.checkpoints.expansion import MAX_YAML_CHARACTERS
+from musicgen_svc.checkpoints.part_configs import check_demucs, demucs_bag
+from musicgen_svc.checkpoints.soundness import check_finite
+from musicgen_svc.errors import WeightsError, first_line
+from musicgen_svc.meta import on_meta
 from musicgen_svc.ticks import Tick, no_tick
 
 MELODIC_STEMS = ("vocals", "other")
@@ -77,16 +83,20 @@ def load_separator(folder: Path, sample_rate: int, device: torch.device) -> Sepa
     """Demucs from the files of its Hugging Face repository.
 
     Raises:
-        WeightsError: files are missing, unreadable, or name something that is no Demucs.
+        WeightsError: files are missing, unreadable, out of their bounds, or name something that is no Demucs.
     """
     from demucs.apply import BagOfModels
 
+    listing = folder / f"{_BAG}.yaml"
     try:
-        bag = yaml.safe_load((folder / f"{_BAG}.yaml").read_text())
+        with listing.open(encoding="utf-8") as file:
+            bag = demucs_bag(file.read(MAX_YAML_CHARACTERS + 1), str(listing))
         models = [_load_model(folder / f"{signature}.safetensors") for signature in bag["models"]]
-    except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError, RuntimeError) as exc:
-        raise WeightsError(f"{folder} does not hold a Demucs model: {exc}") from exc
-    bag_of_models = BagOfModels(models, bag.get("weights"), bag.get("segment"))
+        bag_of_models = BagOfModels(models, bag.get("weights"), bag.get("segment"))
+    except WeightsError:
+        raise
+    except Exception as exc:  # Demucs' constructors raise whatever they fail on first
+        raise WeightsError(f"{folder} does not hold a Demucs model: {first_line(exc)}") from exc
     missing = set(MELODIC_STEMS) - set(bag_of_models.sources)
     if missing:
         raise WeightsError(f"The Demucs model in {folder} has no stem called {' or '.join(sorted(missing))}.")
@@ -95,12 +105,35 @@ def load_separator(folder: Path, sample_rate: int, device: torch.device) -> Sepa
 
 def _load_model(path: Path) -> Any:
     """One model. Its metadata names a class to build: only Demucs' own are built."""
-    from demucs.hf import load_safetensors_model
+    from demucs.hf import _decode_json, load_safetensors_model
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
+        slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+        numbers = sum(math.prod(own.get_shape()) for own in slices)
+        if any(own.get_dtype().startswith("C") for own in slices):
+            raise ValueError(f"{path.name} holds complex numbers")
     if metadata.get("klass") not in _ARCHITECTURES:
-        raise ValueError(f"{path.name} names the class {metadata.get('klass')!r}")
-    if "_class" in json.dumps(json.loads(metadata.get("structure", "null"))):
+        raise ValueError(f"{path.name} names the class {metadata.get('klass')!r:.80}")
+    structure = json.dumps(json.loads(metadata.get("structure", "null")))
+    if "_class" in structure:
         raise ValueError(f"{path.name} names classes in its structure")
-    return load_safetensors_model(path)
+    if "__quantized" in structure:
+        raise ValueError(f"{path.name} is quantized, which needs diffq")
+    module, name = metadata["klass"].rsplit(".", 1)
+    klass = getattr(importlib.import_module(module), name)
+    args, kwargs = (_decode_json(json.loads(metadata[part])) for part in ("args", "kwargs"))
+    signature = inspect.signature(klass)
+    arguments = signature.bind(*args, **kwargs).arguments
+    check_demucs(arguments, str(path))
+    weightless = {"rescale": 0, "emb_smooth": False}  # which are about initial weights: there are none
+    with on_meta():
+        draft = klass(
+            **arguments | {name: weightless[name] for name in weightless.keys() & signature.parameters}
+        )
+    needed = sum(tensor.numel() for tensor in draft.state_dict().values())
+    if needed > numbers:
+        raise ValueError(f"{path.name} holds {numbers} numbers, and its configuration needs {needed}")
+    model = load_safetensors_model(path)
+    check_finite(model.state_dict().items(), str(path))
+    return model

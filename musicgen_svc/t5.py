@@ -8,7 +8,6 @@ is in `tokenizer.py`.
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn

@@ -1,11 +1,12 @@
 """T5's tokenizer, which is transformers', around files that a stranger may have written."""
 
+import base64
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from musicgen_svc.checkpoints import known_fields as known
+from musicgen_svc.checkpoints import known_part_fields as known
 from musicgen_svc.checkpoints.fields import checked
 from musicgen_svc.checkpoints.tensors import read_json
 from musicgen_svc.errors import WeightsError, first_line
@@ -66,11 +67,32 @@ def load_tokenizer(folder: Path, vocabulary: int) -> PromptTokenizer:
     config = folder / _CONFIG
     if config.is_file():
         checked(read_json(config), known.TOKENIZER, "", str(config), others=True)
+    _check_charsmap(folder / TOKENIZER_FILES[0])
     from transformers import T5Tokenizer
 
     with _understood(str(folder)):
         tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
     return PromptTokenizer(tokenizer, vocabulary, str(folder))
+
+
+def _check_charsmap(file: Path) -> None:
+    """SentencePiece's table of characters says its own length first, and so much memory is asked for.
+
+    Raises:
+        WeightsError: there is less of it, or the file is no tokenizer's.
+    """
+    if not file.is_file():
+        return
+    normalizer = read_json(file).get("normalizer")
+    steps = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, dict) else [normalizer]
+    for step in steps if isinstance(steps, list) else ():
+        table = step.get("precompiled_charsmap") if isinstance(step, dict) else None
+        if table is None:
+            continue
+        with _understood(str(file)):
+            content = base64.b64decode(table)
+        if int.from_bytes(content[:4], "little") > len(content):
+            raise WeightsError(f"{file} does not hold T5's tokenizer: its precompiled_charsmap is cut short.")
 
 
 @contextmanager

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from musicgen_svc.bands import Band, load_bands
 from musicgen_svc.codec import Codec
 from musicgen_svc.compat import SampleProcessor
-from musicgen_svc.diffusion import AHEAD, Band, MultiBandDiffusion, _Count, in_pieces, load_bands, plan
+from musicgen_svc.diffusion import AHEAD, MultiBandDiffusion, _Count, in_pieces, plan
 from musicgen_svc.errors import Stopped, WeightsError
 from musicgen_svc.ticks import no_tick
 
@@ -426,16 +427,23 @@ def test_a_pickle_with_code_in_it_is_refused_unrun(file: Path, tmp_path: Path, w
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"best_state": {}}, "it has no 'sample_rate'"),
-        ({"sample_rate": RATE, "n_bands": 0}, "it has no bands"),
-        ({"sample_rate": RATE, "n_bands": 1, 0: {}}, "it has no 'cfg'"),
-        ({"sample_rate": RATE, "n_bands": 1, 0: {"cfg": {}}}, "'dict' object"),
-        ([1, 2], "list indices"),
+        ({"best_state": {}}, "is not a MultiBand Diffusion checkpoint: it has no 'sample_rate'"),
+        ({"sample_rate": RATE, "n_bands": 0}, "has n_bands 0; it must be an integer from 1 to 16"),
+        ({"sample_rate": RATE, "n_bands": 10**7}, "has n_bands 10000000; it must be an integer"),
+        (
+            {"sample_rate": RATE, "n_bands": 1, 0: {}},
+            "is not a MultiBand Diffusion checkpoint: it has no 'cfg'",
+        ),
+        (
+            {"sample_rate": RATE, "n_bands": 1, 0: {"cfg": {}}},
+            "has None for diffusion_unet; it must be a mapping",
+        ),
+        ([1, 2], "is not a MultiBand Diffusion checkpoint: list indices"),
     ],
 )
 def test_a_file_of_another_kind_is_a_sentence(tmp_path: Path, content: Any, reason: str) -> None:
     torch.save(content, tmp_path / "other.th")
-    expected = rf"other\.th is not a MultiBand Diffusion checkpoint: {reason}"
+    expected = rf"other\.th {reason}"
     with pytest.raises(WeightsError, match=expected) as caught:
         load_bands(tmp_path / "other.th", CPU)
     assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """audiocraft's configurations as checkpoints hold them -> plain ones that a model is built from.
 
-Kinds and ranges of single fields are in `known_fields.py`; what several of them must satisfy together is here.
+Kinds and ranges of single fields are in `known_fields.py`; what several of them must satisfy together
+is here.
 """
 
 from collections.abc import Mapping
@@ -68,7 +69,8 @@ def codec_config(source: Any, origin: str) -> DictConfig:
     channels = sides[0].get("channels", 1), config["encodec"]["channels"]
     if channels[0] != channels[1]:
         raise WeightsError(
-            f"{origin} has seanet.channels {channels[0]} and encodec.channels {channels[1]}; they must be equal."
+            f"{origin} has seanet.channels {channels[0]} and encodec.channels {channels[1]}; "
+            "they must be equal."
         )
     return OmegaConf.create(config)
 
@@ -90,7 +92,8 @@ def check_stack(
     width = filters * 2 ** len(ratios)
     if width > known.MAX_TENSOR_WIDTH:
         raise WeightsError(
-            f"{origin} has a codec with layers of {width} channels; at most {known.MAX_TENSOR_WIDTH} are accepted."
+            f"{origin} has a codec with layers of {width} channels; at most {known.MAX_TENSOR_WIDTH} "
+            "are accepted."
         )
     if dilation > known.MAX_DILATION:
         raise WeightsError(
@@ -132,7 +135,8 @@ def lm_config(source: Any, origin: str) -> DictConfig:
     for section in _LM_SECTIONS:
         if text := dangling(plain[section]):
             raise WeightsError(
-                f"{origin} holds a configuration that cannot be read: {text!r:.80} in {section} refers to nothing."
+                f"{origin} holds a configuration that cannot be read: {text!r:.80} in {section} "
+                "refers to nothing."
             )
     # One attention module for all: every spelling of it computes the same, this one has the plain names.
     plain["transformer_lm"] |= {"memory_efficient": True, "custom": False}
@@ -157,7 +161,8 @@ def check_lm(plain: Mapping[str, Any], origin: str) -> None:
         )
     if int(lm["hidden_scale"] * lm["dim"]) < 1:
         raise WeightsError(
-            f"{origin} has transformer_lm.hidden_scale {lm['hidden_scale']}, which leaves no feed-forward layer."
+            f"{origin} has transformer_lm.hidden_scale {lm['hidden_scale']}, which leaves no feed-forward "
+            "layer."
         )
     _check_pattern(plain["codebooks_pattern"], lm, origin)
     if plain.get("interleave_stereo_codebooks") is not None:
@@ -227,5 +232,6 @@ def _check_chroma(chroma: object, rate_hz: int | None, duration_s: float, origin
     frames = 1 + int(rate_hz * duration_s) // hop
     if frames > _MAX_CHROMA_FRAMES:
         raise WeightsError(
-            f"{origin} has {frames} frames of chroma in {duration_s} s; at most {_MAX_CHROMA_FRAMES} are accepted."
+            f"{origin} has {frames} frames of chroma in {duration_s} s; at most {_MAX_CHROMA_FRAMES} are "
+            "accepted."
         )

@@ -95,10 +95,10 @@ class _Budget:
 def _parsed(text: str) -> object:
     if len(text) > MAX_YAML_CHARACTERS:
         raise Unreadable(f"it is YAML of {len(text)} characters; at most {MAX_YAML_CHARACTERS} are read")
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, _Loader)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML as OmegaConf reads it, without merge keys and overlong scalars.
 
     Aliases make shared objects, which are counted when they are copied; merge keys would be expanded here.
@@ -127,7 +127,10 @@ _Loader.yaml_implicit_resolvers = {
 
 
 class _Unwrapping:
-    """OmegaConf's containers, which may come out of a pickle, as plain ones. None of their methods is called."""
+    """OmegaConf's containers, which may come out of a pickle, as plain ones.
+
+    None of their methods is called.
+    """
 
     def __init__(self) -> None:
         self._budget = _Budget()
@@ -218,7 +221,10 @@ class _Resolving:
 
 
 def _steps(reference: str, path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`a.b[0]` as the steps from the top: one leading dot is the container of the value, each more its parent."""
+    """`a.b[0]` as the steps from the top.
+
+    One leading dot is the container of the value that the reference stands in, each more is its parent.
+    """
     up = len(reference) - len(reference.lstrip("."))
     start = path[: max(0, len(path) - up)] if up else ()
     names = re.findall(r"[^.\[\]]+", reference)

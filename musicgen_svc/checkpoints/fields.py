@@ -9,6 +9,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 from musicgen_svc.errors import WeightsError
@@ -47,19 +48,21 @@ class Whole(Kind):
 
 @dataclass(frozen=True)
 class Real(Kind):
-    """A number from `low` to `high`, integers included; never NaN. `above`: `low` itself is excluded."""
+    """A number from `low` to `high`, integers and fractions included; never NaN."""
 
     low: float
     high: float
     above: bool = False
+    """Whether `low` itself is excluded."""
 
     def accepts(self, value: object) -> bool:
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float | Fraction) or isinstance(value, bool):
             return False
         return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def __str__(self) -> str:
-        return f"a number {'above' if self.above else 'from'} {self.low:g} {'up ' if self.above else ''}to {self.high:g}"
+        low = f"above {self.low:g} and up" if self.above else f"from {self.low:g}"
+        return f"a number {low} to {self.high:g}"
 
 
 @dataclass(frozen=True)

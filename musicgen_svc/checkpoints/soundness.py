@@ -19,12 +19,14 @@ def check_stored(state: Mapping[str, torch.Tensor], origin: str) -> None:
 
     Raises:
         WeightsError: a tensor is larger than what is stored of it, many tensors share the same bytes, or
-            one is not stored as a plain array.
+            one is not stored as a plain array of real numbers.
     """
     spans, total = [], 0
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
             raise WeightsError(f"{origin} holds {name:.80}, which is not stored as a plain array of numbers.")
+        if tensor.is_complex():
+            raise WeightsError(f"{origin} holds complex numbers in {name:.80}; weights must be real.")
         storage = tensor.untyped_storage()
         if tensor.nbytes > storage.nbytes():
             raise WeightsError(
