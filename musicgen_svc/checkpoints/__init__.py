@@ -10,6 +10,14 @@ torch_file.py            which of these wrote a torch.save file:
 transformers_folder.py   config.json and safetensors
 lora.py                  adapter_config.json: PEFT's adapter on a base model
 archives.py              a tar or zip around any of them
+
+All of it is a stranger's, and is opened in a bounded time and memory, or refused in one sentence:
+
+pickle_scan.py           what a pickle would make, counted before anything is made
+expansion.py             a configuration's references and aliases, counted while they are resolved
+known_fields.py          every field that is used, its kind (fields.py) and its range
+agreement.py             numbers of a configuration against the tensors, before anything is built
+soundness.py             tensors that are all in the file, and finite
 """
 
 from musicgen_svc.checkpoints.opened import Checkpoint, CodecPointer, OpenedCheckpoint, TransformersPart

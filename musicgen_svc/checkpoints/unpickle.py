@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
+from musicgen_svc.checkpoints.pickle_scan import scan_torch_file
 from musicgen_svc.errors import WeightsError, first_line
 
 _ALLOWED = [
@@ -41,12 +42,13 @@ def load_pickle(path: Path) -> Any:
 
     Raises:
         WeightsError: the file is absent, is no torch.save file, or names a type that is not on the
-            short list above; nothing of it has been run then.
+            short list above, or its pickle makes more than its size tells; nothing of it has been run then.
     """
     if not path.is_file():
         raise WeightsError(f"{path} is missing.")
     try:
         mapped = _is_torch_zip(path)  # older files have no layout that could be mapped
+        scan_torch_file(path, zipped=mapped)
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as exc:  # torch.load raises whatever its zip, pickle or tensor reader raises
