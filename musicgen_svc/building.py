@@ -11,7 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from musicgen_svc.checkpoints import Checkpoint, TransformersPart
+from musicgen_svc.checkpoints import known_fields as known
+from musicgen_svc.checkpoints.fields import checked
 from musicgen_svc.checkpoints.fitting import check_fit
+from musicgen_svc.checkpoints.part_configs import encodec_fields
+from musicgen_svc.checkpoints.soundness import check_finite
 from musicgen_svc.checkpoints.spelling import State, parametrized_weight_norm
 from musicgen_svc.checkpoints.tensors import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
 from musicgen_svc.chroma import Chroma
@@ -70,6 +74,7 @@ class LMDraft:
     def __init__(self, lm: LMModel, config: DictConfig, device: torch.device) -> None:
         self._lm, self.config, self._device = lm, config, device
         self._state: State = {}
+        self._origin = ""
         layers = enumerate(lm.transformer.layers)
         self._lent = {lm.linears: "linears.", **{layer: f"transformer.layers.{i}." for i, layer in layers}}
 
@@ -82,19 +87,23 @@ class LMDraft:
         """The model without what is lent, around our conditioner, whose projections are in the checkpoint.
 
         Raises:
-            WeightsError: the state dict does not fit the configuration.
+            WeightsError: the state dict does not fit the configuration, or numbers in it are not finite.
         """
-        self._state = checkpoint.state
+        self._state, self._origin = checkpoint.state, checkpoint.origin
         self._lm.condition_provider = conditioner
         own = self._lm.state_dict()
         check_fit(own, self._state, "language model", checkpoint.origin)
         rest = {name: tensor for name, tensor in own.items() if not name.startswith((*self._lent.values(),))}
-        _assign(self._lm, rest, self._state, self._device)
+        _assign(self._lm, rest, self._state, self._device, checkpoint.origin)
         return self._lm.eval().requires_grad_(False)
 
     @contextmanager
     def lend(self, part: nn.Module) -> Iterator[None]:
-        """Within, a layer or the heads have their weights. What is to stay somebody else holds then."""
+        """Within, a layer or the heads have their weights. What is to stay somebody else holds then.
+
+        Raises:
+            WeightsError: numbers among them are not finite.
+        """
         own = part.state_dict()
         self.fill(part)
         yield
@@ -102,7 +111,8 @@ class LMDraft:
 
     def fill(self, part: nn.Module) -> None:
         own, prefix = part.state_dict(), self._lent[part]
-        _assign(part, own, {name: self._state[prefix + name] for name in own}, self._device)
+        state = {name: self._state[prefix + name] for name in own}
+        _assign(part, own, state, self._device, self._origin, prefix)
 
     def fill_all(self) -> None:
         for part in self._lent:
@@ -115,26 +125,19 @@ def draft_lm(config: DictConfig, origin: str, device: torch.device) -> LMDraft:
     Raises:
         WeightsError: the configuration builds no MusicGen.
     """
-    kwargs = _plain(config.transformer_lm)
+    kwargs = checked(_plain(config.transformer_lm), known.TRANSFORMER_LM, "transformer_lm", origin)
     q_modeling = kwargs.pop("q_modeling", None)
     pattern = config.codebooks_pattern
     if pattern.modeling is None:
-        if q_modeling is None:
-            raise WeightsError("The checkpoint's configuration names no codebooks pattern.")
-        delays = list(range(kwargs["n_q"]))
-        pattern = OmegaConf.create({"modeling": q_modeling, "delay": {"delays": delays}})
+        pattern = OmegaConf.create({"modeling": q_modeling, "delay": {"delays": list(range(kwargs["n_q"]))}})
     fuser = builders.get_condition_fuser(config)
     if fuser.fuse2cond["cross"]:
         kwargs["cross_attention"] = True
-    guidance = config.classifier_free_guidance
-    with on_meta(), _understood(origin):
+    with on_meta(), _understood(origin, "MusicGen"):
         lm = LMModel(
             pattern_provider=builders.get_codebooks_pattern_provider(kwargs["n_q"], pattern),
             condition_provider=nn.Module(),
             fuser=fuser,
-            cfg_dropout=guidance.training_dropout,
-            cfg_coef=guidance.inference_coef,
-            attribute_dropout=_plain(config.attribute_dropout),
             dtype=torch.float32 if device.type == "cpu" else torch.float16,
             device="meta",
             **kwargs,
@@ -161,16 +164,13 @@ def build_codec(checkpoint: Checkpoint, device: torch.device) -> CompressionMode
         WeightsError: the state dict does not fit the configuration.
     """
     checkpoint.config.device = "meta"
-    try:
-        with on_meta(), warnings.catch_warnings():
-            # The checkpoints' spelling of weight norm, which torch deprecates.
-            warnings.filterwarnings("ignore", ".*weight_norm", FutureWarning)
-            codec = builders.get_compression_model(checkpoint.config)
-    except KeyError as exc:
-        raise WeightsError(f"The codec's configuration is not EnCodec's: {exc}") from exc
+    with on_meta(), warnings.catch_warnings(), _understood(checkpoint.origin, "EnCodec"):
+        # The checkpoints' spelling of weight norm, which torch deprecates.
+        warnings.filterwarnings("ignore", ".*weight_norm", FutureWarning)
+        codec = builders.get_compression_model(checkpoint.config)
     own = codec.state_dict()
     check_fit(own, checkpoint.state, "codec", checkpoint.origin)
-    _assign(codec, own, checkpoint.state, device)
+    _assign(codec, own, checkpoint.state, device, checkpoint.origin)
     return codec.eval().requires_grad_(False)
 
 
@@ -182,14 +182,12 @@ def build_transformers_codec(part: TransformersPart, device: torch.device) -> Co
     """
     from transformers import EncodecConfig, EncodecModel
 
-    try:
-        with on_meta():
-            codec = EncodecModel(EncodecConfig(**part.config))
-    except (TypeError, ValueError, RuntimeError, LookupError) as exc:
-        raise WeightsError(f"{part.origin} does not hold an EnCodec model: {first_line(exc)}") from exc
+    fields = encodec_fields(part.config, part.origin)
+    with on_meta(), _understood(part.origin, "EnCodec"):
+        codec = EncodecModel(EncodecConfig(**fields))
     own = codec.state_dict()
     check_fit(own, part.state, "codec", part.origin)
-    _assign(codec, own, part.state, device)
+    _assign(codec, own, part.state, device, part.origin)
     _restore_constants(codec)
     return HFEncodecCompressionModel(codec).eval().requires_grad_(False)
 
@@ -215,33 +213,50 @@ def wrap_codec(codec: CompressionModel, config: DictConfig) -> CompressionModel:
     """The codec as a language model's configuration wants it: interleaved for stereo, so many codebooks."""
     stereo = config.get("interleave_stereo_codebooks")
     if stereo is not None and stereo.use:
+        if codec.channels != 1:
+            raise WeightsError(
+                f"The checkpoint interleaves two channels of one each, and its codec has {codec.channels}."
+            )
         codec = InterleaveStereoCompressionModel(codec, per_timestep=stereo.get("per_timestep", False))
         if codec.per_timestep:
             raise WeightsError(
                 "The checkpoint interleaves its channels in time, which no released model does."
             )
-    if config.get("compression_model_n_q") is not None:
-        codec.set_num_codebooks(config.compression_model_n_q)
+    codebooks = config.get("compression_model_n_q")
+    if codebooks is not None:
+        try:
+            codec.set_num_codebooks(codebooks)
+        except (AssertionError, ValueError) as exc:
+            raise WeightsError(
+                f"The checkpoint has compression_model_n_q {codebooks}, which its codec cannot have."
+            ) from exc
     return codec
 
 
 @contextmanager
-def _understood(origin: str) -> Iterator[None]:
-    """A configuration that audiocraft's constructors do not take is the checkpoint's fault."""
+def _understood(origin: str, what: str) -> Iterator[None]:
+    """A configuration that a library's constructors do not take is the checkpoint's fault."""
     try:
         yield
-    except (TypeError, ValueError, AssertionError) as exc:
-        raise WeightsError(
-            f"{origin} has a configuration that builds no MusicGen: {first_line(exc)}"
-        ) from exc
+    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError) as exc:
+        raise WeightsError(f"{origin} has a configuration that builds no {what}: {first_line(exc)}") from exc
 
 
-def _assign(module: nn.Module, own: State, state: State, device: torch.device) -> None:
+def _assign(
+    module: nn.Module, own: State, state: State, device: torch.device, origin: str, prefix: str = ""
+) -> None:
     """Puts the tensors in place, each in the type that the module was drafted with, with no second copy.
 
-    own: those of the module's own, on the meta device, that are to be filled
+    Args:
+        own: those of the module's own, on the meta device, that are to be filled.
+        origin: the checkpoint's format and path, for messages.
+        prefix: what the names begin with in the checkpoint.
+
+    Raises:
+        WeightsError: numbers among them are not finite, in that type.
     """
     placed = {name: state[name].to(device, tensor.dtype) for name, tensor in own.items()}
+    check_finite(((prefix + name, tensor) for name, tensor in placed.items()), origin)
     module.load_state_dict(placed, strict=False, assign=True)
     for part in module.modules():
         if isinstance(part, nn.RNNBase):

@@ -39,6 +39,11 @@ class ChunkedStack:
         """If not, every signal takes one pass, whatever the chunk."""
         return self._parts is not None
 
+    @property
+    def context(self) -> int:
+        """Frames to either side of a piece that the layers after the LSTM look at; 0 if it is not cut."""
+        return self._parts[2].context if self._parts else 0
+
     def run(self, x: Tensor, chunk: int, tick: Tick = no_tick) -> Iterator[Tensor]:
         """Yields the output in pieces of at most `chunk` frames; a signal no longer than that is one pass.
 

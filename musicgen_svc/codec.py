@@ -50,7 +50,8 @@ class Codec:
             chunk_frames: the longest audio that takes one pass. Memory grows with it, not with the audio.
 
         Raises:
-            WeightsError: a codec whose tokens alone are not the audio, so that no MusicGen can use it.
+            WeightsError: a codec whose tokens alone are not the audio, so that no MusicGen can use it, or
+                one that looks too far to be cut into chunks.
         """
         self._rows = 1
         """Signals that are coded each by itself: the channels, if interleaved."""
@@ -60,6 +61,11 @@ class Codec:
         self._mono = model
         self._parts = _parts(model)
         self._encoder, self._decoder = ChunkedStack(self._parts.encoder), ChunkedStack(self._parts.decoder)
+        if 2 * (self._decoder.context + 1) > CHUNK_FRAMES // 2:  # of which a GPU takes two halves at once
+            raise WeightsError(
+                f"The codec's decoder looks at {self._decoder.context} frames to either side, which is more "
+                "than a chunk has."
+            )
         self._chunk_frames = chunk_frames
         self.hop = self._encoder.rate_in
         assert self._decoder.rate_out == self.hop, (self.hop, self._decoder.rate_out)

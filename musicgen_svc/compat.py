@@ -133,6 +133,7 @@ with _put_off():
         InterleaveStereoCompressionModel,
     )
     from audiocraft.models.lm import LMModel
+    from audiocraft.models.unet import DiffusionUnet
     from audiocraft.modules.chroma import ChromaExtractor
     from audiocraft.modules.codebooks_patterns import DelayedPatternProvider
     from audiocraft.modules.conditioners import ConditionFuser, ConditioningAttributes
@@ -145,6 +146,7 @@ __all__ = [
     "ConditionFuser",
     "ConditioningAttributes",
     "DelayedPatternProvider",
+    "DiffusionUnet",
     "EncodecModel",
     "HFEncodecCompressionModel",
     "InterleaveStereoCompressionModel",

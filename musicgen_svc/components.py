@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from musicgen_svc.bands import Band, load_bands
 from musicgen_svc.building import build_codec, build_transformers_codec, codec_in
 from musicgen_svc.checkpoints import Checkpoint, CodecPointer, OpenedCheckpoint, TransformersPart
 from musicgen_svc.checkpoints.opened import component_name
@@ -20,11 +21,11 @@ from musicgen_svc.codec import Codec
 from musicgen_svc.compat import CompressionModel
 from musicgen_svc.conditioning import TEXT
 from musicgen_svc.damage import is_there
-from musicgen_svc.diffusion import Band, load_bands
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.separation import Separator, load_separator, read_bag
 from musicgen_svc.store import Draft, Recipe
-from musicgen_svc.t5 import BESIDE_TOKENIZER, TOKENIZER_FILES, T5Encoder, load_t5, load_tokenizer
+from musicgen_svc.t5 import T5Encoder, load_t5
+from musicgen_svc.tokenizer import BESIDE_TOKENIZER, TOKENIZER_FILES, PromptTokenizer, load_tokenizer
 from musicgen_svc.weights import Weights
 
 ENCODEC = "encodec_32khz"
@@ -35,7 +36,7 @@ class Text:
     """T5 and its tokenizer."""
 
     encoder: T5Encoder
-    tokenizer: Any
+    tokenizer: PromptTokenizer
 
 
 def codec(
@@ -88,14 +89,14 @@ def text(
     Raises:
         WeightsError: there is none, or the checkpoint wants its prompts changed first.
     """
-    t5 = config.conditioners[TEXT].t5
-    if t5.get("normalize_text"):
+    wanted = config.conditioners[TEXT].t5
+    if wanted.get("normalize_text"):
         raise WeightsError("The checkpoint normalizes its prompts (normalize_text), which needs spaCy.")
     inside = opened.text_encoder()
     if inside is not None and any(is_there(opened.path / name) for name in TOKENIZER_FILES):
         folder = opened.path
     else:
-        folder = weights.component(component_name(t5.name), opened.path)
+        folder = weights.component(component_name(wanted.name), opened.path)
     if inside is None:
         weight_files = tensor_files(folder, TRANSFORMERS_FILES)
         files, state = (folder / "config.json", *weight_files), read_tensors(weight_files)
@@ -104,13 +105,15 @@ def text(
     tokenizer_files = [folder / name for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZER)]
     encoder = [t for name, t in state.items() if name.startswith("encoder.") and ".embed_tokens." not in name]
     embedding = [t for name, t in state.items() if name in ("shared.weight", "encoder.embed_tokens.weight")]
+
+    def built() -> Text:
+        t5 = load_t5(inside or folder, device)
+        return Text(t5, load_tokenizer(folder, t5.vocab_size))
+
     return Recipe(
         kind="text",
         files=(*files, *(path for path in tokenizer_files if is_there(path))),
-        draft=lambda: Draft(
-            _fp32_bytes([*encoder, *embedding[:1]]),
-            lambda: Text(load_t5(inside or folder, device), load_tokenizer(folder)),
-        ),
+        draft=lambda: Draft(_fp32_bytes([*encoder, *embedding[:1]]), built),
     )
 
 
@@ -146,8 +149,12 @@ def _fp32_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _tensors_in(package: Any) -> Iterator[torch.Tensor]:
-    if isinstance(package, torch.Tensor):
-        yield package
-    elif isinstance(package, dict):
-        for value in package.values():
-            yield from _tensors_in(value)
+    """Those in nested dictionaries, each dictionary once: a pickled one may hold itself."""
+    waiting, seen = [package], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values()

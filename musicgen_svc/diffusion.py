@@ -13,8 +13,7 @@ window comes out as audiocraft's own `tokens_to_wav` gives it. What is ours:
 - On a GPU the U-Nets compute in fp16 where autocast deems it safe; the chain and its noise stay in fp32.
   The schedule's numbers lie on the host, which decides by them and so need not ask the device.
 
-This file knows no text, no files but the checkpoint, and draws from torch's global generator, which
-is the caller's to pin.
+This file knows no text and no files, and draws from torch's global generator, which is the caller's to pin.
 """
 
 from collections import deque
@@ -22,20 +21,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from julius import LowPassFilters, SplitBands
 from torch import nn
 
-from musicgen_svc.checkpoints.configs import codec_config
-from musicgen_svc.checkpoints.unpickle import load_pickle
+from musicgen_svc.bands import Band
 from musicgen_svc.codec import Codec
-from musicgen_svc.compat import NoiseSchedule, SampleProcessor, builders
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.meta import on_meta
 from musicgen_svc.ticks import Tick, no_tick
 
 OVERLAP_S = 2.0  # of two windows, where they are long enough
@@ -43,64 +37,6 @@ PIECE_S = 2.0  # of the signal that a bank of filters works on at once
 AHEAD = 2  # evaluations by which the host may be ahead of a GPU: it never starves, and progress is true
 EQUALIZER_BANDS = 32
 SILENCE = 1e-9  # standard deviation of a band below which there is nothing to equalize
-
-
-@dataclass(frozen=True)
-class Band:
-    """One band's model."""
-
-    unet: nn.Module
-    schedule: NoiseSchedule
-    processor: SampleProcessor
-    """The way back from what the chain ends in to audio."""
-    sample_rate: int
-    dimension: int
-    """Of the latents that it was trained on."""
-
-    @property
-    def steps(self) -> list[int]:
-        """The states of the chain that sampling visits: every 50th, from pure noise down."""
-        return [*range(self.schedule.num_steps)[::-50], 0]
-
-
-def load_bands(path: Path, device: torch.device) -> list[Band]:
-    """The models in audiocraft's file, such as Meta's `mbd_musicgen_32khz.th`.
-
-    Raises:
-        WeightsError: the file is absent, unsafe or of another kind.
-    """
-    package = load_pickle(path)
-    try:
-        rate = int(package["sample_rate"])
-        bands = [
-            _build_band(package[index], rate, device, f"The file {path}")
-            for index in range(package["n_bands"])
-        ]
-    except WeightsError:
-        raise
-    except Exception as exc:  # a configuration of another kind fails wherever it is first looked at
-        missing = f"it has no {exc}" if type(exc) is KeyError else ""
-        reason = missing or shorten(str(exc) or type(exc).__name__, 300, placeholder=" …")
-        raise WeightsError(f"{path} is not a MultiBand Diffusion checkpoint: {reason}") from exc
-    if not bands:
-        raise WeightsError(f"{path} is not a MultiBand Diffusion checkpoint: it has no bands.")
-    return bands
-
-
-def _build_band(package: dict[str, Any], sample_rate: int, device: torch.device, origin: str) -> Band:
-    config = codec_config(package["cfg"], origin)  # a stranger's text, of which nothing may be run
-    with on_meta():
-        unet = builders.get_diffusion_model(config)
-    unet.load_state_dict(package["model_state"], assign=True)
-    processor = builders.get_processor(config.processor, sample_rate=sample_rate)
-    processor.load_state_dict(package["processor_state"])
-    return Band(
-        unet=unet.to(device, torch.float32).eval().requires_grad_(False),
-        schedule=NoiseSchedule(**config.schedule, device="cpu"),
-        processor=processor.to(device).eval(),
-        sample_rate=sample_rate,
-        dimension=unet.conv_codec.in_channels,
-    )
 
 
 class MultiBandDiffusion:
@@ -114,12 +50,18 @@ class MultiBandDiffusion:
             half: whether U-Nets run under fp16 autocast; None: on a GPU.
 
         Raises:
-            WeightsError: the bands were trained for a codec of another rate.
+            WeightsError: the bands were trained for a codec of another rate, or of longer frames.
         """
         if wrong := {band.sample_rate for band in bands} - {codec.sample_rate}:
             raise WeightsError(
                 f"The MultiBand Diffusion checkpoint is for a codec at {wrong.pop()} Hz; "
                 f"this one is at {codec.sample_rate} Hz."
+            )
+        if any(band.shrinks > 2 * codec.hop for band in bands):
+            raise WeightsError(
+                "The MultiBand Diffusion checkpoint has a U-Net that shrinks audio "
+                f"{max(band.shrinks for band in bands)} times; for this codec, of {codec.hop} samples a "
+                f"frame, {2 * codec.hop} times is the most."
             )
         self._bands, self._codec = bands, codec
         self._device = next(bands[0].unet.parameters()).device

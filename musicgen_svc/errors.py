@@ -65,6 +65,6 @@ class Stopped(Exception):
     """The client cancelled or hung up. Raised out of progress callbacks to unwind a request."""
 
 
-def first_line(exc: Exception) -> str:
+def first_line(exc: BaseException) -> str:
     """What a third party's error says, fit for a sentence of ours."""
     return (str(exc).strip() or type(exc).__name__).splitlines()[0]

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from musicgen_svc import components
+from musicgen_svc.bands import Band
 from musicgen_svc.building import (
     LMDraft,
     build_melody_conditioner,
@@ -23,7 +24,7 @@ from musicgen_svc.compat import CompressionModel
 from musicgen_svc.components import Text
 from musicgen_svc.conditioning import MELODY, Conditioner, Separate, TextConditioner
 from musicgen_svc.contents import FileState
-from musicgen_svc.diffusion import Band, MultiBandDiffusion
+from musicgen_svc.diffusion import MultiBandDiffusion
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import Switch, batch_for
 from musicgen_svc.engine.projections import Precision

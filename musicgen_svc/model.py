@@ -8,10 +8,13 @@ import torch
 from omegaconf import DictConfig
 
 from musicgen_svc.codec import Codec
-from musicgen_svc.conditioning import Conditioner
+from musicgen_svc.conditioning import MELODY, Conditioner
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.state import Capacity
 from musicgen_svc.errors import WeightsError
+
+_MIN_WINDOW_FRAMES = 2
+"""A window that follows another begins with a known frame and adds one."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,25 @@ def _buffer_bytes(config: DictConfig, slots: int) -> int:
 
 
 def check_codec(origin: str, config: DictConfig, codec: Codec) -> None:
-    """A language model speaks the tokens of one codec only.
+    """A language model speaks the tokens of one codec only, and must see at least two of its frames.
 
     Raises:
-        WeightsError: this is another one.
+        WeightsError: this is another one, or the model's window is too short to continue anything.
     """
     wanted = (config.transformer_lm.n_q, config.transformer_lm.card)
     if wanted != (codec.codebooks, codec.cardinality):
         raise WeightsError(
             f"{origin} was trained for {wanted[0]} codebooks of {wanted[1]} "
             f"entries, and its codec has {codec.codebooks} of {codec.cardinality}."
+        )
+    if MELODY in config.conditioners and config.sample_rate != codec.sample_rate:
+        raise WeightsError(
+            f"{origin} follows melodies at {config.sample_rate} Hz, and its codec is at "
+            f"{codec.sample_rate} Hz."
+        )
+    frames = int(config.dataset.segment_duration * codec.frame_rate)
+    if frames < _MIN_WINDOW_FRAMES:
+        raise WeightsError(
+            f"{origin} has dataset.segment_duration {config.dataset.segment_duration} s, which is {frames} "
+            f"frames of its codec; it must be {_MIN_WINDOW_FRAMES} at least."
         )

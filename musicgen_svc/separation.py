@@ -1,17 +1,23 @@
 """Demucs: audio -> the stems that carry its melody."""
 
+import importlib
+import inspect
 import json
+import math
 import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 
+from musicgen_svc.checkpoints.expansion import MAX_YAML_CHARACTERS
+from musicgen_svc.checkpoints.part_configs import check_demucs, demucs_bag
+from musicgen_svc.checkpoints.soundness import check_finite
 from musicgen_svc.damage import check_not_damaged, damaged
 from musicgen_svc.errors import WeightsError, first_line
+from musicgen_svc.meta import on_meta
 from musicgen_svc.ticks import Tick, no_tick
 
 MELODIC_STEMS = ("vocals", "other")
@@ -80,13 +86,16 @@ def load_separator(folder: Path, sample_rate: int, device: torch.device) -> Sepa
     """Demucs from the files of its Hugging Face repository.
 
     Raises:
-        WeightsError: files are missing, unreadable, or name something that is no Demucs.
+        WeightsError: files are missing, unreadable, out of their bounds, or name something that is no Demucs.
     """
     from demucs.apply import BagOfModels
 
     bag = read_bag(folder)
     models = [_load_model(folder / f"{signature}.safetensors") for signature in bag["models"]]
-    bag_of_models = BagOfModels(models, bag.get("weights"), bag.get("segment"))
+    try:
+        bag_of_models = BagOfModels(models, bag.get("weights"), bag.get("segment"))
+    except Exception as exc:  # Demucs' constructors raise whatever they fail on first
+        raise WeightsError(f"{folder} does not hold a Demucs model: {first_line(exc)}") from exc
     missing = set(MELODIC_STEMS) - set(bag_of_models.sources)
     if missing:
         raise WeightsError(f"The Demucs model in {folder} has no stem called {' or '.join(sorted(missing))}.")
@@ -102,18 +111,17 @@ def read_bag(folder: Path) -> dict[str, Any]:
     path = folder / f"{_BAG}.yaml"
     check_not_damaged(path)
     try:
-        bag = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_YAML_CHARACTERS + 1)
+    except (OSError, ValueError) as exc:
         raise damaged(path, "YAML") from exc
-    names = bag.get("models") if isinstance(bag, dict) else None
-    if not isinstance(names, list) or not names:
-        raise damaged(path, "a list of Demucs models")
-    for name in names:
+    bag = demucs_bag(text, str(path))
+    for name in bag["models"]:
         if not _NAME.fullmatch(str(name)):
             raise WeightsError(
                 f"{path} names the model {name!r:.80}; it must be the plain name of a file beside it."
             )
-    return dict(bag)
+    return bag
 
 
 def _load_model(path: Path) -> Any:
@@ -122,20 +130,49 @@ def _load_model(path: Path) -> Any:
     Raises:
         WeightsError: the file is missing or damaged, or holds something else.
     """
-    from demucs.hf import load_safetensors_model
-
     check_not_damaged(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("klass") not in _ARCHITECTURES:
-            raise WeightsError(
-                f"{path} is a model of the class {metadata.get('klass')!r:.80}, which is no Demucs."
-            )
-        if "_class" in json.dumps(json.loads(metadata.get("structure", "null"))):
-            raise WeightsError(f"{path} names classes in its structure, which no Demucs does.")
-        return load_safetensors_model(path)
+        return _built(path)
     except SafetensorError as exc:
         raise damaged(path, "safetensors") from exc
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as exc:
+    except WeightsError:
+        raise
+    except Exception as exc:  # Demucs' constructors raise whatever they fail on first
         raise WeightsError(f"{path} does not hold a Demucs model: {first_line(exc)}") from exc
+
+
+def _built(path: Path) -> Any:
+    from demucs.hf import _decode_json, load_safetensors_model
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+        numbers = sum(math.prod(own.get_shape()) for own in slices)
+        if any(own.get_dtype().startswith("C") for own in slices):
+            raise ValueError("it holds complex numbers")
+    if metadata.get("klass") not in _ARCHITECTURES:
+        raise WeightsError(
+            f"{path} is a model of the class {metadata.get('klass')!r:.80}, which is no Demucs."
+        )
+    structure = json.dumps(json.loads(metadata.get("structure", "null")))
+    if "_class" in structure:
+        raise WeightsError(f"{path} names classes in its structure, which no Demucs does.")
+    if "__quantized" in structure:
+        raise ValueError("it is quantized, which needs diffq")
+    module, name = metadata["klass"].rsplit(".", 1)
+    klass = getattr(importlib.import_module(module), name)
+    args, kwargs = (_decode_json(json.loads(metadata[part])) for part in ("args", "kwargs"))
+    signature = inspect.signature(klass)
+    arguments = signature.bind(*args, **kwargs).arguments
+    check_demucs(arguments, str(path))
+    weightless = {"rescale": 0, "emb_smooth": False}  # these are about initial weights: there are none
+    with on_meta():
+        draft = klass(
+            **arguments | {name: weightless[name] for name in weightless.keys() & signature.parameters}
+        )
+    needed = sum(tensor.numel() for tensor in draft.state_dict().values())
+    if needed > numbers:
+        raise ValueError(f"it holds {numbers} numbers, and its configuration needs {needed}")
+    model = load_safetensors_model(path)
+    check_finite(model.state_dict().items(), str(path))
+    return model

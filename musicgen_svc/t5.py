@@ -2,43 +2,37 @@
 
 Importing that one takes longer than importing torch: it brings a training stack. The encoder itself is
 small and settled (Raffel et al. 2020, arXiv:1910.10683; gated feed-forward: Shazeer 2020,
-arXiv:2002.05202). Modules carry the names of the released weights, some of which are odd. The
-tokenizer stays transformers'.
+arXiv:2002.05202). Modules carry the names of the released weights, some of which are odd. The tokenizer
+is in `tokenizer.py`.
 """
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from musicgen_svc.checkpoints import TransformersPart
+from musicgen_svc.checkpoints.agreement import agree_t5
 from musicgen_svc.checkpoints.fitting import check_fit
+from musicgen_svc.checkpoints.part_configs import t5_fields
+from musicgen_svc.checkpoints.soundness import check_finite
 from musicgen_svc.checkpoints.tensors import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
-from musicgen_svc.damage import check_not_damaged, is_there
-from musicgen_svc.errors import WeightsError, first_line
+from musicgen_svc.errors import WeightsError
 from musicgen_svc.meta import on_meta
 from musicgen_svc.ticks import Tick, no_tick
 
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _SHARED = "shared.weight"
 _EMBEDDING = "encoder.embed_tokens.weight"
-_RELEASED = {
-    "vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8,
-    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
-    "layer_norm_epsilon": 1e-6, "feed_forward_proj": "relu",
-}  # fmt: skip
-"""What a configuration that leaves it out means."""
 
 
 def load_t5(source: Path | TransformersPart, device: torch.device) -> "T5Encoder":
     """The encoder in fp32, from its own folder or from inside a checkpoint.
 
     Raises:
-        WeightsError: there is no T5, it is a variant of it, or its weights do not fit its configuration.
+        WeightsError: there is no T5, it is a variant of it, its weights do not fit its configuration, or they
+            are not finite.
     """
     if isinstance(source, TransformersPart):
         config, state, origin = source.config, source.state, source.origin
@@ -47,52 +41,20 @@ def load_t5(source: Path | TransformersPart, device: torch.device) -> "T5Encoder
         state = read_tensors(tensor_files(source, TRANSFORMERS_FILES))
     if config.get("model_type", "t5") != "t5":
         raise WeightsError(f"{origin} holds a {config['model_type']!r:.40}; the text encoder must be a 't5'.")
-    try:
-        with on_meta():
-            encoder = T5Encoder(**{name: config.get(name, default) for name, default in _RELEASED.items()})
-    except (TypeError, ValueError, RuntimeError, LookupError) as exc:
-        raise WeightsError(f"{origin} has a configuration that builds no T5: {first_line(exc)}") from exc
     # One tensor under one or both of two names. The decoder, where there is one, is not needed.
     own = {name: t for name, t in state.items() if name.startswith("encoder.") or name == _SHARED}
     embedding = own.pop(_EMBEDDING, None)
     if embedding is not None:
         own.setdefault(_SHARED, embedding)
+    fields = t5_fields(config, origin)
+    agree_t5(fields, own, origin)
+    with on_meta():
+        encoder = T5Encoder(**fields)
     check_fit(encoder.state_dict(), own, "T5 encoder", origin)
     placed = {name: tensor.to(device, torch.float32) for name, tensor in own.items()}
+    check_finite(placed.items(), origin)
     encoder.load_state_dict(placed, assign=True)
     return encoder.eval().requires_grad_(False)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """T5's tokenizer: two texts -> a dictionary of `input_ids` and `attention_mask`, both [2, S].
-
-    Raises:
-        WeightsError: there is none.
-    """
-    check_tokenizer_files(folder)
-    from transformers import T5Tokenizer
-
-    try:
-        return T5Tokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as exc:
-        raise WeightsError(f"{folder} does not hold T5's tokenizer: {first_line(exc)}") from exc
-
-
-def check_tokenizer_files(folder: Path) -> None:
-    """
-    Raises:
-        WeightsError: there is no tokenizer, one of its files is damaged, or one names files elsewhere.
-    """
-    present = [folder / name for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZER) if is_there(folder / name)]
-    if not any(path.name in TOKENIZER_FILES for path in present):  # transformers would make one up
-        raise WeightsError(f"{folder} holds no tokenizer: {' or '.join(TOKENIZER_FILES)} is one.")
-    for path in present:
-        check_not_damaged(path)
-        if path.suffix == ".json":
-            names = read_json(path).get("fast_tokenizer_files", [])
-            for name in names if isinstance(names, list) else [names]:
-                if not isinstance(name, str) or name != Path(name).name:
-                    raise WeightsError(f"{path} names {name!r:.80}, which is not in its folder.")
 
 
 class T5Encoder(nn.Module):
@@ -104,7 +66,7 @@ class T5Encoder(nn.Module):
         layer_norm_epsilon: float, feed_forward_proj: str,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.d_model = d_model
+        self.vocab_size, self.d_model = vocab_size, d_model
         self.max_distance = relative_attention_max_distance
         self.shared = nn.Embedding(vocab_size, d_model)
         blocks = [
@@ -199,8 +161,6 @@ class _Attention(nn.Module):
 class _FeedForward(nn.Module):
     def __init__(self, dim: int, inner: int, kind: str, epsilon: float) -> None:
         super().__init__()
-        if kind not in ("relu", "gated-gelu"):
-            raise ValueError(f"feed_forward_proj is {kind!r:.40}; it must be relu or gated-gelu")
         self.gated = kind == "gated-gelu"
         names = ("wi_0", "wi_1") if self.gated else ("wi",)
         self.DenseReluDense = nn.ModuleDict({name: nn.Linear(dim, inner, bias=False) for name in names})

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from _bench_workload import timed
 
+from musicgen_svc.bands import Band
 from musicgen_svc.building import build_transformers_codec
 from musicgen_svc.checkpoints import TransformersPart
 from musicgen_svc.codec import Codec
 from musicgen_svc.compat import NoiseSchedule, builders
-from musicgen_svc.diffusion import Band, MultiBandDiffusion
+from musicgen_svc.diffusion import MultiBandDiffusion
 from musicgen_svc.randomness import GlobalRandom
 
 T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}

@@ -14,10 +14,11 @@ from sounds import noise, tone, written
 from torch import Tensor, nn
 
 from musicgen_svc import components
+from musicgen_svc.bands import Band, load_bands
 from musicgen_svc.catalog import read_catalog
 from musicgen_svc.codec import Codec
 from musicgen_svc.conditioning import MELODY, TEXT
-from musicgen_svc.diffusion import Band, MultiBandDiffusion, _Count, load_bands
+from musicgen_svc.diffusion import MultiBandDiffusion, _Count
 from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.fair_queue import FairQueue
 from musicgen_svc.loader import Loader

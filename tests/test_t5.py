@@ -11,7 +11,8 @@ import transformers
 
 from musicgen_svc.checkpoints import TransformersPart
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.t5 import load_t5, load_tokenizer
+from musicgen_svc.t5 import load_t5
+from musicgen_svc.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 SIZE: dict[str, Any] = {
@@ -90,11 +91,18 @@ def test_a_part_of_a_checkpoint_loads(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"model_type": "bart"}, "holds a 'bart'; the text encoder must be a 't5'"),
-        ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'; it must be relu or gated"),
-        ({"num_layers": 0}, "builds no T5"),
-        ({"num_layers": "two"}, "builds no T5"),
+        (
+            {"feed_forward_proj": "gated-silu"},
+            "feed_forward_proj 'gated-silu'; it must be 'relu' or 'gated-gelu'",
+        ),
+        ({"num_layers": 0}, "num_layers 0; it must be an integer from 1 to 128"),
+        ({"num_layers": "two"}, "num_layers 'two'; it must be an integer"),
+        ({"num_layers": 10_000_000}, "num_layers 10000000; it must be an integer"),
+        ({"relative_attention_max_distance": 0}, "max_distance 0; it must be an integer from 2"),
+        ({"relative_attention_max_distance": 8}, "the second more than a quarter of it"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon nan; it must be a number above 0"),
         ({"d_ff": 41}, r"does not fit its configuration as a T5 encoder: it has 6 tensors \("),
-        ({"num_layers": 4}, r"it lacks 8 tensors \(encoder.block.3.layer.0.SelfAttention.k.weight"),
+        ({"num_layers": 4}, "num_layers is 4 there, and the tensors have 3"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
@@ -105,7 +113,7 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    for load in (lambda: load_t5(tmp_path, CPU), lambda: load_tokenizer(tmp_path)):
+    for load in (lambda: load_t5(tmp_path, CPU), lambda: load_tokenizer(tmp_path, 1)):
         with pytest.raises(WeightsError, match=str(tmp_path)):
             load()
 
@@ -117,4 +125,4 @@ def test_a_tokenizers_settings_name_no_file_elsewhere(weights: Path, tmp_path: P
     settings["fast_tokenizer_files"] = ["../tokenizer.4.0.0.json"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(WeightsError, match=r"tokenizer_config\.json names '\.\./tokenizer\.4\.0\.0\.json'"):
-        load_tokenizer(folder)
+        load_tokenizer(folder, 40_000)

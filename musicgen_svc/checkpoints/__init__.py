@@ -11,6 +11,14 @@ transformers_folder.py   config.json and safetensors
 lora.py                  adapter_config.json: PEFT's adapter on a base model
 archives.py              a tar or zip around any of them
 unpacking.py             where an archive's files go, and how long they stay there
+
+All of it is a stranger's, and is opened in a bounded time and memory, or refused in one sentence:
+
+pickle_scan.py           what a pickle would make, counted before anything is made
+expansion.py             a configuration's references and aliases, counted while they are resolved
+known_fields.py          every field that is used, its kind (fields.py) and its range
+agreement.py             numbers of a configuration against the tensors, before anything is built
+soundness.py             tensors that are all in the file, and finite
 """
 
 from musicgen_svc.checkpoints.opened import Checkpoint, CodecPointer, OpenedCheckpoint, TransformersPart

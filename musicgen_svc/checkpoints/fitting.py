@@ -18,7 +18,8 @@ def check_fit(
         origin: the checkpoint's format and path.
 
     Raises:
-        WeightsError: names are missing or unexpected, or shapes differ; the message names the first few.
+        WeightsError: names are missing or unexpected, shapes differ, or there are complex numbers or integers
+            where numbers in floating point belong; the message names the first few.
     """
     faults = []
     if missing := own.keys() - state.keys():
@@ -32,6 +33,13 @@ def check_fit(
     ]
     if shapes:
         faults.append(f"it has {some(shapes)} of another shape")
+    types = [
+        f"{name} is {str(state[name].dtype).removeprefix('torch.')}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].is_floating_point() and not state[name].is_floating_point()
+    ]
+    if types:
+        faults.append(f"it has {some(types)} that are not in floating point")
     if faults:
         raise WeightsError(
             f"{origin} does not fit its configuration as a {what}: {'; '.join(faults)}; weights and "

@@ -2,17 +2,20 @@
 
 W += strength * alpha / r * B @ A (Hu et al., arXiv 2106.09685), or alpha / sqrt(r) for a rank-stabilized
 adapter (Kalajdzievski, arXiv 2312.03732). audiocraft keeps query, key and value in one tensor: what an
-adapter of transformers' model says of one of them goes into its third.
+adapter of transformers' model says of one of them goes into its third. Which modules it changes its tensors
+say: `target_modules`, which may be a regular expression, is not read.
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
+from musicgen_svc.checkpoints.fields import Real, shown
 from musicgen_svc.checkpoints.opened import (
     Checkpoint,
     CodecPointer,
@@ -34,6 +37,7 @@ _UNSUPPORTED = (
     "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
     "velora_config",
 )  # fmt: skip
+_ALPHA = Real(-1e6, 1e6)
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Ways to begin a training that leave the base's weights as they are."""
 
@@ -65,6 +69,9 @@ class LoraFolder(OpenedCheckpoint):
             )
         own = tensor_files(folder, ADAPTER_FILES)
         self._tensors = read_tensors(own)
+        if wrong := [name for name, tensor in self._tensors.items() if not tensor.is_floating_point()]:
+            raise WeightsError(f"{self._origin} holds tensors that are not in floating point: {some(wrong)}.")
+        self._patterns = _patterns(self._settings.get("alpha_pattern") or {}, self._origin)
         self._strength = strength
         if strength != 1:
             self.format = f"LoRA adapter at strength {strength:g}"
@@ -94,35 +101,40 @@ class LoraFolder(OpenedCheckpoint):
             else:
                 merge.replace(_WRAPPERS.sub("", name), tensor, self._strength)
         for module, pair in factors.items():
-            merge.add(f"{module}.weight", self._strength * self._delta(module, pair))
+            self._check_factors(module, pair)
+            rows, columns = pair["B"].shape[0], pair["A"].shape[1]
+            shape = (columns, rows) if "embedding" in pair else (rows, columns)
+            if (target := merge.rows(f"{module}.weight", shape)) is not None:  # before the product is made
+                target.copy_(target.float() + self._strength * self._delta(module, pair))
         merge.check(self._origin)
         return Checkpoint(base.config, merge.state, self._origin)
 
-    def _delta(self, module: str, pair: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What training added to a module's weight, fp32."""
+    def _check_factors(self, module: str, pair: dict[str, torch.Tensor]) -> None:
         if not {"A", "B"} <= pair.keys():
-            raise WeightsError(f"{self._origin} has only one of the factors A and B of {module}.")
-        a, b = pair["A"].float(), pair["B"].float()  # [R, in], [out, R]
+            raise WeightsError(f"{self._origin} has only one of the factors A and B of {module:.80}.")
+        a, b = pair["A"], pair["B"]  # [R, in], [out, R]
         if a.ndim != 2 or b.ndim != 2 or not 0 < a.shape[0] == b.shape[1]:
             raise WeightsError(
-                f"{self._origin} has factors of {module} that do not go together: "
+                f"{self._origin} has factors of {module:.80} that do not go together: "
                 f"A is {list(a.shape)} and B is {list(b.shape)}."
             )
+
+    def _delta(self, module: str, pair: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What training added to a module's weight, fp32."""
+        a, b = pair["A"].float(), pair["B"].float()
         rank = a.shape[0]  # the tensors know what rank_pattern said
         scale = self._alpha(module) / (math.sqrt(rank) if self._settings.get("use_rslora") else rank)
         delta = (b @ a) * scale
         return delta.T if "embedding" in pair else delta  # an embedding's weight is [entries, out]
 
     def _alpha(self, module: str) -> float:
-        patterns = self._settings.get("alpha_pattern") or {}
-        alpha = self._settings.get("lora_alpha")
-        for pattern, own in patterns.items() if isinstance(patterns, dict) else ():
-            if _names(pattern, module):
-                alpha = own
-                break
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise WeightsError(f"{self._origin} has lora_alpha {alpha!r:.40}; it must be a number.")
-        return float(alpha)
+        """That of the first pattern that the module's name is or ends with, else `lora_alpha`."""
+        places = [0, *(match.end() for match in re.finditer(r"\.", module))]
+        named = [found for at in places if (found := self._patterns.get(module[at:])) is not None]
+        alpha = min(named)[1] if named else self._settings.get("lora_alpha")
+        if not _ALPHA.accepts(alpha):
+            raise WeightsError(f"{self._origin} has lora_alpha {shown(alpha)}; it must be {_ALPHA}.")
+        return float(alpha)  # type: ignore[arg-type]
 
     def _check_kind(self) -> None:
         kind = self._settings.get("peft_type")
@@ -148,15 +160,9 @@ class _Merge:
         self._unexpected: list[str] = []
         self._misshapen: list[str] = []
 
-    def add(self, name: str, delta: torch.Tensor) -> None:
-        """W += delta."""
-        rows = self._rows(name, delta)
-        if rows is not None:
-            rows.copy_(rows.float() + delta)
-
     def replace(self, name: str, tensor: torch.Tensor, strength: float) -> None:
         """A tensor that was trained whole; in part, at another strength than 1."""
-        rows = self._rows(name, tensor)
+        rows = self.rows(name, tensor.shape)
         if rows is not None:
             rows.copy_(tensor if strength == 1 else torch.lerp(rows.float(), tensor.float(), strength))
 
@@ -173,16 +179,20 @@ class _Merge:
         if faults:
             raise WeightsError(f"{origin} does not fit its base: {'; '.join(faults)}.")
 
-    def _rows(self, name: str, like: torch.Tensor) -> torch.Tensor | None:
-        """The part of the state that `name` means, in transformers' spelling or audiocraft's."""
+    def rows(self, name: str, shape: Sequence[int]) -> torch.Tensor | None:
+        """The part of the state that `name` means, in transformers' spelling or audiocraft's, to write to.
+
+        None, and a fault for `check`, if there is none, or if it has another shape.
+        """
         own = plain_attention_name(name)
         target = Place(own) if own in self.state else place(name)
         if target is None or target.key not in self.state:
             self._unexpected.append(name)
             return None
         whole = self.state[target.key]
-        height = whole.shape[0] if target.third is None else whole.shape[0] // 3
-        if like.shape != (height, *whole.shape[1:]):
+        parts = 1 if target.third is None else 3
+        height = whole.shape[0] // parts if whole.ndim else 0
+        if tuple(shape) != (height, *whole.shape[1:]):
             self._misshapen.append(name)
             return None
         if target.key not in self._copied:
@@ -191,15 +201,29 @@ class _Merge:
         return whole if target.third is None else whole[target.third * height :][:height]
 
 
-def _names(pattern: str, module: str) -> bool:
-    """Whether a pattern means a module: as PEFT reads it, an expression for the last parts of its name.
+def _patterns(given: object, origin: str) -> dict[str, tuple[int, Any]]:
+    """alpha_pattern: the name that each pattern means -> its place in the file, and its alpha.
+
+    PEFT reads a pattern as a regular expression for the last parts of a module's name. A stranger's
+    expression can take for ever, so only names are read: with or without the dots escaped, and with or
+    without `.*\\.` before them, which means any module around it.
 
     Raises:
-        WeightsError: the expression could take for ever, or is none.
+        WeightsError: one is an expression of another kind, or there is no mapping.
     """
-    if len(re.findall(r"[*+{]", pattern)) > 4 or re.search(r"\)[*+?{]", pattern):
-        raise WeightsError(f"The adapter's alpha_pattern {pattern!r:.80} is too complex: write names out.")
-    try:
-        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module) is not None
-    except re.error as exc:
-        raise WeightsError(f"The adapter's alpha_pattern {pattern!r:.80} is no expression: {exc}.") from exc
+    if not isinstance(given, dict):
+        raise WeightsError(f"{origin} has alpha_pattern {shown(given)}; it must be a mapping.")
+    patterns: dict[str, tuple[int, Any]] = {}
+    for place_in_file, (pattern, alpha) in enumerate(given.items()):
+        name = str(pattern).removeprefix(r".*\.").replace(r"\.", ".")
+        if not re.fullmatch(r"[\w.-]{1,1000}", name):
+            raise WeightsError(
+                f"{origin} has the alpha_pattern {shown(pattern)}, a regular expression, which is not read: "
+                "write out the names of the modules or the last parts of them."
+            )
+        if not _ALPHA.accepts(alpha):
+            raise WeightsError(
+                f"{origin} has lora_alpha {shown(alpha)} in alpha_pattern; it must be {_ALPHA}."
+            )
+        patterns.setdefault(name, (place_in_file, alpha))
+    return patterns

@@ -6,9 +6,11 @@ from typing import Any, TypeGuard
 
 import torch
 
+from musicgen_svc.checkpoints.agreement import agree_codec, agree_lm
 from musicgen_svc.checkpoints.configs import codec_config, lm_config
 from musicgen_svc.checkpoints.opened import Checkpoint
 from musicgen_svc.checkpoints.released import infer_config, with_window
+from musicgen_svc.checkpoints.soundness import check_stored
 from musicgen_svc.checkpoints.spelling import State, plain_attention, plain_weight_norm
 
 _FIRST = "emb.0.weight"
@@ -55,19 +57,27 @@ def without_prefix(state: State) -> State | None:
 def as_lm(found: Found, file: Path) -> Checkpoint:
     """
     Raises:
-        WeightsError: its configuration is no MusicGen's, or its tensors do not tell it.
+        WeightsError: its configuration is no MusicGen's, its tensors tell other sizes or none, or they are
+            not all in the file.
     """
     origin = f"The {found.format} {file}"
+    check_stored(found.state, origin)
     state = with_window(plain_attention(found.state))
     if found.config is None:
         return Checkpoint(infer_config(state, origin), state, origin, (file,))
-    return Checkpoint(lm_config(found.config, origin), state, origin, (file,))
+    config = lm_config(found.config, origin)
+    agree_lm(config.transformer_lm, state, origin)
+    return Checkpoint(config, state, origin, (file,))
 
 
 def as_codec(found: Found, file: Path) -> Checkpoint:
     """
     Raises:
-        WeightsError: it has no configuration.
+        WeightsError: it has no configuration of EnCodec's, or its tensors tell other sizes or are not all
+            in the file.
     """
     origin = f"The {found.format} {file}"
-    return Checkpoint(codec_config(found.config, origin), plain_weight_norm(found.state), origin, (file,))
+    check_stored(found.state, origin)
+    config, state = codec_config(found.config, origin), plain_weight_norm(found.state)
+    agree_codec(config.rvq, state, origin)
+    return Checkpoint(config, state, origin, (file,))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from musicgen_svc.checkpoints.configs import check_lm
 from musicgen_svc.checkpoints.opened import some
 from musicgen_svc.errors import WeightsError
 
@@ -33,7 +34,7 @@ def infer_config(
         t5: the text encoder's name; by default the one of its width.
 
     Raises:
-        WeightsError: the tensors that tell the sizes are not there.
+        WeightsError: the tensors that tell the sizes are not there, or these are out of their bounds.
     """
     sizes = _Sizes(state, origin)
     if heads is None:
@@ -48,7 +49,9 @@ def infer_config(
                 f"{', '.join(f'{name} ({width})' for width, name in T5_BY_WIDTH.items())}."
             )
         t5 = T5_BY_WIDTH[sizes.text_width]
-    return OmegaConf.create(_released(sizes, heads, stereo, t5))
+    config = _released(sizes, heads, stereo, t5)
+    check_lm(config, origin)
+    return OmegaConf.create(config)
 
 
 def with_window(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from musicgen_svc.checkpoints.soundness import check_stored
 from musicgen_svc.checkpoints.unpickle import load_pickle
 from musicgen_svc.damage import check_not_damaged, damaged, is_there
 from musicgen_svc.errors import WeightsError
@@ -98,4 +99,6 @@ def _pickled(file: Path) -> dict[str, torch.Tensor]:
     state = load_pickle(file)
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise WeightsError(f"{file} holds something else than tensors by name.")
-    return {str(name): tensor for name, tensor in state.items()}
+    tensors = {str(name): tensor for name, tensor in state.items()}
+    check_stored(tensors, str(file))
+    return tensors

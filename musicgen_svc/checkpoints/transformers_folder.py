@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from musicgen_svc.checkpoints.configs import check_lm
+from musicgen_svc.checkpoints.fields import Whole, shown
 from musicgen_svc.checkpoints.opened import (
     Checkpoint,
     CodecPointer,
@@ -40,6 +42,7 @@ TEXT_ENCODER_NAME = "text_encoder"
 _POSITIONS = "decoder.model.decoder.embed_positions.weights"  # a constant that older versions saved
 _TIED = ("shared.weight", "encoder.embed_tokens.weight")
 _CHROMA_HOP_S = 4096 / 32_000
+_MAX_NUMBER = 1_000_000
 
 
 class TransformersFolder(OpenedCheckpoint):
@@ -74,6 +77,7 @@ class TransformersFolder(OpenedCheckpoint):
         if self._melody:
             frames = self._number(self._json, "chroma_length", 235)
             config.dataset.segment_duration = _duration_s(frames)
+            check_lm(OmegaConf.to_container(config), self._origin)
         return config
 
     def lm(self) -> Checkpoint:
@@ -107,9 +111,10 @@ class TransformersFolder(OpenedCheckpoint):
     def _number(self, section: dict[str, Any], key: str, default: int) -> int:
         """transformers leaves out of its file what has its default."""
         value = section.get(key, default)
-        if not isinstance(value, int) or value < 1:
-            raise WeightsError(f"{self._origin} has {key} {value!r:.40}; it must be an integer above 0.")
-        return value
+        number = Whole(1, _MAX_NUMBER)
+        if not number.accepts(value):
+            raise WeightsError(f"{self._origin} has {key} {shown(value)}; it must be {number}.")
+        return int(value)
 
     def _state(self, tensors: State) -> State:
         """The language model in audiocraft's spelling."""

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
+from musicgen_svc.checkpoints.pickle_scan import Costly, scan_torch_file
 from musicgen_svc.damage import check_not_damaged, damaged
 from musicgen_svc.errors import WeightsError
 
@@ -51,14 +52,17 @@ def load_pickle(path: Path) -> Any:
     """The content of a torch.save file, its tensors mapped from disk.
 
     Raises:
-        WeightsError: the file is absent or damaged, is no torch.save file, or names a type that is not on
-            the short list above; nothing of it has been run then.
+        WeightsError: the file is absent or damaged, is no torch.save file, names a type that is not on the
+            short list above, or its pickle makes more than its size tells. Nothing of it has been run then.
     """
     check_not_damaged(path)
     try:
         mapped = _is_torch_zip(path)  # older files have no layout that could be mapped
+        scan_torch_file(path, zipped=mapped)
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Costly as exc:
+        raise WeightsError(f"{path} cannot be read as a PyTorch checkpoint: {exc}.") from exc
     except Exception as exc:  # torch.load raises whatever its zip, pickle or tensor reader raises
         # Nothing else of the message: PyTorch advises to read the file unsafely.
         named = re.search(r"GLOBAL (\S+)", str(exc)) if isinstance(exc, pickle.UnpicklingError) else None

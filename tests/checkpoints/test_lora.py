@@ -218,8 +218,17 @@ def edited(folder: Path, **changes: Any) -> None:
     [
         ({"base_model_name_or_path": None}, "does not name its base"),
         ({"lora_alpha": "many"}, "lora_alpha 'many'"),
-        ({"alpha_pattern": {"(a+)+": 3}}, "too complex"),
-        ({"alpha_pattern": {"[": 3}}, "no expression"),
+        ({"lora_alpha": 10**400}, "lora_alpha an integer of more than 40 digits; it must be a number"),
+        ({"lora_alpha": True}, "lora_alpha True; it must be a number"),
+        ({"alpha_pattern": {"q_proj": "many"}}, "lora_alpha 'many' in alpha_pattern"),
+        ({"alpha_pattern": {"q_proj": 10**400}}, "in alpha_pattern; it must be a number"),
+        ({"alpha_pattern": ["q_proj"]}, "it must be a mapping"),
+        ({"alpha_pattern": {"(a+)+": 3}}, "a regular expression, which is not read: write out the names"),
+        ({"alpha_pattern": {"a?" * 40 + "a" * 40: 3}}, "a regular expression"),
+        ({"alpha_pattern": {".*.*.*.*X": 3}}, "a regular expression"),
+        ({"alpha_pattern": {"a{4294967296}": 3}}, "a regular expression"),
+        ({"alpha_pattern": {"(" * 10_000 + ")" * 10_000: 3}}, "a regular expression"),
+        ({"alpha_pattern": {"[": 3}}, "a regular expression"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

@@ -128,9 +128,9 @@ def test_a_format_is_served(places: Path, tmp_path: Path, name: str) -> None:
     assert sound.shape == (1, 32_000) and sound.isfinite().all() and sound.std() > 0
 
 
-def test_the_readme_names_the_formats_that_are_served() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    table = readme.split("| checkpoint |", 1)[1].split("\n\n", 1)[0]
+def test_the_documentation_names_the_formats_that_are_served() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    table = page.split("| checkpoint |", 1)[1].split("\n\n", 1)[0]
     assert re.findall(r"^\| \*\*(.*?)\*\*", table, flags=re.MULTILINE) == list(FORMATS)
 
 

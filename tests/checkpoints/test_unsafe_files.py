@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from musicgen_svc.checkpoints import open_checkpoint
-from musicgen_svc.checkpoints.configs import codec_config, lm_config
+from musicgen_svc.checkpoints.configs import lm_config, plain_config
 from musicgen_svc.errors import WeightsError
 
 CONFIG = tools.config_of("small")
@@ -134,7 +134,7 @@ def test_a_configuration_cannot_read_the_environment(monkeypatch: pytest.MonkeyP
     names = {"name": "oc.env", "half": "env"}
     for make in (lambda c: c, OmegaConf.create, lambda c: OmegaConf.to_yaml(OmegaConf.create(c))):
         for call in calls:
-            config = codec_config(make(names | {"a": call, "b": [call], "c": {"d": call}}), "The test")
+            config = plain_config(make(names | {"a": call, "b": [call], "c": {"d": call}}), "The test")
             assert "hunter2" not in str(OmegaConf.to_container(config, resolve=True))
     for call in (calls[0], *calls[-2:]):
         assert OmegaConf.create(names | {"a": call}).a == "hunter2"  # as it would
@@ -142,7 +142,7 @@ def test_a_configuration_cannot_read_the_environment(monkeypatch: pytest.MonkeyP
 
 def test_a_configuration_keeps_its_references() -> None:
     source = {"rate": 32_000, "a-b": {"c": [7, "${..d}"], "d": "${ rate }"}, "e": "${a-b.c[0]} of ${rate}"}
-    config = codec_config(source, "The test")
+    config = plain_config(source, "The test")
     assert (config["a-b"].c[1], config["a-b"].d, config.e) == (32_000, 32_000, "7 of 32000")
 
 
