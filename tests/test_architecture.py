@@ -7,9 +7,9 @@ PACKAGE = Path(__file__).parent.parent / "musicgen_svc"
 LEAVES = {
     "errors", "ticks", "settings", "catalog", "request", "windows", "randomness", "storage", "loudness",
     "audio", "export", "compat", "chunked_encodec", "verification", "residency", "memory", "turns",
-    "meta", "locking", "chroma", "slices",
+    "meta", "locking", "chroma", "slices", "formats",
 }  # fmt: skip
-MAY_ANY_LEAF_IMPORT = {"errors", "ticks", "compat", "slices"}
+MAY_ANY_LEAF_IMPORT = {"errors", "ticks", "compat", "slices", "formats"}
 
 
 def imports(path: Path) -> set[str]:
