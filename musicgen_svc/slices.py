@@ -18,7 +18,7 @@ part.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -134,11 +134,11 @@ def _lstm(report: Callable[[], None], x: Tensor, *args: Any, **kwargs: Any) -> A
 
 
 def _elu(report: Callable[[], None], x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """`F.elu` piece by piece. On one thread only the very last elements are a remainder, as in the whole."""
-    if inplace or x.numel() <= PIECE or not x.is_contiguous() or torch.get_num_threads() > 1:
+    """`F.elu` piece by piece: on one thread the remainders lie where they do in the whole."""
+    if inplace or not _divisible(x) or torch.get_num_threads() > 1:
         return F.elu(x, alpha, inplace)
-    y = torch.empty_like(x)
-    for part, result in zip(_pieces(x), _pieces(y), strict=True):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for part, result in _pieces(x, y):
         result.copy_(F.elu(part, alpha))
         report()
     return y
@@ -147,10 +147,10 @@ def _elu(report: Callable[[], None], x: Tensor, alpha: float = 1.0, inplace: boo
 def _add(report: Callable[[], None], x: Tensor, other: Any, **options: Any) -> Tensor:
     """`x + other` piece by piece."""
     alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (x.shape, x.dtype)
-    if options or not alike or x.numel() <= PIECE or not (x.is_contiguous() and other.is_contiguous()):
+    if options or not alike or not _divisible(x):
         return torch.add(x, other, **options)
-    y = torch.empty_like(x)
-    for first, second, result in zip(_pieces(x), _pieces(other), _pieces(y), strict=True):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for first, second, result in _pieces(x, other, y):
         torch.add(first, second, out=result)
         report()
     return y
@@ -160,7 +160,7 @@ def _pad(
     report: Callable[[], None], x: Tensor, pad: Any, mode: str = "constant", value: float | None = None
 ) -> Tensor:
     """`F.pad` with zeros along time, row by row."""
-    if x.ndim != 3 or x.numel() <= PIECE or len(pad) != 2 or min(pad) < 0 or mode != "constant" or value:
+    if not _divisible(x) or len(pad) != 2 or min(pad) < 0 or mode != "constant" or value:
         return F.pad(x, pad, mode, value)
     y = _zeros(report, x, *x.shape[:2], pad[0] + x.shape[2] + pad[1])
     for row, result in zip(x.flatten(0, 1), y.flatten(0, 1), strict=True):
@@ -172,14 +172,22 @@ def _pad(
 def _zeros(report: Callable[[], None], like: Tensor, *shape: int) -> Tensor:
     """A result to fill. Each page of it is written now: the first slice would do so: it reaches all rows."""
     y = like.new_empty(shape)
-    for part in _pieces(y):
+    for (part,) in _pieces(y):
         part.zero_()
         report()
     return y
 
 
-def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(x.view(-1), PIECE)
+def _divisible(x: Tensor) -> bool:
+    """Whether x is audio of many channels or steps that is worth taking apart."""
+    return x.numel() > PIECE and x.ndim == 3
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The parts of [B, C, T] tensors of one shape that belong together."""
+    if all(x.is_contiguous() for x in tensors):
+        return zip(*(torch.split(x.view(-1), PIECE) for x in tensors), strict=True)
+    return zip(*(x.unbind(1) for x in tensors), strict=True)
 
 
 _IN_SLICES: dict[Any, Callable[..., Any]] = {
