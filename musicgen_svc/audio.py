@@ -5,6 +5,8 @@ selected result and never by the source's own rate and channel count.
 
 - Formats are told by content alone: FFmpeg is given the bytes without a name. It may open nothing but
   these bytes and only as one of `CONTAINERS`, so a playlist cannot lead it to other files or the network.
+- Of several tracks FFmpeg's own choice is used: the one that is marked as the default, else the one with the
+  highest bit rate, else the first.
 - More than two channels are mixed down to stereo by FFmpeg's standard matrix (its coefficients add up to
   at most 1, whatever the sample format); mono is the mean of the channels, stereo from mono is both alike.
 - Encoder delay and padding are taken off where the file states them (mp3, m4a, ogg, webm).
@@ -38,21 +40,12 @@ from av.container import InputContainer
 from av.packet import Packet
 
 from musicgen_svc.errors import AudioError
+from musicgen_svc.formats import CONTAINERS, DECODERS, HEAD_BYTES, not_audio
 from musicgen_svc.ticks import Tick, no_tick
 
 Block = npt.NDArray[np.float32]
 
 WANTED = "it must be an audio file such as wav, mp3, flac, ogg, opus, m4a or webm"
-CONTAINERS = "aac,aiff,asf,au,avi,flac,matroska,mov,mp3,ogg,w64,wav"
-# Nothing else is ever decoded. Without this list FFmpeg would also try its decoders for the pictures and
-# video that lie beside the sound, just to describe them.
-DECODERS = ",".join(
-    [
-        "aac,aac_latm,ac3,eac3,alac,flac,mp1,mp1float,mp2,mp2float,mp3,mp3float,opus,libopus,vorbis",
-        "wmav1,wmav2,wmapro,wmalossless,adpcm_ima_wav,adpcm_ima_qt,adpcm_ms,gsm_ms",
-        *sorted(name for name in av.codecs_available if name.startswith("pcm_")),
-    ]
-)
 SOURCE_RATES_HZ = range(4_000, 384_001)
 MAX_LEVEL = 32.0  # 30 dB above full scale
 BLOCK_S = 1  # what the resampler is fed at a time
@@ -158,6 +151,9 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, AudioStream]]:
     """The container and its best stream of sound."""
     options = {"format_whitelist": CONTAINERS, "codec_whitelist": DECODERS, "protocol_whitelist": "none"}
     with path.open("rb") as file:
+        if found := not_audio(file.read(HEAD_BYTES)):
+            raise AudioError(f"input_audio is {found}; {WANTED}.")
+        file.seek(0)
         try:
             container = av.open(_Source(file), "r", options=options, metadata_errors="replace")
         except av.FFmpegError as exc:  # MemoryError among them: headers may ask for any amount
@@ -209,6 +205,9 @@ def _packets(container: InputContainer, stream: AudioStream) -> Iterator["Packet
             packet = next(packets, None)
         except av.FFmpegError:
             return
+        except IndexError:  # PyAV's, at a packet of a stream that begins only now: it is not ours, so go on
+            packets = container.demux(stream)
+            continue
         if packet is None:
             return
         yield packet

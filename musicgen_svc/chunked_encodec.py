@@ -12,13 +12,15 @@ codec). This file does not know what its signals mean.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from musicgen_svc.slices import InSlices
 from musicgen_svc.ticks import Tick, no_tick
 
 _POINTWISE = (nn.ELU, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Identity)
@@ -49,23 +51,17 @@ class ChunkedStack:
 
         Args:
             x: [B, C, T], T > 0, where the layers are.
-            tick: called after each layer of each piece.
+            tick: called with the number of finished layers, after each of them in each piece and, on a CPU,
+                between the slices of a long one (see `InSlices`).
 
         Yields:
             [B, C', n * rate_out]; together ceil(T / rate_in) frames.
         """
         frames = -(-x.shape[-1] // self.rate_in)
         pieces = -(-frames // chunk) if self._parts else 1
-        done = itertools.count(1)
-
-        def advance() -> None:
-            tick(next(done), pieces * len(self._layers))
-
+        work = _Work(tick, pieces * len(self._layers))
         if self._parts is None or pieces == 1:  # the very calls of the network's own forward
-            for layer in self._layers:
-                x = layer(x)
-                advance()
-            yield x
+            yield work.through(self._layers, x)
             return
 
         front, lstm, back = self._parts
@@ -78,16 +74,42 @@ class ChunkedStack:
         hidden = x.new_empty(0)  # the LSTM's output: [B, H, known - first]
         for start, stop in itertools.pairwise(edges):
             ahead = min(stop + back.context, frames)
-            fresh, state = _remember(lstm, front.apply(x, known, ahead, advance), state)
-            advance()
+            seen = front.apply(x, known, ahead, work)
+            with work.layer():
+                fresh, state = _remember(lstm, seen, state)
             hidden = torch.cat([hidden, fresh], -1) if known else fresh
             known = ahead
-            y = back.apply(hidden, start - first, stop - first, advance)
+            y = back.apply(hidden, start - first, stop - first, work)
             if y.is_cuda:  # the host must not run ahead: a stop would wait for all that is queued
                 torch.cuda.synchronize(y.device)
             yield y
             keep = max(0, stop - back.context)
             hidden, first = hidden[..., keep - first :], keep
+
+
+class _Work:
+    """Runs layers and counts them: `done` of `total`."""
+
+    def __init__(self, tick: Tick, total: int) -> None:
+        self._tick, self._done, self._total = tick, 0, total
+
+    def through(self, layers: list[nn.Module], x: Tensor) -> Tensor:
+        """x after one layer after the other."""
+        for layer in layers:
+            with self.layer():
+                x = layer(x)
+        return x
+
+    @contextmanager
+    def layer(self) -> Iterator[None]:
+        """What is computed inside is one layer."""
+        with InSlices(self._report):
+            yield
+        self._done += 1
+        self._report()
+
+    def _report(self) -> None:
+        self._tick(self._done, self._total)
 
 
 class _Convs:
@@ -100,16 +122,14 @@ class _Convs:
         """Frames to either side that a frame's output may depend on."""
         self.rate_in, self.rate_out = step.numerator, step.denominator
 
-    def apply(self, x: Tensor, start: int, stop: int, advance: Callable[[], None]) -> Tensor:
+    def apply(self, x: Tensor, start: int, stop: int, work: _Work) -> Tensor:
         """The output of frames `start` to `stop` of x: [B, C, T] -> [B, C', (stop - start) * rate_out].
 
         x holds `context` frames more on either side, except where the signal begins or ends.
         """
         first = max(0, start - self.context)
         x = x[..., first * self.rate_in : (stop + self.context) * self.rate_in]
-        for layer in self._layers:
-            x = layer(x)
-            advance()
+        x = work.through(self._layers, x)
         return x[..., (start - first) * self.rate_out : (stop - first) * self.rate_out]
 
 

@@ -18,10 +18,9 @@ This file knows no text and no files, and draws from torch's global generator, w
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from julius import LowPassFilters, SplitBands
@@ -30,6 +29,7 @@ from torch import nn
 from musicgen_svc.bands import Band
 from musicgen_svc.codec import Codec
 from musicgen_svc.errors import WeightsError
+from musicgen_svc.slices import InSlices
 from musicgen_svc.ticks import Tick, no_tick
 
 OVERLAP_S = 2.0  # of two windows, where they are long enough
@@ -76,7 +76,8 @@ class MultiBandDiffusion:
         """Audio of the tokens [K, F], F > 0: [C, F * hop], equalized to EnCodec's own.
 
         Args:
-            tick: called after each layer of a U-Net, and between the pieces of a filter.
+            tick: called after each evaluation of a U-Net, between the pieces of a filter and, on a CPU,
+                between the slices of a U-Net's long layers.
 
         Raises:
             WeightsError: the bands were trained for a codec with other latents.
@@ -110,13 +111,12 @@ class MultiBandDiffusion:
         """The sum of the bands for one channel: [1, D, F] -> [1, 1, F * hop]."""
         out = torch.zeros(1, 1, condition.shape[-1] * self._codec.hop, device=self._device)
         for band in self._bands:
-            with _reporting(band.unet, count):
-                end = band.schedule.generate_subsampled(
-                    model=_Windowed(band.unet, windows, self._codec.hop, count, half=self._half),
-                    initial=torch.randn_like(out),
-                    step_list=band.steps,
-                    condition=condition,
-                )
+            end = band.schedule.generate_subsampled(
+                model=_Windowed(band.unet, windows, self._codec.hop, count, half=self._half),
+                initial=torch.randn_like(out),
+                step_list=band.steps,
+                condition=condition,
+            )
             to_audio, start = band.processor.return_sample, 0
             for part in in_pieces(to_audio, end, self._piece, _reach(band.processor)):
                 out[..., start : start + part.shape[-1]] += part
@@ -195,7 +195,8 @@ class _Windowed:
         known = 0  # frames that already have an estimate
         for start, stop in self._windows:
             part = slice(start * self._hop, stop * self._hop)
-            with torch.autocast(x.device.type, torch.float16) if self._half else nullcontext():
+            half = torch.autocast(x.device.type, torch.float16) if self._half else nullcontext()
+            with half, InSlices(self._count.unchanged):
                 answer = self._unet(x[..., part], steps, condition=condition[..., start:stop])
             estimate = answer.sample.to(x.dtype)
             shared = (known - start) * self._hop
@@ -226,18 +227,6 @@ class _Count:
         self._done += 1
         self.unchanged()
 
-    def unchanged(self, *_: Any) -> None:
+    def unchanged(self, *_: object) -> None:
         """For the rest of the work: no progress, but a chance to stop."""
         self._tick(self._done, self._total)
-
-
-@contextmanager
-def _reporting(unet: nn.Module, count: _Count) -> Iterator[None]:
-    """Lets every layer give a chance to stop: on a CPU one evaluation may take many seconds."""
-    layers = [part for part in unet.modules() if next(part.children(), None) is None]
-    hooks = [layer.register_forward_hook(count.unchanged) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

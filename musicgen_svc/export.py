@@ -1,7 +1,8 @@
 """Samples -> wav or mp3 with tags: a whole file or none.
 
 A file is made in a scratch folder beside its destination and moved there when it is complete and
-checked. The same samples and tags give the same bytes: no dither, no time stamp.
+checked. The same samples and tags give the same bytes: no dither, no time stamp. A wav's tags are RIFF
+INFO, which mutagen does not read; an ID3 chunk as well would make scipy warn of it.
 
 mp3 goes through pydub, which runs ffmpeg: the system's, else the one that imageio-ffmpeg brings.
 """

@@ -7,7 +7,7 @@ Requests run side by side, each on a thread of its own, and take turns at three 
   thus have one thread to reckon with. Long work passes it on at a tick, every 0.1 s.
 - The language model. One decodes at a time; requests for it run together, a request for another one
   waits until they have ended, and those that come later wait behind it. Encode-decode needs none.
-- MultiBand Diffusion, from beginning to end: by far the most memory, and models with hooks in them.
+- MultiBand Diffusion, from beginning to end: by far the most memory.
 """
 
 import json

@@ -122,9 +122,16 @@ def _prompt(fields: Mapping[str, object]) -> str | None:
 
 def _input_audio(fields: Mapping[str, object]) -> Path | None:
     value = fields["input_audio"]
-    # Cog hands a string that is neither a URL nor a data URI through as it stands; opening it would
-    # let a client read the server's files.
+    # Cog hands a string that is neither a URL nor a data URI through as it stands, and it takes neither
+    # for one if its scheme has capitals. To open it would let a client read the server's files, and to
+    # fetch it would go around whatever Cog's own fetching is bound by.
     if value is not None and not isinstance(value, Path):
+        scheme = str(value).strip().partition(":")[0]
+        if scheme != scheme.lower() and scheme.lower() in ("http", "https", "data"):
+            raise InputError(
+                f"input_audio is {_short(value)}, which Cog does not fetch or decode: it must begin with "
+                f"{scheme.lower()}: in lower case."
+            )
         raise InputError(
             f"input_audio is {_short(value)}; it must be an http(s) URL or a data URI of an audio file."
         )

@@ -5,11 +5,13 @@ Samples are float32 [C, T] with full scale at 1.
 
 import io
 import struct
+import subprocess
 import zlib
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import imageio_ffmpeg
 import mutagen.id3
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,24 @@ ENCODERS = {
     "webm": ("webm", "libopus"),
     "m4a": ("mp4", "aac"),
     "aac": ("adts", "aac"),
+    "latm": ("latm", "aac"),
+    "alac": ("ipod", "alac"),
+    "caf": ("caf", "pcm_s24be"),
+    "caf-alac": ("caf", "alac"),
+    "aiff": ("aiff", "pcm_s16be"),
+    "au": ("au", "pcm_s16be"),
+    "mp3-mkv": ("matroska", "libmp3lame"),
+    "mp3-avi": ("avi", "libmp3lame"),
+    "aac-flv": ("flv", "aac"),
+    "aac-ts": ("mpegts", "aac"),
+    "ac3-ts": ("mpegts", "ac3"),
+    "mp2-mpeg": ("mpeg", "mp2"),
+    "wma": ("asf", "wmav2"),
+    "ac3": ("ac3", "ac3"),
+    "eac3": ("eac3", "eac3"),
+    "wavpack": ("wv", "wavpack"),
+    "tta": ("tta", "tta"),
+    "ogg-flac": ("ogg", "flac"),
     "wav8": ("wav", "pcm_u8"),
     "wav16": ("wav", "pcm_s16le"),
     "wav24": ("wav", "pcm_s24le"),
@@ -34,6 +54,25 @@ ENCODERS = {
     "wavf64": ("wav", "pcm_f64le"),
 }
 KINDS = (*ENCODERS, "ogg")
+# Those that are for speech, or round coarsely.
+ENCODERS |= {
+    "amr": ("amr", "libopencore_amrnb"),
+    "3gp": ("3gp", "libopencore_amrnb"),
+    "alaw": ("wav", "pcm_alaw"),
+    "mulaw": ("wav", "pcm_mulaw"),
+    "mulaw-au": ("au", "pcm_mulaw"),
+    "alaw-aifc": ("aiff", "pcm_alaw"),
+    "adpcm-ima": ("wav", "adpcm_ima_wav"),
+    "adpcm-ms": ("wav", "adpcm_ms"),
+    "adpcm-yamaha": ("wav", "adpcm_yamaha"),
+    "adpcm-caf": ("caf", "adpcm_ima_qt"),
+    "adpcm-flv": ("flv", "adpcm_swf"),
+    "g722": ("wav", "g722"),
+    "g726": ("wav", "g726"),
+    "nellymoser": ("flv", "nellymoser"),
+    "f32be-aiff": ("aiff", "pcm_f32be"),
+    "f64be-au": ("au", "pcm_f64be"),
+}
 
 
 def tone(hz: float, duration_s: float, rate: int, *, channels: int = 1, level: float = 0.5) -> Samples:
@@ -73,7 +112,7 @@ def encode(samples: Samples, rate: int, kind: str, *, layout: str | None = None)
     file = io.BytesIO()
     with av.open(file, "w", format=container) as out:
         stream = out.add_stream(codec, rate=rate, layout=layout)
-        if codec not in ("flac",) and not codec.startswith("pcm"):
+        if codec.startswith(("aac", "libmp3", "mp2", "ac3", "eac3", "libopus", "wma")):
             stream.bit_rate = 96_000 * len(samples)
         for packet in (*stream.encode(frame), *stream.encode(None)):
             out.mux(packet)
@@ -85,6 +124,40 @@ def written(samples: Samples, rate: int, *, format: str = "WAV", subtype: str = 
     file = io.BytesIO()
     soundfile.write(file, samples.T, rate, format=format, subtype=subtype)
     return file.getvalue()
+
+
+def dsf(hz: float, duration_s: float) -> bytes:
+    """A sine in Sony's file of one-bit samples at 2.8 MHz, of which FFmpeg makes 352.8 kHz."""
+    rate, block = 2_822_400, 4096 * 8
+    sums = np.floor(np.cumsum((tone(hz, duration_s, rate)[0].astype(np.float64) + 1) / 2))
+    bits = np.diff(sums, prepend=0).astype(np.uint8)
+    bits = bits[: len(bits) // block * block]
+    form = struct.pack("<4sQIIIIIIQII", b"fmt ", 52, 1, 0, 1, 1, rate, 1, len(bits), 4096, 0)
+    data = struct.pack("<4sQ", b"data", 12 + len(bits) // 8) + np.packbits(bits, bitorder="little").tobytes()
+    return struct.pack("<4sQQQ", b"DSD ", 28, 28 + len(form) + len(data), 0) + form + data
+
+
+def silent_ape(samples: int, rate: int) -> bytes:
+    """Monkey's Audio, whose frames may say that they are silent in place of what they hold."""
+    frames, last = divmod(samples, 73_728)
+    form = struct.pack("<HHIIIHHI", 2000, 0, 73_728, last, frames + 1, 16, 2, rate)
+    start = 52 + len(form) + 4 * (frames + 1)
+    places = struct.pack(f"<{frames + 1}I", *(start + 16 * i for i in range(frames + 1)))
+    sizes = (52, len(form), len(places), 0, 0, 0, 0)
+    head = struct.pack("<4sHH7I16x", b"MAC ", 3990, 0, *sizes)
+    return head + form + places + struct.pack("<II8x", 1 << 31, 3) * (frames + 1)
+
+
+def silent_amr_wb(frames: int) -> bytes:
+    """Frames of 20 ms without data, as a phone writes them while nobody speaks."""
+    return b"#!AMR-WB\n" + b"\x7c" * frames
+
+
+def dts(samples: Samples, rate: int) -> bytes:
+    """By the ffmpeg program of imageio-ffmpeg: PyAV comes without the encoder."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", "-", "-strict", "-2", "-c:a", "dca"]
+    wav = written(samples, rate)
+    return subprocess.run([*command, "-f", "dts", "-"], input=wav, capture_output=True, check=True).stdout
 
 
 def wav_without_samples() -> bytes:

@@ -6,10 +6,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "musicgen_svc"
 LEAVES = {
     "errors", "ticks", "settings", "catalog", "request", "windows", "randomness", "storage", "loudness",
-    "audio", "export", "compat", "chunked_encodec", "verification", "residency", "memory", "turns",
-    "meta", "locking", "chroma", "damage",
+    "audio", "export", "compat", "chunked_encodec", "verification", "residency", "memory", "fair_queue",
+    "meta", "locking", "chroma", "damage", "slices", "formats",
 }  # fmt: skip
-MAY_ANY_LEAF_IMPORT = {"engine.sampling_params", "errors", "ticks", "compat", "damage"}
+MAY_ANY_LEAF_IMPORT = {"engine.sampling_params", "errors", "ticks", "compat", "damage", "slices", "formats"}
 
 
 def imports(path: Path) -> set[str]:

@@ -6,12 +6,16 @@ import sys
 import tempfile
 import threading
 import time
+import wave
 from pathlib import Path
 
 import av
+import mutagen.id3
 import mutagen.mp3
+import mutagen.wave
 import numpy as np
 import pytest
+import scipy.io.wavfile
 import soundfile
 import torch
 from sounds import level_at, loudest_hz, noise, read_tags, tone
@@ -115,6 +119,26 @@ def test_tags_are_found_by_other_readers(
     assert found == kept
     with av.open(str(path)) as container:  # what ffprobe shows
         assert {name: text for name, text in container.metadata.items() if text} == kept
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_wav_is_read_by_everybody_without_a_warning(tmp_path: Path) -> None:
+    """So its tags are RIFF INFO alone: an ID3 chunk, the only one that mutagen reads, makes scipy warn."""
+    path = tmp_path / "song.wav"
+    write_audio(sound(2), RATE, path, TAGS)
+    with wave.open(str(path)) as file:
+        by_wave = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, 2)
+    assert np.array_equal(soundfile.read(path, dtype="int16")[0], by_wave)
+    assert np.array_equal(scipy.io.wavfile.read(path)[1], by_wave)
+    assert decoded(path)[0].shape[1] == len(by_wave)
+    assert mutagen.wave.WAVE(path).info.length == len(by_wave) / RATE
+
+    tags = mutagen.wave.WAVE(path)
+    tags.add_tags()
+    tags.tags.add(mutagen.id3.TIT2(text=TAGS["title"]))
+    tags.save()
+    with pytest.raises(scipy.io.wavfile.WavFileWarning, match="not understood"):
+        scipy.io.wavfile.read(path)
 
 
 def test_same_samples_and_tags_give_the_same_bytes(tmp_path: Path) -> None:

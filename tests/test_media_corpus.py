@@ -1,0 +1,428 @@
+"""A corpus of files as people and programs make them, each generated here: what is heard, or what is said.
+
+An entry names a file, how it is made, and what is right: how long it is, and that its tone is found again
+at its pitch and level; or words of the one sentence that refuses it.
+"""
+
+import io
+import random
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import mutagen.flac
+import mutagen.id3
+import numpy as np
+import pytest
+from sounds import (
+    KINDS,
+    Samples,
+    dsf,
+    dts,
+    encode,
+    level_at,
+    loudest_hz,
+    noise,
+    png,
+    silent_amr_wb,
+    silent_ape,
+    tone,
+    wav_that_lies,
+    wav_without_samples,
+    written,
+)
+
+from musicgen_svc.audio import Clip, read_clip
+from musicgen_svc.errors import AudioError
+from musicgen_svc.formats import CONTAINERS
+
+RATE = 32_000
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., Clip]:
+    """Reads bytes from a file without a suffix, as Cog leaves it."""
+
+    def from_bytes(content: bytes, **options: object) -> Clip:
+        path = tmp_path / "clip"
+        path.write_bytes(content)
+        return read_clip(path, **({"sample_rate": RATE, "channels": 1} | options))
+
+    return from_bytes
+
+
+def second(kind: str = "wav16", rate: int = 44_100, channels: int = 1) -> bytes:
+    """A second of 440 Hz."""
+    return encode(tone(440, 1, rate, channels=channels), rate, kind)
+
+
+def with_sample(value: float, kind: str = "wavf32") -> bytes:
+    sound = tone(440, 1, 44_100)
+    sound[0, 20_000] = value
+    return encode(sound, 44_100, kind)
+
+
+def at_rate(rate: int) -> bytes:
+    content = bytearray(written(tone(440, 0.1, 44_100), 44_100))
+    content[24:28] = rate.to_bytes(4, "little")
+    return bytes(content)
+
+
+def video(codec: str | None = None) -> bytes:
+    """A second of grey picture, with or without a tone beside it."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as out:
+        picture = out.add_stream("mpeg4", rate=10)
+        picture.width = picture.height = 64
+        sound = out.add_stream(codec, rate=44_100, layout="mono") if codec else None
+        for _ in range(10):
+            out.mux(picture.encode(av.VideoFrame.from_ndarray(np.full((64, 64), 99, np.uint8), "gray")))
+        out.mux(picture.encode(None))
+        if sound:
+            samples = (tone(440, 1, 44_100) * 32767).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(samples, "s16", "mono")
+            frame.sample_rate = 44_100
+            out.mux([*sound.encode(frame), *sound.encode(None)])
+    return file.getvalue()
+
+
+def damaged(content: bytes, share: float) -> bytes:
+    """Noise over the middle of a file."""
+    result, length = bytearray(content), int(len(content) * share)
+    start = (len(content) - length) // 2
+    result[start : start + length] = np.random.default_rng(0).bytes(length)
+    return bytes(result)
+
+
+def latin1_tags() -> bytes:
+    body = b"INFOIART\x06\0\0\0Bj\xf6rk\0"
+    return encode(tone(440, 1, 44_100), 44_100, "wav16") + b"LIST" + len(body).to_bytes(4, "little") + body
+
+
+def w64_that_points_outside() -> bytes:
+    """Its samples claim more bytes than any file can have, and what follows is looked for behind them."""
+    content = bytearray(written(tone(440, 1, 44_100), 44_100, format="W64"))
+    content[content.index(b"data") + 21] = 255
+    return bytes(content)
+
+
+def with_cover() -> bytes:
+    file = io.BytesIO(second("flac"))
+    tags, cover = mutagen.flac.FLAC(file), mutagen.flac.Picture()
+    cover.data, cover.mime, cover.type = png(3000), "image/png", 3
+    tags.add_picture(cover)
+    file.seek(0)
+    tags.save(file)
+    return file.getvalue()
+
+
+def wav(samples: Samples, rate: int, *, extensible: bool = False, odd_chunk: bool = False) -> bytes:
+    """A 16-bit wav by hand."""
+    channels = len(samples)
+    tag = 0xFFFE if extensible else 1
+    form = struct.pack("<HHIIHH", tag, channels, rate, 2 * channels * rate, 2 * channels, 16)
+    if extensible:
+        pcm = struct.pack("<IHH8B", 1, 0, 16, 0x80, 0, 0, 0xAA, 0, 0x38, 0x9B, 0x71)
+        form += struct.pack("<HHI", 22, 16, (1 << channels) - 1) + pcm
+    data = (samples.T * 32767).astype("<i2").tobytes()
+    odd = b"junk" + struct.pack("<I", 3) + b"abc\0" if odd_chunk else b""
+    body = b"WAVEfmt " + struct.pack("<I", len(form)) + form + odd + b"data" + struct.pack("<I", len(data))
+    return b"RIFF" + struct.pack("<I", len(body) + len(data)) + body + data
+
+
+def fragmented_mp4(content: bytes) -> bytes:
+    """The sound of an m4a, as a streaming site sends it."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(content)) as source:
+        flags = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "frag_duration": "200000"}
+        with av.open(file, "w", format="mp4", options=flags) as out:
+            stream = out.add_stream_from_template(source.streams.audio[0])
+            for packet in source.demux(audio=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    out.mux(packet)
+    return file.getvalue()
+
+
+def two_tracks(first: Samples, other: Samples, *, default: int | None) -> bytes:
+    """A Matroska film with two languages, of which one may be marked as the default."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as out:
+        streams = [out.add_stream("flac", rate=44_100, layout="mono") for _ in range(2)]
+        for index, stream in enumerate(streams):
+            stream.disposition = av.stream.Disposition.default if index == default else 0
+        for stream, samples in zip(streams, (first, other), strict=True):
+            frame = av.AudioFrame.from_ndarray((samples * 32767).astype(np.int16), "s16", "mono")
+            frame.sample_rate, frame.time_base, frame.pts = 44_100, Fraction(1, 44_100), 0
+            out.mux([*stream.encode(frame), *stream.encode(None)])
+    return file.getvalue()
+
+
+def zipped(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("song.mp3", content)
+    return file.getvalue()
+
+
+def tarred(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        entry = tarfile.TarInfo("song.mp3")
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    return file.getvalue()
+
+
+def gzipped(content: bytes) -> bytes:
+    """Stored, so that the frames lie in it as they are."""
+    parts = [content[i : i + 65_535] for i in range(0, len(content), 65_535)]
+    blocks = (struct.pack("<BHH", 0, len(part), 0xFFFF ^ len(part)) + part for part in parts)
+    return b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"".join(blocks)
+
+
+def in_document(content: bytes) -> bytes:
+    stream = b"%%PDF-1.7\n1 0 obj\n<</Length %d>>stream\n" % len(content)
+    return stream + content + b"\nendstream\nendobj\n%%EOF\n"
+
+
+def broken_id3(content: bytes) -> bytes:
+    """A tag whose size is that of half of it: what follows is a picture's bytes and only then the sound."""
+    random_bytes = random.Random(0).randbytes(9_000).replace(b"\xff", b"\xfe")
+    return b"ID3\x03\0\0\0\0\x23\x28"[:10] + random_bytes + content
+
+
+def tagged(content: bytes, cover: bytes) -> bytes:
+    """An mp3 with a title and a picture."""
+    file = io.BytesIO(content)
+    tags = mutagen.id3.ID3()
+    tags.add(mutagen.id3.TIT2(text="Title"))
+    tags.add(mutagen.id3.APIC(mime="image/png", type=3, data=cover))
+    tags.save(file)
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A tone, silence or, without `hz`, anything."""
+
+    make: Callable[[], bytes]
+    seconds: float = 1.0
+    slack_s: float = 0.001
+    level: float | None = 0.5
+    """Of the sine; 0: silence; None: whatever it is."""
+    hz: float | None = 440
+
+
+def frames(samples: int, rate: int, number: int = 2) -> float:
+    """What a format that knows no padding adds: some frames, in seconds."""
+    return number * samples / rate + 0.001
+
+
+HEARD = {
+    "alaw": Heard(lambda: second("alaw")),
+    "mulaw": Heard(lambda: second("mulaw")),
+    "mulaw in au": Heard(lambda: second("mulaw-au")),
+    "alaw in aiff-c": Heard(lambda: second("alaw-aifc")),
+    "float aiff-c": Heard(lambda: second("f32be-aiff")),
+    "double au": Heard(lambda: second("f64be-au")),
+    "IMA ADPCM": Heard(lambda: second("adpcm-ima"), slack_s=0.06),
+    "Microsoft ADPCM": Heard(lambda: second("adpcm-ms"), slack_s=0.06),
+    "Yamaha ADPCM": Heard(lambda: second("adpcm-yamaha"), slack_s=0.06),
+    "IMA ADPCM in caf": Heard(lambda: second("adpcm-caf"), slack_s=0.01),
+    "ADPCM in flv": Heard(lambda: second("adpcm-flv", 22_050), slack_s=0.2),
+    "G.722": Heard(lambda: second("g722", 16_000), slack_s=0.01),
+    "G.726": Heard(lambda: second("g726", 8_000), slack_s=0.01),
+    "a phone's amr": Heard(lambda: second("amr", 8_000), slack_s=0.021, level=None),
+    "a phone's 3gp": Heard(lambda: second("3gp", 8_000), slack_s=0.021, level=None),
+    "a phone's wide-band amr": Heard(lambda: silent_amr_wb(50), level=0),
+    "Monkey's Audio": Heard(lambda: silent_ape(44_100, 44_100), level=0),
+    "DTS": Heard(lambda: dts(tone(440, 1, 48_000, channels=2), 48_000), slack_s=frames(512, 48_000)),
+    "DSD": Heard(lambda: dsf(440, 1.0), slack_s=0.02),
+    "caf by libsndfile": Heard(lambda: written(tone(440, 1, 44_100), 44_100, format="CAF")),
+    "RF64": Heard(lambda: written(tone(440, 1, 44_100), 44_100, format="RF64")),
+    "W64": Heard(lambda: written(tone(440, 1, 44_100), 44_100, format="W64")),
+    "wav of 8 signed bits in aiff": Heard(
+        lambda: written(tone(440, 1, 44_100), 44_100, format="AIFF", subtype="PCM_S8")
+    ),
+    "little-endian aiff-c": Heard(
+        lambda: written(tone(440, 1, 44_100), 44_100, format="AIFF", subtype="PCM_24")
+    ),
+    "mp3 by libsndfile": Heard(
+        lambda: written(tone(440, 1, 44_100), 44_100, format="MP3", subtype="MPEG_LAYER_III")
+    ),
+    "opus by libsndfile": Heard(lambda: written(tone(440, 1, 48_000), 48_000, format="OGG", subtype="OPUS")),
+    "4 kHz": Heard(lambda: second("wav16", 4_000)),
+    "384 kHz": Heard(lambda: second("wav16", 384_000)),
+    "WAVE_FORMAT_EXTENSIBLE": Heard(lambda: wav(tone(440, 1, 44_100, channels=2), 44_100, extensible=True)),
+    "a chunk of odd length": Heard(lambda: wav(tone(440, 1, 44_100), 44_100, odd_chunk=True)),
+    "film with sound": Heard(lambda: video("aac"), slack_s=0.06),
+    "fragmented mp4": Heard(lambda: fragmented_mp4(second("m4a")), slack_s=frames(1024, 44_100)),
+    "chained ogg": Heard(lambda: second("ogg") + second("ogg"), 2.0, frames(1024, 44_100, 4), level=None),
+    "junk before an mp3": Heard(lambda: random.Random(0).randbytes(1_000) + second("mp3"), slack_s=0.1),
+    "broken ID3": Heard(lambda: broken_id3(second("mp3")), slack_s=0.1),
+    "mp3 with a cover": Heard(lambda: tagged(second("mp3"), png(300))),
+    "zip behind an mp3": Heard(lambda: second("mp3") + zipped(b"notes"), slack_s=0.06),
+    "flac with a cover": Heard(lambda: with_cover()),
+    "tags that are not UTF-8": Heard(lambda: latin1_tags()),
+    "default track second": Heard(
+        lambda: two_tracks(tone(440, 1, 44_100) * 0, tone(440, 1, 44_100), default=1)
+    ),
+    "default track silent": Heard(
+        lambda: two_tracks(tone(440, 1, 44_100) * 0, tone(440, 1, 44_100), default=0), level=0
+    ),
+    "no default track": Heard(
+        lambda: two_tracks(tone(440, 1, 44_100), tone(440, 1, 44_100) * 0, default=None)
+    ),
+    "truncated mp3": Heard(lambda: second("mp3")[:-5000], 0.5, slack_s=0.2),
+    "truncated wav": Heard(lambda: second("wav24")[:-66_151], 0.5),
+    "truncated caf": Heard(lambda: second("caf")[:-66_150], 0.5, slack_s=0.002),
+    "truncated aiff": Heard(lambda: second("aiff")[:-44_100], 0.5, slack_s=0.002),
+    "truncated flac": Heard(
+        lambda: encode(noise(1, 44_100), 44_100, "flac")[:-30_000], 0.5, 0.25, None, hz=None
+    ),
+    "header claims more": Heard(lambda: wav_that_lies(tone(440, 1, 44_100), 44_100, 10**9)),
+    "length unknown": Heard(lambda: wav_that_lies(tone(440, 1, 44_100), 44_100, 2**32 - 1)),
+    "header claims nothing": Heard(lambda: wav_that_lies(tone(440, 1, 44_100), 44_100, 0)),
+    "claims less": Heard(lambda: wav_that_lies(tone(440, 1, 44_100), 44_100, 44_100), 0.5),
+    "offset beyond any file": Heard(lambda: w64_that_points_outside()),
+    "damaged mp3": Heard(
+        lambda: damaged(encode(tone(440, 4, 44_100), 44_100, "mp3"), 0.2), 3.5, 0.6, None, hz=None
+    ),
+    "damaged flac": Heard(
+        lambda: damaged(encode(noise(4, 44_100), 44_100, "flac"), 0.2), 3.5, 0.6, None, hz=None
+    ),
+    "a little above full scale": Heard(lambda: with_sample(1.5), level=None),
+}
+
+
+@pytest.mark.parametrize("name", HEARD)
+def test_what_a_player_plays_is_read(
+    read: Callable[..., Clip], capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    entry = HEARD[name]
+    clip = read(entry.make())
+    samples = clip.samples.numpy()
+    assert clip.source_duration_s == pytest.approx(entry.seconds, abs=entry.slack_s)
+    assert samples.shape[1] == pytest.approx(clip.source_duration_s * RATE, abs=2)
+    assert np.isfinite(samples).all()
+    if entry.level == 0:
+        assert not samples.any()
+    elif entry.hz is not None:
+        assert loudest_hz(samples, RATE) == pytest.approx(entry.hz, abs=3)
+        if entry.level is not None:
+            assert level_at(samples, RATE, entry.hz) == pytest.approx(entry.level, rel=0.1)
+    assert capfd.readouterr() == ("", ""), "FFmpeg speaks to the log"
+
+
+REFUSED: dict[str, tuple[Callable[[], bytes], list[str]]] = {
+    "empty": (lambda: b"", ["empty", "0 bytes"]),
+    "text": (lambda: b"These are words, not sound.\n" * 100, ["not audio"]),
+    "png": (png, ["picture"]),
+    "zeros": (lambda: bytes(100_000), ["not audio"]),
+    "random bytes": (lambda: np.random.default_rng(0).bytes(100_000), ["not audio"]),
+    "wav without samples": (wav_without_samples, ["no samples"]),
+    "start of an mp3": (lambda: second("mp3")[:200], ["not audio"]),
+    "NaN": (lambda: with_sample(np.nan), ["NaN"]),
+    "Inf": (lambda: with_sample(np.inf), ["infinite"]),
+    "-Inf in doubles": (lambda: with_sample(-np.inf, "wavf64"), ["infinite"]),
+    "float wav on an integer scale": (lambda: with_sample(20_000), ["20000", "full scale at 1"]),
+    "rate too low": (lambda: at_rate(3_999), ["3999 Hz", "between 4000 and 384000 Hz"]),
+    "rate too high": (lambda: at_rate(400_000), ["400000 Hz"]),
+    "9 channels": (lambda: written(noise(0.1, 44_100, channels=9), 44_100), ["9 channels", "5.1"]),
+    "128 channels": (lambda: wav(noise(0.1, 8_000, channels=128), 8_000), ["128 channels", "5.1"]),
+    "film without sound": (video, ["no sound"]),
+    "exotic codec": (lambda: second("nellymoser", 8_000), ["nellymoser"]),
+    "mostly noise": (lambda: damaged(encode(noise(9, 44_100), 44_100, "m4a"), 0.8), ["damaged"]),
+    "zip": (lambda: zipped(second("mp3")), ["zip archive"]),
+    "empty zip": (lambda: b"PK\x05\x06" + bytes(18), ["zip archive"]),
+    "zip around a wav": (lambda: zipped(second()), ["zip archive"]),
+    "tar": (lambda: tarred(second("mp3")), ["tar archive"]),
+    "gzip": (lambda: gzipped(second("mp3")), ["gzip archive"]),
+    "pdf": (lambda: in_document(second("mp3")), ["PDF"]),
+    "web page": (lambda: b"\n<!DOCTYPE html><html>" + second("mp3"), ["web page"]),
+    "midi": (lambda: b"MThd\0\0\0\6\0\0\0\1\0\x60MTrk\0\0\0\4\0\xff\x2f\0", ["MIDI", "notes"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_sound_is_refused_in_one_sentence(
+    read: Callable[..., Clip], capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    make, words = REFUSED[name]
+    with pytest.raises(AudioError) as caught:
+        read(make())
+    sentence = str(caught.value)
+    for word in ("input_audio", "must be", *words):
+        assert word in sentence
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    assert capfd.readouterr() == ("", ""), "FFmpeg speaks to the log"
+
+
+def test_without_its_first_bytes_an_archive_would_be_a_song(read: Callable[..., Clip]) -> None:
+    """Guards the archives above: FFmpeg does find the frames in them."""
+    assert read(b"??" + zipped(second("mp3"))[2:]).source_duration_s == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mp3", "m4a", "flac", "ogg", "opus", "wav16", "aiff", "caf", "aac-ts", "wavpack"]
+)
+def test_every_truncation_gives_what_is_there_or_a_sentence(read: Callable[..., Clip], kind: str) -> None:
+    content = encode(noise(0.5, 48_000), 48_000, kind)
+    seconds = []
+    for cut in range(0, len(content), len(content) // 12):
+        try:
+            seconds.append(read(content[: len(content) - cut]).source_duration_s)
+        except AudioError:
+            seconds.append(0)
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[0] > 0.45
+
+
+def test_every_container_that_is_read_is_in_the_corpus() -> None:
+    """What is listed without a file that proves it may not work; what it is called is FFmpeg's own word."""
+    made = [second(kind, 48_000) for kind in KINDS]
+    made += [entry.make() for name, entry in HEARD.items() if "truncated" not in name]
+    seen = set()
+    for content in made:
+        with av.open(io.BytesIO(content), metadata_errors="replace") as container:
+            seen |= set(container.format.name.split(","))
+    assert set(CONTAINERS.split(",")) <= seen
+
+
+def test_a_file_that_changes_its_rate_on_the_way_is_read_whole(read: Callable[..., Clip]) -> None:
+    parts = [encode(tone(hz, 1.5, rate), rate, "mp3") for hz, rate in ((440, 44_100), (1000, 24_000))]
+    clip = read(b"".join(parts))
+    samples = clip.samples.numpy()
+    assert clip.source_duration_s == pytest.approx(3, abs=0.1)
+    assert samples.shape[1] / RATE == pytest.approx(clip.source_duration_s, abs=2 / RATE)
+    assert loudest_hz(samples[:, : RATE // 2], RATE) == pytest.approx(440, abs=3)
+    assert loudest_hz(samples[:, -RATE // 2 :], RATE) == pytest.approx(1000, abs=3)
+    part = read(b"".join(parts), start_s=1, end_s=2).samples.numpy()  # the change lies inside
+    assert part.shape[1] == pytest.approx(RATE, abs=1)
+    assert loudest_hz(part[:, : RATE // 3], RATE) == pytest.approx(440, abs=3)
+    assert loudest_hz(part[:, -RATE // 3 :], RATE) == pytest.approx(1000, abs=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_damage_gets_past_as_anything_but_sound_or_a_sentence(
+    read: Callable[..., Clip], capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Lengths, offsets and rates that lead outside the file or ask for all memory, and broken packets."""
+    rate, random = 48_000 if "ac3" in kind else 16_000, np.random.default_rng(0)
+    intact = encode(noise(0.3, rate), rate, kind)
+    for _ in range(25):
+        content = bytearray(intact)
+        for place in random.integers(0, random.choice([400, len(content)]), random.integers(1, 9)):
+            content[place] = random.choice([0, 127, 128, 255])
+        try:
+            assert read(bytes(content)).samples.isfinite().all()
+        except AudioError as error:
+            assert str(error).startswith("input_audio ")
+    assert capfd.readouterr() == ("", "")
