@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from musicgen_svc import windows
-from musicgen_svc.conditioning import Conditions, looped
 from musicgen_svc.engine.sampling_params import SamplingParams
-from musicgen_svc.loader import Model
-from musicgen_svc.randomness import GlobalRandom
-from musicgen_svc.ticks import Tick, no_tick
+from musicgen_svc.loading.model import Model
+from musicgen_svc.models.conditioners import Conditions, looped
+from musicgen_svc.runtime.randomness import GlobalRandom
+from musicgen_svc.runtime.ticks import Tick, no_tick
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,18 @@ from pathlib import Path
 import torch
 
 from musicgen_svc import __version__
-from musicgen_svc.audio import read_clip
-from musicgen_svc.codec import Codec
+from musicgen_svc.audio.loudness import normalize
+from musicgen_svc.audio.reading import read_clip
+from musicgen_svc.audio.writing import write_audio
 from musicgen_svc.errors import InputError
-from musicgen_svc.export import write_audio
-from musicgen_svc.fair_queue import FairQueue
 from musicgen_svc.generation import generate, prepare
-from musicgen_svc.loader import Loader
-from musicgen_svc.loudness import normalize
-from musicgen_svc.progress import Progress, StopFlag
-from musicgen_svc.randomness import GlobalRandom
+from musicgen_svc.loading.loader import Loader
+from musicgen_svc.models.encodec import Codec
 from musicgen_svc.request import Mode, Request
-from musicgen_svc.ticks import Tick
+from musicgen_svc.runtime.fair_queue import FairQueue
+from musicgen_svc.runtime.progress import Progress, StopFlag
+from musicgen_svc.runtime.randomness import GlobalRandom
+from musicgen_svc.runtime.ticks import Tick
 
 
 @dataclass(frozen=True)

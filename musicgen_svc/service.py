@@ -12,21 +12,21 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from musicgen_svc.catalog import read_catalog
-from musicgen_svc.device import find_device, is_out_of_memory, use_device
 from musicgen_svc.engine.engine import StepError
 from musicgen_svc.errors import GenerationError, ServiceError, Stopped, WeightsError
-from musicgen_svc.failures import for_client, log_failure
-from musicgen_svc.fair_queue import FairQueue
-from musicgen_svc.loader import Loader
+from musicgen_svc.loading.loader import Loader
 from musicgen_svc.pipeline import Pipeline, Result
-from musicgen_svc.progress import StopFlag
 from musicgen_svc.request import Request
-from musicgen_svc.request_threads import RequestThreads
+from musicgen_svc.runtime.device import find_device, is_out_of_memory, use_device
+from musicgen_svc.runtime.failures import for_client, log_failure
+from musicgen_svc.runtime.fair_queue import FairQueue
+from musicgen_svc.runtime.output_files import WorkFolder
+from musicgen_svc.runtime.progress import StopFlag
+from musicgen_svc.runtime.request_threads import RequestThreads
 from musicgen_svc.settings import Settings
-from musicgen_svc.storage import WorkFolder
-from musicgen_svc.verification import check_sizes
-from musicgen_svc.weights import Weights, local
+from musicgen_svc.weights.catalog import read_catalog
+from musicgen_svc.weights.lock_file import check_sizes
+from musicgen_svc.weights.paths import Weights, local
 
 RecordMetric = Callable[[str, object], None]
 GivenUp = Callable[[], bool]

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
 
 # Servers and commands start some forty Pythons, and uv installs no bytecode: half of a start with torch
 # is compiling. Each module is compiled once, even where the machine's settings say that none is kept.
@@ -25,11 +24,11 @@ sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPR
 # A shell's background jobs ignore Ctrl-C, and so would the commands that are tested with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import _tiny_weights  # noqa: E402
+from tests.fixtures import tiny_weights  # noqa: E402
 
 # audiocraft loads T5, Demucs and transformers' EnCodec by name. The Hugging Face libraries read these
 # when they are imported, so that no test can reach the network or a cache of the machine's user.
-HUB = _tiny_weights.home(ROOT).with_name(_tiny_weights.home(ROOT).name + "-hub")
+HUB = tiny_weights.home(ROOT).with_name(tiny_weights.home(ROOT).name + "-hub")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(HUB), "HF_HUB_CACHE": str(HUB)}
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -43,11 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def weights() -> Iterator[Path]:
     """The tiny checkpoints, laid out as `weights/`. Several test processes may ask at once."""
-    folder = _tiny_weights.ensure(ROOT)
+    folder = tiny_weights.ensure(ROOT)
     with HUB.with_name(f"{HUB.name}.lock").open("w") as lock:
         with contextlib.suppress(BlockingIOError):  # another process has laid it out, and reads it
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _tiny_weights.hub_cache(folder, HUB)
+            tiny_weights.hub_cache(folder, HUB)
         fcntl.flock(lock, fcntl.LOCK_SH)  # to the end: nobody writes into it while it is read
         yield folder
 
@@ -55,7 +54,7 @@ def weights() -> Iterator[Path]:
 @pytest.fixture
 def lent_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loaded model keeps the weights of its layers and heads, which an engine has packed."""
-    from musicgen_svc.building import LMDraft
+    from musicgen_svc.models.building import LMDraft
 
     @contextlib.contextmanager
     def lend(draft: LMDraft, part: torch.nn.Module) -> Iterator[None]:
@@ -68,7 +67,7 @@ def lent_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def pretrained(weights: Path) -> Callable[[str], Any]:
     """`pretrained("melody")`: audiocraft's own `MusicGen` of that folder, made once and shared."""
-    import musicgen_svc.compat  # noqa: F401
+    import musicgen_svc.audiocraft_compat  # noqa: F401
 
     models: dict[str, Any] = {}
 

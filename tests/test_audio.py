@@ -21,7 +21,7 @@ from sounds import (
     written,
 )
 
-from musicgen_svc.audio import Clip, _packets, read_clip
+from musicgen_svc.audio.reading import Clip, _packets, read_clip
 from musicgen_svc.errors import AudioError
 
 RATE = 32_000
@@ -280,7 +280,7 @@ def test_fifteen_minutes_are_the_default_limit(read: Callable[..., Clip]) -> Non
 def test_progress_never_goes_back_and_ends_at_the_end(
     read: Callable[..., Clip], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("musicgen_svc.audio.TICK_S", 0)
+    monkeypatch.setattr("musicgen_svc.audio.reading.TICK_S", 0)
     calls: list[tuple[int, int]] = []
     content = encode(tone(440, 3, 44_100), 44_100, "mp3")
     read(content, tick=lambda done, total: calls.append((done, total)))
@@ -295,7 +295,7 @@ def test_progress_never_goes_back_and_ends_at_the_end(
 def test_a_raising_tick_ends_the_reading_and_leaks_nothing(
     read: Callable[..., Clip], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("musicgen_svc.audio.TICK_S", 0)
+    monkeypatch.setattr("musicgen_svc.audio.reading.TICK_S", 0)
 
     def stop(done: int, total: int) -> None:
         if done > total / 3:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from sounds import noise, tone
 
-from musicgen_svc.chroma import Chroma
-from musicgen_svc.compat import ChromaExtractor
+from musicgen_svc.audiocraft_compat import ChromaExtractor
+from musicgen_svc.models.chroma import Chroma
 
 RELEASED: dict[str, Any] = {"sample_rate": 32_000, "n_chroma": 12, "radix2_exp": 14, "argmax": True}
 

@@ -15,15 +15,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import _client
-import _output
-import _predict
 import pytest
-from _client import Client, FailedError, progress, sentence
-from _fields import described, impossible_input
-from _inputs import MAX_FILE_BYTES, UsageError, checked_url, request_input
 from jsonschema import Draft7Validator
 from tqdm import tqdm
+
+from musicgen_svc.cli import client as client_module
+from musicgen_svc.cli import output as output_module
+from musicgen_svc.cli import predict as predict_module
+from musicgen_svc.cli.client import Client, FailedError, progress
+from musicgen_svc.cli.cog_log import sentence
+from musicgen_svc.cli.inputs import MAX_FILE_BYTES, UsageError, checked_url, request_input
+from musicgen_svc.cli.schema_fields import described, impossible_input
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((ROOT / "openapi_schema.json").read_text())
@@ -122,7 +124,7 @@ def client(cog: FakeCog) -> Client:
     return Client(cog.url)
 
 
-def predict(client: Client, on_progress: _client.OnProgress = lambda percent, stage: None) -> Json:
+def predict(client: Client, on_progress: client_module.OnProgress = lambda percent, stage: None) -> Json:
     return client.predict({"prompt": "a waltz"}, SCHEMA, on_progress, on_busy=lambda: None)
 
 
@@ -415,7 +417,7 @@ def test_a_busy_server_is_asked_again_ever_less_often(
     cog: FakeCog, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(_client.time, "sleep", slept.append)
+    monkeypatch.setattr(client_module.time, "sleep", slept.append)
     cog.outcome = lambda id, values: (
         (409, {"error": "At capacity"})
         if len(cog.started) <= 6
@@ -438,7 +440,7 @@ def test_a_server_without_a_worker_is_not_taken_for_busy(cog: FakeCog, client: C
 @pytest.fixture
 def slow(cog: FakeCog, monkeypatch: pytest.MonkeyPatch) -> FakeCog:
     """A prediction that goes on until the test takes it out of `running`."""
-    monkeypatch.setattr(_client, "POLL_S", 0.01)
+    monkeypatch.setattr(client_module, "POLL_S", 0.01)
 
     def outcome(id: str, values: Json) -> Answer:
         cog.running[id] = " 10%|#         | condition [00:00<00:09]"
@@ -484,7 +486,7 @@ def test_an_interrupt_cancels_the_prediction(slow: FakeCog, client: Client, igno
 def test_a_cancel_that_is_never_heeded_is_given_up_and_told(
     slow: FakeCog, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_client, "CANCEL_S", 0.05)
+    monkeypatch.setattr(client_module, "CANCEL_S", 0.05)
     slow.ignored_cancels = 10**6
 
     def interrupt(percent: int, stage: str) -> None:
@@ -514,23 +516,24 @@ def test_a_server_without_a_schema_is_never_asked_for_progress(slow: FakeCog, cl
 
 
 def test_the_suffix_is_that_of_what_came_back(cog: FakeCog) -> None:
-    assert _output.fetch(WAV) == (b"RIFF....", ".wav")
-    assert _output.fetch("data:audio/mpeg;base64,SUQz") == (b"ID3", ".mp3")
-    assert _output.fetch("data:audio/flac,a%20b") == (b"a b", ".flac")
-    assert _output.fetch(f"{cog.url}/uploaded/song.mp3") == (b"ID3 uploaded", ".mp3")
+    assert output_module.fetch(WAV) == (b"RIFF....", ".wav")
+    assert output_module.fetch("data:audio/mpeg;base64,SUQz") == (b"ID3", ".mp3")
+    assert output_module.fetch("data:audio/flac,a%20b") == (b"a b", ".flac")
+    assert output_module.fetch(f"{cog.url}/uploaded/song.mp3") == (b"ID3 uploaded", ".mp3")
 
 
 @pytest.mark.parametrize("output", ["data:audio/wav;base64,A", "/uploaded/gone.mp3", "ftp://example.org/x"])
 def test_an_output_that_cannot_be_had_is_one_sentence(cog: FakeCog, output: str) -> None:
     with pytest.raises(FailedError, match="output"):
-        _output.fetch(cog.url + output if output.startswith("/") else output)
+        output_module.fetch(cog.url + output if output.startswith("/") else output)
 
 
 def test_without_a_name_no_file_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("output.wav").write_bytes(b"mine")
-    assert [str(_output.save(b"new", ".wav", None)) for _ in range(2)] == ["output-1.wav", "output-2.wav"]
-    assert str(_output.save(b"new", ".mp3", None)) == "output.mp3"
+    saved = [str(output_module.save(b"new", ".wav", None)) for _ in range(2)]
+    assert saved == ["output-1.wav", "output-2.wav"]
+    assert str(output_module.save(b"new", ".mp3", None)) == "output.mp3"
     assert Path("output.wav").read_bytes() == b"mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "output-1.wav", "output-2.wav", "output.mp3", "output.wav",
@@ -550,10 +553,10 @@ def test_a_named_file_is_replaced_at_once_or_not_at_all(
 
         broken.setattr(Path, "write_bytes", full)
         with pytest.raises(FailedError, match="No space left on device"):
-            _output.save(b"new", ".wav", path)
+            output_module.save(b"new", ".wav", path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-    _output.save(b"new", ".wav", path)
+    output_module.save(b"new", ".wav", path)
     assert path.read_bytes() == b"new"
 
 
@@ -564,13 +567,14 @@ def test_a_link_is_followed_and_a_pipe_or_device_is_written_to(tmp_path: Path) -
     target.write_bytes(b"old")
     (tmp_path / "link.wav").symlink_to(target)
     assert (
-        _output.save(b"new", ".wav", _output.checked_output(tmp_path / "link.wav")) == tmp_path / "link.wav"
+        output_module.save(b"new", ".wav", output_module.checked_output(tmp_path / "link.wav"))
+        == tmp_path / "link.wav"
     )
     assert target.read_bytes() == b"new" and (tmp_path / "link.wav").is_symlink()
 
     os.mkfifo(tmp_path / "pipe")
     end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    _output.save(b"new", ".wav", _output.checked_output(tmp_path / "pipe"))
+    output_module.save(b"new", ".wav", output_module.checked_output(tmp_path / "pipe"))
     assert os.read(end, 10) == b"new" and (tmp_path / "pipe").is_fifo()
     os.close(end)
 
@@ -579,12 +583,12 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _output.checked_output(None) is None
+    assert output_module.checked_output(None) is None
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UsageError, match="name a file elsewhere with -o"):
-        _output.checked_output(None)
+        output_module.checked_output(None)
     with pytest.raises(UsageError, match=r"^-o song\.wav: .* cannot be written to"):
-        _output.checked_output(Path("song.wav"))
+        output_module.checked_output(Path("song.wav"))
 
 
 def test_a_tilde_of_nobody_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,13 +596,13 @@ def test_a_tilde_of_nobody_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Path("~nobody-here.wav").write_bytes(b"RIFF")
     schema = json.loads((ROOT / "openapi_schema.json").read_text())
     assert request_input(["input_audio=@~nobody-here.wav"], schema)["input_audio"].startswith("data:audio/")
-    assert _output.checked_output(Path("~nobody-here.wav")) == Path("~nobody-here.wav")
+    assert output_module.checked_output(Path("~nobody-here.wav")) == Path("~nobody-here.wav")
 
 
 @pytest.mark.parametrize("name", [".", "nowhere/song.wav"])
 def test_an_impossible_output_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"^-o "):
-        _output.checked_output(tmp_path / name)
+        output_module.checked_output(tmp_path / name)
 
 
 # The whole command
@@ -606,7 +610,7 @@ def test_an_impossible_output_is_refused_before_the_work(tmp_path: Path, name: s
 
 def command(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "_predict.py"), *arguments],
+        [sys.executable, "-m", "musicgen_svc.cli.predict", *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -674,7 +678,7 @@ def test_a_reader_that_is_gone_is_one_sentence(cog: FakeCog, tmp_path: Path, nam
     arguments = ["--url", cog.url, "-i", "prompt=x", "-o", name]
     with open(writer, "wb") as out:  # noqa: PTH123 (a descriptor, not a path)
         ended = subprocess.run(
-            [sys.executable, ROOT / "scripts" / "_predict.py", *arguments], cwd=tmp_path,
+            [sys.executable, "-m", "musicgen_svc.cli.predict", *arguments], cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=out, stderr=subprocess.PIPE, text=True,
             timeout=60,
         )  # fmt: skip
@@ -686,7 +690,7 @@ def test_a_reader_that_is_gone_is_one_sentence(cog: FakeCog, tmp_path: Path, nam
 def test_a_name_that_is_no_text_is_printed_as_it_is(cog: FakeCog, tmp_path: Path) -> None:
     arguments = ["--url", cog.url, "-i", "prompt=x", "-o", b"caf\xe9"]
     shown = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "_predict.py", *arguments], cwd=tmp_path,
+        [sys.executable, "-m", "musicgen_svc.cli.predict", *arguments], cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"},
         capture_output=True, timeout=60,
     )  # fmt: skip
@@ -694,7 +698,7 @@ def test_a_name_that_is_no_text_is_printed_as_it_is(cog: FakeCog, tmp_path: Path
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    with _predict.Progress() as progress:
+    with predict_module.Progress() as progress:
         for percent, stage in [(0, ""), (5, "load"), (6, "generate"), (6, "generate"), (100, "done")]:
             progress.show(percent, stage)
     assert capsys.readouterr().err.splitlines() == ["load        5%", "done      100%"]
@@ -726,10 +730,10 @@ def test_a_wrong_command_line_is_status_2_and_starts_nothing(
 
     monkeypatch.setattr(subprocess, "Popen", started)
     monkeypatch.setattr(sys, "argv", ["scripts/predict", *map(os.fsdecode, arguments)])
-    monkeypatch.setattr(_predict.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(predict_module.signal, "signal", lambda *_: None)
     monkeypatch.setenv("MUSICGEN_MAX_DURATION_S", "8")
     monkeypatch.chdir(tmp_path)
-    assert _predict.main() == 2
+    assert predict_module.main() == 2
     err = capfd.readouterr().err
     assert err.startswith(words) and err.count("\n") == 1
 
@@ -743,7 +747,7 @@ def test_another_services_inputs_are_not_judged_by_our_rules(cog: FakeCog, tmp_p
 
 def test_help_fits_80_columns(tmp_path: Path) -> None:
     shown = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "_predict.py", "--help"], cwd=tmp_path,
+        [sys.executable, "-m", "musicgen_svc.cli.predict", "--help"], cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
         capture_output=True, text=True, check=True, timeout=60,
     ).stdout  # fmt: skip

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from musicgen_svc import chunked_encodec
-from musicgen_svc.chunked_encodec import ChunkedStack
-from musicgen_svc.codec import Codec
-from musicgen_svc.compat import (
+from musicgen_svc.audiocraft_compat import (
     CompressionModel,
     EncodecModel,
     HFEncodecCompressionModel,
     InterleaveStereoCompressionModel,
 )
 from musicgen_svc.errors import Stopped, WeightsError
+from musicgen_svc.models import encodec_chunks as chunked_encodec
+from musicgen_svc.models.encodec import Codec
+from musicgen_svc.models.encodec_chunks import ChunkedStack
 
 RATE_HZ, HOP = 32_000, 640
 SEANET = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from musicgen_svc.catalog import MANIFEST
 from musicgen_svc.settings import Settings
-from musicgen_svc.weights import FETCHED, UNPACKED
+from musicgen_svc.weights.catalog import MANIFEST
+from musicgen_svc.weights.paths import FETCHED, UNPACKED
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = yaml.safe_load((ROOT / "cog.yaml").read_text())
@@ -102,7 +102,7 @@ def ignored(path: str) -> bool:
         ".git/config", ".ci/run", ".venv/bin/python", ".venvs/3.12-0/bin/python", ".cache/uv",
         ".ruff_cache/x", ".pytest_cache/x",
         ".mypy_cache/x", "tests/test_cog_yaml.py", "benchmarks/results.json", "output.wav", "output-1.mp3",
-        "musicgen_svc/__pycache__/audio.cpython-312.pyc", "scripts/_serve.pyc",
+        "musicgen_svc/__pycache__/audio.cpython-312.pyc", "scripts/serve.pyc",
         "weights/.partial/small/x", f"weights/{FETCHED}/x", f"weights/{UNPACKED}/x/state_dict.bin",
     ],
 )  # fmt: skip
@@ -130,7 +130,9 @@ def test_baked_weights_lie_where_the_service_looks() -> None:
 
 def test_mounted_weights_hide_nothing_that_the_service_needs() -> None:
     """The manifest is the one file under weights/ that is ours: it must stay visible beside the mount."""
-    command = re.search(r"^docker run .* -v .*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    command = re.search(
+        r"^docker run .* -v .*$", (ROOT / "docs" / "weights.md").read_text(), flags=re.MULTILINE
+    )
     assert command
     mount = re.search(r"-v \S+?:(\S+) ", command[0])
     assert mount and f"-e MUSICGEN_WEIGHTS_DIR={mount[1]} " in command[0]

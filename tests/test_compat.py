@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "musicgen_svc"
 
 WITHOUT = """
 import sys
-from musicgen_svc import compat
+from musicgen_svc import audiocraft_compat as compat
 
 for name in compat.STAND_INS:
     names = [m for m in sys.modules if m.split(".")[0] == name]
@@ -38,7 +38,7 @@ def test_each_stand_in_is_still_needed() -> None:
 
 
 def test_the_table_names_every_stand_in() -> None:
-    from musicgen_svc import compat
+    from musicgen_svc import audiocraft_compat as compat
 
     made = {
         n.split(".")[0]
@@ -52,7 +52,7 @@ PUT_OFF = """
 import json, sys
 from pathlib import Path
 import num2words
-from musicgen_svc import compat
+from musicgen_svc import audiocraft_compat as compat
 
 facts = {
     "there": [n for n in compat.PUT_OFF if n in sys.modules and n != "num2words"],
@@ -116,7 +116,7 @@ def test_a_stand_in_is_the_real_thing_when_it_is_used_and_nobody_else_meets_it(f
     assert facts["kept"], "what was imported before stays as it was"
     assert (facts["librosa"], facts["transformers"]) == (True, True)
     assert (facts["num2words"], facts["flashy"]) == ("twenty-one", 1)
-    assert "musicgen_svc.compat" not in facts["types"]
+    assert "musicgen_svc.audiocraft_compat" not in facts["types"]
 
 
 def test_audiocraft_is_whole_for_who_wants_more_of_it(facts: dict[str, Any]) -> None:

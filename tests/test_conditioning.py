@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from musicgen_svc.catalog import read_catalog
-from musicgen_svc.conditioning import MAX_TOKENS, MELODY, Conditioner, MelodyConditioner
 from musicgen_svc.errors import InputError
-from musicgen_svc.loader import Loader
-from musicgen_svc.randomness import GlobalRandom
-from musicgen_svc.separation import REACH_S
+from musicgen_svc.loading.loader import Loader
+from musicgen_svc.models.conditioners import MAX_TOKENS, MELODY, Conditioner, MelodyConditioner
+from musicgen_svc.models.demucs import REACH_S
+from musicgen_svc.runtime.randomness import GlobalRandom
+from musicgen_svc.runtime.ticks import Tick
 from musicgen_svc.settings import Settings
-from musicgen_svc.ticks import Tick
-from musicgen_svc.weights import Weights
+from musicgen_svc.weights.catalog import read_catalog
+from musicgen_svc.weights.paths import Weights
 
 CPU = torch.device("cpu")
 RATE_HZ, WINDOW_S = 32_000, 30

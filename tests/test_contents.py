@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from musicgen_svc import contents
-from musicgen_svc.contents import FileState, Hashes
+from musicgen_svc.loading import file_hashes as contents
+from musicgen_svc.loading.file_hashes import FileState, Hashes
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from musicgen_svc.bands import Band, load_bands
-from musicgen_svc.codec import Codec
-from musicgen_svc.compat import SampleProcessor
-from musicgen_svc.diffusion import AHEAD, MultiBandDiffusion, _Count, in_pieces, plan
+from musicgen_svc.audiocraft_compat import SampleProcessor
 from musicgen_svc.errors import Stopped, WeightsError
-from musicgen_svc.ticks import no_tick
+from musicgen_svc.models.diffusion_bands import Band, load_bands
+from musicgen_svc.models.encodec import Codec
+from musicgen_svc.models.multiband_diffusion import AHEAD, MultiBandDiffusion, _Count, in_pieces, plan
+from musicgen_svc.runtime.ticks import no_tick
 
 CPU = torch.device("cpu")
 CARD, HOP, RATE = 400, 640, 32_000
@@ -224,7 +224,7 @@ def test_a_piece_longer_than_the_filters_work_on_at_once(
 ) -> None:
     tokens = _tokens(4, 40)
     whole = _decode(MultiBandDiffusion(bands, mono), tokens)
-    monkeypatch.setattr("musicgen_svc.diffusion.PIECE_S", 0.3)
+    monkeypatch.setattr("musicgen_svc.models.multiband_diffusion.PIECE_S", 0.3)
     pieces = _decode(MultiBandDiffusion(bands, mono), tokens)
     torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-4)
 
@@ -276,7 +276,7 @@ def test_bands_that_the_models_left_silent_give_no_nan(mono: Codec) -> None:
 def test_every_evaluation_ticks_and_progress_only_rises(
     bands: list[Band], stereo: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("musicgen_svc.slices.LARGE", 1)  # the layers of a real model are large
+    monkeypatch.setattr("musicgen_svc.models.slices.LARGE", 1)  # the layers of a real model are large
     ticks: list[tuple[int, int]] = []
     diffusion = MultiBandDiffusion(bands, stereo, window_s=0.3)
     _decode(diffusion, _tokens(8, 20), tick=lambda done, total: ticks.append((done, total)))

@@ -13,16 +13,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import _download_weights
 import pytest
 from hub import Failure, Hub, running_hub
 from huggingface_hub import close_session, constants
 
-from musicgen_svc.catalog import read_catalog
+from musicgen_svc.cli import download_weights
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.verification import LOCK_FILE, check_sizes, read_lock
+from musicgen_svc.weights.catalog import read_catalog
+from musicgen_svc.weights.lock_file import LOCK_FILE, check_sizes, read_lock
 
-SCRIPT = Path(_download_weights.__file__)
+MODULE = "musicgen_svc.cli.download_weights"
 CHUNK = 2**14
 IN_CHUNKS = f"import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = {CHUNK}"
 """huggingface_hub reads 10 MiB before it writes, which would make for large tests."""
@@ -59,10 +59,9 @@ def long_file(hub: Hub) -> bytes:
 
 def command(folder: Path, *arguments: str, before: str = "") -> list[str]:
     """The script's command line. `before` runs in its process first."""
-    start = [str(SCRIPT)]
+    start = ["-m", MODULE]
     if before:
-        run = "import runpy, sys; sys.path.insert(0, sys.argv[1].rpartition('/')[0]); sys.argv.pop(0)"
-        start = ["-c", f"{before}\n{run}; runpy.run_path(sys.argv[0], run_name='__main__')", str(SCRIPT)]
+        start = ["-c", f"{before}\nimport runpy; runpy.run_module({MODULE!r}, run_name='__main__')"]
     return [sys.executable, *start, *arguments, "--weights-dir", str(folder)]
 
 
@@ -73,7 +72,7 @@ def environment(endpoint: str, folder: Path, **extra: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HOME": str(folder.parent / "home"),
         "HF_HUB_CACHE": str(folder.parent / "home"),
-        "PYTHONPATH": str(SCRIPT.parent.parent),
+        "PYTHONPATH": str(download_weights.ROOT),
         **extra,
     }
 
@@ -99,11 +98,11 @@ def one_sentence(stderr: str) -> str:
 
 
 def downloaded(folder: Path, *arguments: str) -> None:
-    assert _download_weights.main([*arguments, "small", "--weights-dir", str(folder)]) == 0
+    assert download_weights.main([*arguments, "small", "--weights-dir", str(folder)]) == 0
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert _download_weights.main([*(arguments or ["small"]), "--weights-dir", str(folder)]) == 1
+    assert download_weights.main([*(arguments or ["small"]), "--weights-dir", str(folder)]) == 1
     return one_sentence(capsys.readouterr().err)
 
 
@@ -313,7 +312,7 @@ def test_damage_is_found_named_and_repaired(
 ) -> None:
     downloaded(folder)
     check_sizes(folder)
-    assert _download_weights.main(["--verify", "--weights-dir", str(folder)]) == 0
+    assert download_weights.main(["--verify", "--weights-dir", str(folder)]) == 0
     assert "small/state_dict.bin: good" in capsys.readouterr().out
 
     path = folder / "small" / "state_dict.bin"
@@ -322,7 +321,7 @@ def test_damage_is_found_named_and_repaired(
     path.write_bytes(flipped)
     check_sizes(folder)
     assert refused(folder, capsys, "--verify").startswith(f"{path} has another sha256")
-    assert _download_weights.main(["t5-base", "--verify", "--weights-dir", str(folder)]) == 0
+    assert download_weights.main(["t5-base", "--verify", "--weights-dir", str(folder)]) == 0
 
     path.write_bytes(SMALL["state_dict.bin"][:-1])
     with pytest.raises(WeightsError, match=rf"{path} has 5,999 bytes instead of 6,000: .*\.$"):
@@ -373,7 +372,7 @@ def test_the_list_says_what_is_there_and_what_is_missing(
     }
     entry = {"repository": "facebook/musicgen-x", "revision": "0123456789abcdef", "files": files}
     (folder / LOCK_FILE).write_text(json.dumps({"small": entry, "medium": entry}))
-    assert _download_weights.main(["--list", "--weights-dir", str(folder)]) == 0
+    assert download_weights.main(["--list", "--weights-dir", str(folder)]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     catalog = read_catalog()
     assert lines.keys() == catalog.models.keys() | catalog.components.keys()
@@ -388,10 +387,10 @@ def test_the_list_says_what_is_there_and_what_is_missing(
 
 
 def test_two_downloads_do_not_share_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with _download_weights.alone(folder):
-        assert _download_weights.main(["small", "--weights-dir", str(folder)]) == 1
+    with download_weights.alone(folder):
+        assert download_weights.main(["small", "--weights-dir", str(folder)]) == 1
     assert "Another download" in capsys.readouterr().err
-    with _download_weights.alone(folder):
+    with download_weights.alone(folder):
         pass
 
 
@@ -400,7 +399,7 @@ def test_what_was_begun_of_another_revision_is_removed(hub: Hub, folder: Path) -
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"older")
     del hub.files["facebook/musicgen-small"]["compression_state_dict.bin"]
-    assert _download_weights.main(["small", "--weights-dir", str(folder)]) == 1
+    assert download_weights.main(["small", "--weights-dir", str(folder)]) == 1
     assert stale.exists(), "the hub was not even asked for a file"
     hub.files["facebook/musicgen-small"]["compression_state_dict.bin"] = SMALL["compression_state_dict.bin"]
     hub.damaged = {"config.json"}  # T5 fails, so that its folder of partial files stays

@@ -20,8 +20,8 @@ import soundfile
 import torch
 from sounds import level_at, loudest_hz, noise, read_tags, tone
 
+from musicgen_svc.audio.writing import write_audio
 from musicgen_svc.errors import GenerationError
-from musicgen_svc.export import write_audio
 
 RATE = 32_000
 TAGS = {"title": "MusicGen small 7", "comment": '{"seed": 7, "prompt": "café – 音楽 🎵"}'}
@@ -237,7 +237,7 @@ FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
 from musicgen_svc.errors import GenerationError
-from musicgen_svc.export import write_audio
+from musicgen_svc.audio.writing import write_audio
 
 folder, endless = Path(sys.argv[1]), resource.RLIM_INFINITY
 for case in sys.argv[2:]:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from fields import FIELDS
 
-from musicgen_svc.damage import check_not_damaged
+from musicgen_svc.checkpoints.damage import check_not_damaged
 from musicgen_svc.errors import DamagedFileError, GenerationError, InputError, ServiceError, WeightsError
-from musicgen_svc.failures import for_client, log_failure
+from musicgen_svc.runtime.failures import for_client, log_failure
 from musicgen_svc.service import Service
 from musicgen_svc.settings import Settings
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from musicgen_svc.fair_queue import FairQueue, Turn
+from musicgen_svc.runtime.fair_queue import FairQueue, Turn
 
 WAIT_S = 60.0
 

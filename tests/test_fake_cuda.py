@@ -13,23 +13,23 @@ from paper_gpu import DEVICE, PaperGpu, paper_gpu
 from sounds import noise, tone, written
 from torch import Tensor, nn
 
-from musicgen_svc import components
-from musicgen_svc.bands import Band, load_bands
-from musicgen_svc.catalog import read_catalog
-from musicgen_svc.codec import Codec
-from musicgen_svc.conditioning import MELODY, TEXT
-from musicgen_svc.diffusion import MultiBandDiffusion, _Count
 from musicgen_svc.engine.static import StaticBatch
-from musicgen_svc.fair_queue import FairQueue
-from musicgen_svc.loader import Loader
-from musicgen_svc.opener import Opener
+from musicgen_svc.loading import parts as components
+from musicgen_svc.loading.loader import Loader
+from musicgen_svc.loading.opener import Opener
+from musicgen_svc.models.conditioners import MELODY, TEXT
+from musicgen_svc.models.diffusion_bands import Band, load_bands
+from musicgen_svc.models.encodec import Codec
+from musicgen_svc.models.multiband_diffusion import MultiBandDiffusion, _Count
 from musicgen_svc.pipeline import Pipeline
-from musicgen_svc.progress import StopFlag
-from musicgen_svc.randomness import GlobalRandom
 from musicgen_svc.request import Request
+from musicgen_svc.runtime.fair_queue import FairQueue
+from musicgen_svc.runtime.progress import StopFlag
+from musicgen_svc.runtime.randomness import GlobalRandom
+from musicgen_svc.runtime.ticks import no_tick
 from musicgen_svc.settings import Settings
-from musicgen_svc.ticks import no_tick
-from musicgen_svc.weights import FINETUNED, Weights
+from musicgen_svc.weights.catalog import read_catalog
+from musicgen_svc.weights.paths import FINETUNED, Weights
 
 RATE_HZ = 32_000
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from musicgen_svc.catalog import read_catalog
 from musicgen_svc.checkpoints import open_checkpoint
-from musicgen_svc.conditioning import TEXT, TextConditioner
 from musicgen_svc.errors import InputError, WeightsError
-from musicgen_svc.loader import Loader, Model
+from musicgen_svc.loading.loader import Loader, Model
+from musicgen_svc.models.conditioners import TEXT, TextConditioner
 from musicgen_svc.settings import Settings
-from musicgen_svc.verification import sha256_of
-from musicgen_svc.weights import DEMO, Weights
+from musicgen_svc.weights.catalog import read_catalog
+from musicgen_svc.weights.lock_file import sha256_of
+from musicgen_svc.weights.paths import DEMO, Weights
 
 CPU = torch.device("cpu")
 
@@ -279,7 +279,7 @@ def test_a_model_is_opened_once_for_all_that_a_request_asks(
         opened.append(path)
         return open_checkpoint(path, **options)
 
-    monkeypatch.setattr("musicgen_svc.opener.open_checkpoint", counted)
+    monkeypatch.setattr("musicgen_svc.loading.opener.open_checkpoint", counted)
     models = loader(weights)
     for _ in range(2):
         assert models.takes_melody("melody")

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sounds import noise, tone
 
-import musicgen_svc.compat  # noqa: F401  (before audiocraft)
-from musicgen_svc.loudness import (
+import musicgen_svc.audiocraft_compat  # noqa: F401  (before audiocraft)
+from musicgen_svc.audio.loudness import (
     CHUNK_HOPS,
     ENERGY_FLOOR,
     HOP_S,

@@ -37,9 +37,9 @@ from sounds import (
     written,
 )
 
-from musicgen_svc.audio import Clip, read_clip
+from musicgen_svc.audio.formats import CONTAINERS
+from musicgen_svc.audio.reading import Clip, read_clip
 from musicgen_svc.errors import AudioError
-from musicgen_svc.formats import CONTAINERS
 
 RATE = 32_000
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from musicgen_svc import memory
-from musicgen_svc.memory import GB, budget, container_limit
+from musicgen_svc.loading import memory_budget as memory
+from musicgen_svc.loading.memory_budget import GB, budget, container_limit
 
 CPU = torch.device("cpu")
 

@@ -6,26 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import _serve
 import pytest
 import torch
-from _random_models import SIZES, language_model
 from omegaconf import DictConfig, OmegaConf
 
-from musicgen_svc.building import LMDraft, build_codec, build_transformers_codec, codec_in
-from musicgen_svc.catalog import read_catalog
+from benchmarks.random_models import SIZES, language_model
 from musicgen_svc.checkpoints import Checkpoint, open_checkpoint
+from musicgen_svc.cli import serve
 from musicgen_svc.engine import projections
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.errors import InputError, WeightsError
-from musicgen_svc.loader import Loader, Model
-from musicgen_svc.memory import GB
-from musicgen_svc.model import engine_bytes
+from musicgen_svc.loading.cache import Item
+from musicgen_svc.loading.loader import Loader, Model
+from musicgen_svc.loading.memory_budget import GB
+from musicgen_svc.loading.model import engine_bytes
+from musicgen_svc.models.building import LMDraft, build_codec, build_transformers_codec, codec_in
 from musicgen_svc.settings import Settings
-from musicgen_svc.store import Item
-from musicgen_svc.weights import Weights
+from musicgen_svc.weights.catalog import read_catalog
+from musicgen_svc.weights.paths import Weights
 
 CPU = torch.device("cpu")
 MakeLoader = Callable[..., Loader]
@@ -240,7 +240,7 @@ def test_a_request_beside_others_takes_what_the_server_counts_with() -> None:
     large = SIZES["large"]
     config = _config(large["kind"], dim=large["dim"], layers=large["layers"])
     place = engine_bytes(config, torch.device("cuda"), slots=1, precision="reference")
-    assert place / GB == pytest.approx(_serve.PLACE_GB, rel=0.02)
+    assert place / GB == pytest.approx(serve.PLACE_GB, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])

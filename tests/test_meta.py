@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from musicgen_svc.meta import on_meta
+from musicgen_svc.models.meta_init import on_meta
 
 
 def modules() -> nn.Module:

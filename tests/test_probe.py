@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from musicgen_svc.storage import WorkFolder
+from musicgen_svc.runtime.output_files import WorkFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from musicgen_svc.randomness import GlobalRandom
+from musicgen_svc.runtime.randomness import GlobalRandom
 
 CPU = torch.device("cpu")
 

@@ -21,15 +21,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from requests.adapters import HTTPAdapter
 
-from musicgen_svc import remote
-from musicgen_svc.catalog import read_catalog
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.fetched import Place
-from musicgen_svc.given import is_url, shown
-from musicgen_svc.remote import fetch
 from musicgen_svc.settings import Settings
-from musicgen_svc.url_rules import Rules
-from musicgen_svc.weights import FETCHED, Weights, local
+from musicgen_svc.weights import remote
+from musicgen_svc.weights.catalog import read_catalog
+from musicgen_svc.weights.fetched import Place
+from musicgen_svc.weights.given_path import is_url, shown
+from musicgen_svc.weights.paths import FETCHED, Weights, local
+from musicgen_svc.weights.remote import fetch
+from musicgen_svc.weights.url_rules import Rules
 
 URL = "https://weights.example.com/a/trained_model.tar"
 RULES = Rules(("example.com", "other.net"), 10_000_000)

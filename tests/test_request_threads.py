@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from musicgen_svc.request_threads import RequestThreads
+from musicgen_svc.runtime.request_threads import RequestThreads
 
 
 def test_the_loop_gets_results_and_errors_of_what_runs_on_a_thread() -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from musicgen_svc.residency import DoesNotFit, Residency
+from musicgen_svc.loading.lru_budget import DoesNotFit, Residency
 
 
 def holding(budget: int, **sizes: int) -> Residency:

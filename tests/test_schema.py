@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import _schema
 import pytest
 from jsonschema import Draft7Validator
+
+from musicgen_svc.cli import schema
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = json.loads((ROOT / "openapi_schema.json").read_text())
@@ -73,7 +74,7 @@ SONIC = {name: value for name, value in EIGHT_SONGS.items() if name != "multi_ba
 
 
 def test_the_file_is_in_step_with_predict_py() -> None:
-    assert (ROOT / "openapi_schema.json").read_text() == _schema.render(), "run scripts/schema"
+    assert (ROOT / "openapi_schema.json").read_text() == schema.render(), "run scripts/schema"
 
 
 def test_every_input_has_the_shape_that_cog_gives_it() -> None:
@@ -116,8 +117,8 @@ def test_the_document_is_sound_openapi() -> None:
     }  # fmt: skip
     for reference in references(DOCUMENT):
         assert reference.removeprefix("#/components/schemas/") in SCHEMAS
-    for schema in SCHEMAS.values():
-        Draft7Validator.check_schema(schema)
+    for own in SCHEMAS.values():
+        Draft7Validator.check_schema(own)
     operations = [operation for path in DOCUMENT["paths"].values() for operation in path.values()]
     assert len({operation["operationId"] for operation in operations}) == len(operations)
     for path, methods in DOCUMENT["paths"].items():
@@ -188,5 +189,5 @@ def test_what_the_contract_excludes_is_invalid(name: str, value: object) -> None
 def test_what_cog_would_drop_stops_the_script(good: str, bad: str) -> None:
     source = (ROOT / "predict.py").read_text()
     assert good in source
-    with pytest.raises(_schema.SourceError):
-        _schema.document(source.replace(good, bad), "0")
+    with pytest.raises(schema.SourceError):
+        schema.document(source.replace(good, bad), "0")

@@ -13,9 +13,9 @@ from demucs.apply import BagOfModels
 from demucs.demucs import Demucs
 from torch import Tensor
 
-from musicgen_svc import components
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.separation import Separator, load_separator
+from musicgen_svc.loading import parts as components
+from musicgen_svc.models.demucs import Separator, load_separator
 
 CPU = torch.device("cpu")
 RATE_HZ = 32_000

@@ -14,11 +14,11 @@ from fields import FIELDS
 from sounds import encode, tone
 from torch import Tensor
 
-from musicgen_svc.device import find_device
 from musicgen_svc.errors import GenerationError, InputError, ServiceError, Stopped
-from musicgen_svc.fair_queue import Turn
 from musicgen_svc.pipeline import Pipeline
-from musicgen_svc.progress import Progress, StopFlag
+from musicgen_svc.runtime.device import find_device
+from musicgen_svc.runtime.fair_queue import Turn
+from musicgen_svc.runtime.progress import Progress, StopFlag
 from musicgen_svc.service import Service
 from musicgen_svc.settings import Settings
 
@@ -164,7 +164,7 @@ def test_diffusion_that_cannot_be_is_refused_before_the_work(
         raise AssertionError("it began")
 
     monkeypatch.setattr("musicgen_svc.pipeline.prepare", work)
-    monkeypatch.setattr("musicgen_svc.codec.Codec.encode", work)
+    monkeypatch.setattr("musicgen_svc.models.encodec.Codec.encode", work)
     change = {"multi_band_diffusion": True, "model_version": version}
     if version == "encode-decode":
         change["input_audio"] = clip
@@ -209,7 +209,7 @@ def test_work_that_is_laid_aside_in_the_middle_comes_out_the_same(
         {"input_audio": clip, "model_version": "encode-decode"},
     ]
     alone = [predict_all(shared, change)[0].read_bytes() for change in changes]
-    monkeypatch.setattr("musicgen_svc.fair_queue.TURN_S", 0.003)
+    monkeypatch.setattr("musicgen_svc.runtime.fair_queue.TURN_S", 0.003)
     passed: list[bool] = []
     pass_on = Turn.yield_turn
     monkeypatch.setattr(
@@ -278,7 +278,7 @@ def test_one_that_is_cancelled_while_it_waits_lets_the_next_one_begin(shared: Se
 def test_waiting_for_anothers_diffusion_is_not_a_requests_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
     clock = SimpleNamespace(monotonic=lambda: now_s, perf_counter=lambda: now_s)
-    monkeypatch.setattr("musicgen_svc.progress.time", clock)
+    monkeypatch.setattr("musicgen_svc.runtime.progress.time", clock)
     stop = StopFlag(10.0)
     with Progress({"queue": 1, "decode": 1}, stop) as progress:
         stop.start_clock()

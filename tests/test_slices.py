@@ -11,9 +11,9 @@ from test_codec import encodec, noise
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from musicgen_svc import slices
-from musicgen_svc.codec import Codec
-from musicgen_svc.slices import ELEMENT_WORK, PIECE, SLICE_WORK, InSlices
+from musicgen_svc.models import slices
+from musicgen_svc.models.encodec import Codec
+from musicgen_svc.models.slices import ELEMENT_WORK, PIECE, SLICE_WORK, InSlices
 
 
 @pytest.fixture(autouse=True)

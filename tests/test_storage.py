@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from musicgen_svc.errors import GenerationError
-from musicgen_svc.storage import WorkFolder
+from musicgen_svc.runtime.output_files import WorkFolder
 
 
 def test_a_released_folder_goes_after_its_grace_and_neighbours_stay(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_removal_that_is_killed_leaves_the_lock(tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("musicgen_svc.storage.shutil.rmtree", remove)
+        patch.setattr("musicgen_svc.runtime.output_files.shutil.rmtree", remove)
         dying.remove()
     assert [path.parent.parent for path in removed] == [tmp_path]
     dying._lock.close()  # as its end does

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from musicgen_svc.residency import DoesNotFit
-from musicgen_svc.store import Draft, Item, Recipe, Store
+from musicgen_svc.loading.cache import Draft, Item, Recipe, Store
+from musicgen_svc.loading.lru_budget import DoesNotFit
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ import transformers
 
 from musicgen_svc.checkpoints import TransformersPart
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.t5 import load_t5
-from musicgen_svc.tokenizer import load_tokenizer
+from musicgen_svc.models.t5 import load_t5
+from musicgen_svc.models.t5_tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 SIZE: dict[str, Any] = {

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import _tiny_weights
 import pytest
 import torch
+
+from tests.fixtures import tiny_weights
 
 Pretrained = Callable[[str], Any]
 TEXT_MODELS = ["small", "stereo", "hf-codec"]
@@ -86,7 +87,7 @@ def test_the_codec_hears_and_remembers(pretrained: Pretrained, name: str) -> Non
 def test_same_source_same_bytes_whatever_the_callers_randomness(weights: Path, tmp_path: Path) -> None:
     torch.rand(1)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    _tiny_weights.build(tmp_path)
+    tiny_weights.build(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 

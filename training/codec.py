@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from musicgen_svc.compat import CompressionModel, builders
+from musicgen_svc.audiocraft_compat import CompressionModel, builders
 from training.resuming import Resumable, step_seed
 from training.synth import HOP, SAMPLE_RATE, TIMBRES, looped, render
 from training.tunes import SONGS, random_tune

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from musicgen_svc.compat import ChromaExtractor, CompressionModel
+from musicgen_svc.audiocraft_compat import ChromaExtractor, CompressionModel
 from training.captions import Captions
 from training.codec import encode, song
 from training.synth import BEAT_FRAMES, HOP, SAMPLE_RATE, TIMBRES, render

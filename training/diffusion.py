@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from musicgen_svc.compat import CompressionModel, NoiseSchedule, SampleProcessor, builders
+from musicgen_svc.audiocraft_compat import CompressionModel, NoiseSchedule, SampleProcessor, builders
 from training.codec import CONFIG as CODEC
 from training.codec import Report, crops
 from training.resuming import Resumable, step_seed

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from musicgen_svc.compat import CompressionModel
+from musicgen_svc.audiocraft_compat import CompressionModel
 from training import codec as encodec
 from training import lm as language
 from training.data import chroma_extractor

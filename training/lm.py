@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from musicgen_svc.compat import LMModel, builders
+from musicgen_svc.audiocraft_compat import LMModel, builders
 from training.codec import CONFIG as CODEC
 from training.codec import Report
 from training.data import (

@@ -10,7 +10,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from musicgen_svc.compat import CompressionModel
+from musicgen_svc.audiocraft_compat import CompressionModel
 from training import codec as encodec
 from training import diffusion as multiband
 from training import export

@@ -21,7 +21,7 @@ agreement.py             numbers of a configuration against the tensors, before 
 soundness.py             tensors that are all in the file, and finite
 """
 
-from musicgen_svc.checkpoints.opened import Checkpoint, CodecPointer, OpenedCheckpoint, TransformersPart
-from musicgen_svc.checkpoints.opening import open_checkpoint
+from musicgen_svc.checkpoints.base import Checkpoint, CodecPointer, OpenedCheckpoint, TransformersPart
+from musicgen_svc.checkpoints.detect import open_checkpoint
 
 __all__ = ["Checkpoint", "CodecPointer", "OpenedCheckpoint", "TransformersPart", "open_checkpoint"]

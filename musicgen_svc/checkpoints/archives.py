@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from musicgen_svc.checkpoints.damage import damaged
 from musicgen_svc.checkpoints.unpickle import ZIP_MAGIC, is_torch_file
-from musicgen_svc.damage import damaged
 from musicgen_svc.errors import WeightsError
 
 MAX_UNPACKED_BYTES = 64 << 30

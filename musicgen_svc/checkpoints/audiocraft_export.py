@@ -6,8 +6,8 @@ pointer, `{"pretrained": "facebook/encodec_32khz"}`.
 
 from typing import Any
 
-from musicgen_svc.checkpoints.opened import CodecPointer, component_name
-from musicgen_svc.checkpoints.packages import Found, is_state
+from musicgen_svc.checkpoints.base import CodecPointer, component_name
+from musicgen_svc.checkpoints.torch_packages import Found, is_state
 
 
 def find(package: dict[Any, Any]) -> Found | None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from musicgen_svc.checkpoints.packages import Found, is_state
+from musicgen_svc.checkpoints.torch_packages import Found, is_state
 
 
 def find(package: dict[Any, Any]) -> Found | None:

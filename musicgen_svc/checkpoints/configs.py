@@ -10,9 +10,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import musicgen_svc.checkpoints.known_fields as known
+from musicgen_svc.checkpoints.base import component_name
 from musicgen_svc.checkpoints.expansion import dangling, expanded, inert
 from musicgen_svc.checkpoints.fields import checked, shown
-from musicgen_svc.checkpoints.opened import component_name
 from musicgen_svc.errors import WeightsError
 
 _LM_SECTIONS = (

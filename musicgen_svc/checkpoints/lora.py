@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from musicgen_svc.checkpoints.fields import Real, shown
-from musicgen_svc.checkpoints.opened import (
+from musicgen_svc.checkpoints.base import (
     Checkpoint,
     CodecPointer,
     OpenedCheckpoint,
     TransformersPart,
     some,
 )
-from musicgen_svc.checkpoints.spelling import State, plain_attention_name
-from musicgen_svc.checkpoints.tensors import read_json, read_tensors, tensor_files
+from musicgen_svc.checkpoints.fields import Real, shown
+from musicgen_svc.checkpoints.key_names import State, plain_attention_name
+from musicgen_svc.checkpoints.tensor_files import read_json, read_tensors, tensor_files
 from musicgen_svc.checkpoints.transformers_names import Place, place
 from musicgen_svc.errors import WeightsError
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from musicgen_svc.checkpoints.opened import some
+from musicgen_svc.checkpoints.base import some
 from musicgen_svc.errors import WeightsError
 
 _SHARED = 2

@@ -12,14 +12,14 @@ from musicgen_svc.checkpoints.archives import is_archive
 from musicgen_svc.checkpoints.audiocraft_export import find as find_export
 from musicgen_svc.checkpoints.audiocraft_export import find_pointer
 from musicgen_svc.checkpoints.bare import find as find_bare
+from musicgen_svc.checkpoints.base import Checkpoint, CodecPointer, OpenedCheckpoint, component_name
 from musicgen_svc.checkpoints.cog_trainer import find as find_cog_trainer
+from musicgen_svc.checkpoints.damage import check_not_damaged, damaged, is_there, looks_like_safetensors
 from musicgen_svc.checkpoints.dora import find as find_dora
 from musicgen_svc.checkpoints.lightning import find as find_lightning
-from musicgen_svc.checkpoints.opened import Checkpoint, CodecPointer, OpenedCheckpoint, component_name
-from musicgen_svc.checkpoints.packages import Found, as_codec, as_lm
-from musicgen_svc.checkpoints.tensors import read_safetensors
+from musicgen_svc.checkpoints.tensor_files import read_safetensors
+from musicgen_svc.checkpoints.torch_packages import Found, as_codec, as_lm
 from musicgen_svc.checkpoints.unpickle import begins_like_torch_file, is_torch_file, load_pickle
-from musicgen_svc.damage import check_not_damaged, damaged, is_there, looks_like_safetensors
 from musicgen_svc.errors import DamagedFileError, WeightsError
 
 EXPORT_LM, EXPORT_CODEC = "state_dict.bin", "compression_state_dict.bin"

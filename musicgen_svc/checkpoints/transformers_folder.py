@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from musicgen_svc.checkpoints.configs import check_lm
-from musicgen_svc.checkpoints.fields import Whole, shown
-from musicgen_svc.checkpoints.opened import (
+from musicgen_svc.checkpoints.base import (
     Checkpoint,
     CodecPointer,
     OpenedCheckpoint,
@@ -17,15 +15,17 @@ from musicgen_svc.checkpoints.opened import (
     component_name,
     some,
 )
-from musicgen_svc.checkpoints.released import (
+from musicgen_svc.checkpoints.configs import check_lm
+from musicgen_svc.checkpoints.fields import Whole, shown
+from musicgen_svc.checkpoints.infer_config import (
     ENCODEC,
     PROVIDER,
     T5_BY_WIDTH,
     infer_config,
     with_window,
 )
-from musicgen_svc.checkpoints.spelling import State, parametrized_weight_norm
-from musicgen_svc.checkpoints.tensors import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
+from musicgen_svc.checkpoints.key_names import State, parametrized_weight_norm
+from musicgen_svc.checkpoints.tensor_files import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
 from musicgen_svc.checkpoints.transformers_names import (
     AUDIO_ENCODER,
     TEXT_ENCODER,

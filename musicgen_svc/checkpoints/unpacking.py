@@ -20,7 +20,7 @@ from typing import IO
 
 from musicgen_svc.checkpoints.archives import MAX_UNPACKED_BYTES, UNFINISHED, unpack
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.locking import locked
+from musicgen_svc.runtime.file_lock import locked
 
 _LOCK = ".lock"
 _TRIAL = ".trial"

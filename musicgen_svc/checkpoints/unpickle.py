@@ -13,8 +13,8 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
+from musicgen_svc.checkpoints.damage import check_not_damaged, damaged
 from musicgen_svc.checkpoints.pickle_scan import Costly, scan_torch_file
-from musicgen_svc.damage import check_not_damaged, damaged
 from musicgen_svc.errors import WeightsError
 
 _ALLOWED = [

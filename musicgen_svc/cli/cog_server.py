@@ -14,7 +14,7 @@ from typing import Any
 from musicgen_svc.cli.cog_log import CogLog, Console
 from musicgen_svc.cli.prediction_folders import PredictionFolders
 from musicgen_svc.cli.reaper import Reaper, end_group
-from musicgen_svc.storage import WorkFolder
+from musicgen_svc.runtime.output_files import WorkFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "openapi_schema.json"

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from musicgen_svc.compat import DelayedPatternProvider, LMModel
+from musicgen_svc.audiocraft_compat import DelayedPatternProvider, LMModel
 from musicgen_svc.errors import WeightsError
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from musicgen_svc.engine.decoder import Conditions, Decoder
 from musicgen_svc.engine.delays import deinterleave
 from musicgen_svc.engine.sampling_params import SamplingParams
-from musicgen_svc.ticks import Check, no_check
+from musicgen_svc.runtime.ticks import Check, no_check
 
 UNKNOWN = -1
 """Marks a token in the columns that is still to be drawn."""

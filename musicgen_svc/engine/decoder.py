@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musicgen_svc.compat import LMModel
+from musicgen_svc.audiocraft_compat import LMModel
 from musicgen_svc.engine.architecture import check_architecture
 from musicgen_svc.engine.kv_cache import Attention
 from musicgen_svc.engine.operations import PLAIN, Operations
 from musicgen_svc.engine.projections import Precision, Projection, projection
-from musicgen_svc.ticks import Check, no_check
+from musicgen_svc.runtime.ticks import Check, no_check
 
 Conditions: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
 """audiocraft's `condition_tensors`: name -> ([2, S, D] embedding, [2, S] mask); conditional row, null row."""

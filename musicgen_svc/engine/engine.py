@@ -21,8 +21,8 @@ from musicgen_svc.engine.decoder import Conditions
 from musicgen_svc.engine.delays import first_column, num_columns
 from musicgen_svc.engine.projections import Precision
 from musicgen_svc.engine.sampling_params import SamplingParams
-from musicgen_svc.fair_queue import TURN_S, FairQueue
-from musicgen_svc.ticks import Check, Tick, no_tick
+from musicgen_svc.runtime.fair_queue import TURN_S, FairQueue
+from musicgen_svc.runtime.ticks import Check, Tick, no_tick
 
 
 class StepError(Exception):

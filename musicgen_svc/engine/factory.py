@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from musicgen_svc.compat import LMModel
+from musicgen_svc.audiocraft_compat import LMModel
 from musicgen_svc.engine.batch import Batch
 from musicgen_svc.engine.decoder import Decoder, Lend
 from musicgen_svc.engine.operations import PLAIN, Operations

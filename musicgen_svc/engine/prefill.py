@@ -10,7 +10,7 @@ from musicgen_svc.engine.batch import UNKNOWN, DecodeRequest
 from musicgen_svc.engine.decoder import Conditions, Decoder
 from musicgen_svc.engine.delays import first_column, interleave
 from musicgen_svc.engine.kv_cache import RaggedAttention, RequestCache
-from musicgen_svc.ticks import Check
+from musicgen_svc.runtime.ticks import Check
 
 
 @dataclass(frozen=True, eq=False)

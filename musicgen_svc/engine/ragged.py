@@ -14,7 +14,7 @@ from musicgen_svc.engine.kv_cache import RaggedAttention, RequestCache
 from musicgen_svc.engine.prefill import prefill
 from musicgen_svc.engine.sampling import draw, mix
 from musicgen_svc.engine.sampling_params import SamplingParams
-from musicgen_svc.ticks import Check, no_check
+from musicgen_svc.runtime.ticks import Check, no_check
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from musicgen_svc.engine.delays import num_columns
 from musicgen_svc.engine.graphs import Graphed
 from musicgen_svc.engine.prefill import prefill
 from musicgen_svc.engine.state import ActiveExtent, Capacity, DeviceState
-from musicgen_svc.ticks import Check, no_check
+from musicgen_svc.runtime.ticks import Check, no_check
 
 CHUNK = 16
 """Steps between two waits of the host for the device."""

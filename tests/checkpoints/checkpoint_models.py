@@ -2,16 +2,15 @@
 
 from typing import Any
 
-import _tiny_codecs
-import _tiny_models
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from musicgen_svc.building import build_lm, build_melody_conditioner
+from musicgen_svc.audiocraft_compat import LMModel, builders
 from musicgen_svc.checkpoints import Checkpoint
-from musicgen_svc.compat import LMModel, builders
-from musicgen_svc.conditioning import Conditioner, TextConditioner
+from musicgen_svc.models.building import build_lm, build_melody_conditioner
+from musicgen_svc.models.conditioners import Conditioner, TextConditioner
+from tests.fixtures import tiny_codecs, tiny_models
 
 CPU = torch.device("cpu")
 PROVIDER = "condition_provider.conditioners."
@@ -20,22 +19,22 @@ Package = dict[str, Any]
 
 def config_of(name: str) -> Package:
     """A released model's configuration of tiny sizes, its heads 64 wide as theirs."""
-    config = _tiny_models.lm_config(name)
+    config = tiny_models.lm_config(name)
     config["transformer_lm"]["num_heads"] = 1
     return config
 
 
 def lm_of(config: Package, seed: int = 0) -> dict[str, torch.Tensor]:
     """A language model's weights, fp32."""
-    with _tiny_codecs.seeded(seed):
-        state = _tiny_models.lm_checkpoint(config)["best_state"]
+    with tiny_codecs.seeded(seed):
+        state = tiny_models.lm_checkpoint(config)["best_state"]
     return {name: tensor.float() for name, tensor in state.items()}
 
 
 def codec_package() -> Package:
     """What audiocraft's export writes for a codec."""
-    with _tiny_codecs.seeded(1):
-        return _tiny_codecs.codec_checkpoint()
+    with tiny_codecs.seeded(1):
+        return tiny_codecs.codec_checkpoint()
 
 
 def inputs(codebooks: int, card: int, text_width: int, chroma: bool) -> tuple[torch.Tensor, ...]:

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import _tiny_codecs
-import _tiny_models
 import torch
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from musicgen_svc.checkpoints.unpickle import _ALLOWED
+from tests.fixtures import tiny_codecs, tiny_models
 
 Package = dict[str, Any]
 
@@ -56,7 +55,7 @@ def lm(change: Callable[[Package], object], name: str = "small", *, raw: bool = 
     def make(files: Files) -> None:
         path = files.copy(name) / "state_dict.bin"
         package = torch.load(path, weights_only=True)
-        package["xp.cfg"] = _tiny_models.lm_config(name)
+        package["xp.cfg"] = tiny_models.lm_config(name)
         change(package)
         if not raw and isinstance(package["xp.cfg"], dict):
             package["xp.cfg"] = json.dumps(package["xp.cfg"])  # which is YAML
@@ -86,7 +85,7 @@ def codec_field(path: str, value: Any) -> Make:
     def make(files: Files) -> None:
         file = files.copy("small") / "compression_state_dict.bin"
         package = torch.load(file, weights_only=True)
-        package["xp.cfg"] = changed(_tiny_codecs.codec_config(), path, value)
+        package["xp.cfg"] = changed(tiny_codecs.codec_config(), path, value)
         torch.save(package, file)
 
     return make

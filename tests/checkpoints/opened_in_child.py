@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from musicgen_svc.catalog import read_catalog
 from musicgen_svc.checkpoints.fields import shown
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.loader import Loader
+from musicgen_svc.loading.loader import Loader
 from musicgen_svc.request import SamplingParams
 from musicgen_svc.settings import Settings
-from musicgen_svc.weights import Weights
+from musicgen_svc.weights.catalog import read_catalog
+from musicgen_svc.weights.paths import Weights
 
 LIMIT_S = 60
 """Of one checkpoint, on a busy machine; none of the tests' takes more than some seconds."""

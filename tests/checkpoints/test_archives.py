@@ -14,14 +14,14 @@ import checkpoint_models as tools
 import pytest
 import torch
 
-from musicgen_svc.catalog import read_catalog
 from musicgen_svc.checkpoints import CodecPointer, open_checkpoint
 from musicgen_svc.checkpoints.archives import is_archive
 from musicgen_svc.checkpoints.unpacking import sweep, unpacked
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.loader import Loader
+from musicgen_svc.loading.loader import Loader
 from musicgen_svc.settings import Settings
-from musicgen_svc.weights import UNPACKED, Weights
+from musicgen_svc.weights.catalog import read_catalog
+from musicgen_svc.weights.paths import UNPACKED, Weights
 
 CONFIG = tools.config_of("small")
 MODES = ["w", "w:gz", "w:bz2", "w:xz", "zip"]

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import _tiny_codecs
-import _tiny_models
 import pytest
 from crafting import Files, Make, codec_field, json_fields, lm_field
 from hostile_files import CASES, VALID
@@ -21,6 +19,7 @@ from hypothesis import strategies as st
 from musicgen_svc.checkpoints import known_part_fields, pickle_scan
 from musicgen_svc.checkpoints.unpickle import load_pickle
 from musicgen_svc.errors import WeightsError
+from tests.fixtures import tiny_codecs, tiny_models
 
 CHILD = Path(__file__).with_name("opened_in_child.py")
 MAX_GROWN_MB = 1200
@@ -123,10 +122,10 @@ OTHER_FORMATS = {
 def mutations() -> st.SearchStrategy[Make]:
     """One field of one format with an extreme value or a value of another type."""
     value = st.sampled_from(EXTREMES)
-    lm = st.sampled_from(places(_tiny_models.lm_config("small")))
-    followed = [p for p in places(_tiny_models.lm_config("melody")) if "self_wav" in p or "fuser" in p]
+    lm = st.sampled_from(places(tiny_models.lm_config("small")))
+    followed = [p for p in places(tiny_models.lm_config("melody")) if "self_wav" in p or "fuser" in p]
     melody = st.sampled_from(followed)
-    codec = st.sampled_from(places(_tiny_codecs.codec_config()))
+    codec = st.sampled_from(places(tiny_codecs.codec_config()))
 
     others = [
         st.builds(partial(in_json, *place), st.sampled_from(sorted(table)), value)

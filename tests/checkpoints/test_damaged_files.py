@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from test_served import bare, cog_trainer, dora, lightning, lora
 from test_transformers_folder import model_of
 
-from musicgen_svc.catalog import read_catalog
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.loader import Loader
+from musicgen_svc.loading.loader import Loader
 from musicgen_svc.settings import Settings
-from musicgen_svc.verification import LOCK_FILE, check_sizes
-from musicgen_svc.weights import Weights
+from musicgen_svc.weights.catalog import read_catalog
+from musicgen_svc.weights.lock_file import LOCK_FILE, check_sizes
+from musicgen_svc.weights.paths import Weights
 
 CPU = torch.device("cpu")
 POINTER = b"""version https://git-lfs.github.com/spec/v1

@@ -12,8 +12,8 @@ import torch
 from test_transformers_folder import model_of, theirs
 
 from musicgen_svc.checkpoints import OpenedCheckpoint, open_checkpoint
-from musicgen_svc.contents import Hashes
 from musicgen_svc.errors import WeightsError
+from musicgen_svc.loading.file_hashes import Hashes
 
 # PEFT asks transformers by an older name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -7,18 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import _tiny_models
 import checkpoint_models as tools
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from musicgen_svc.building import build_lm, build_melody_conditioner
 from musicgen_svc.checkpoints import Checkpoint
 from musicgen_svc.checkpoints.configs import lm_config
-from musicgen_svc.checkpoints.released import infer_config
-from musicgen_svc.conditioning import Conditioner, TextConditioner
+from musicgen_svc.checkpoints.infer_config import infer_config
+from musicgen_svc.models.building import build_lm, build_melody_conditioner
+from musicgen_svc.models.conditioners import Conditioner, TextConditioner
+from tests.fixtures import tiny_models
 
 TABLE = Path(__file__).parent / "released_shapes.json"
 META = torch.device("meta")
@@ -75,12 +75,12 @@ def released_config(name: str) -> dict[str, Any]:
     """The configuration that the released checkpoint carries."""
     size, melody, codebooks = MODELS[name]
     width, layers, heads = SIZES[size]
-    config = _tiny_models.lm_config("melody" if melody else "stereo" if codebooks == 8 else "small")
+    config = tiny_models.lm_config("melody" if melody else "stereo" if codebooks == 8 else "small")
     config["transformer_lm"] |= {
         "dim": width, "num_layers": layers, "num_heads": heads, "card": CARD, "n_q": codebooks,
     }  # fmt: skip
     if codebooks == 8:
-        stereo = _tiny_models.lm_config("stereo")
+        stereo = tiny_models.lm_config("stereo")
         for section in ("codebooks_pattern", "channels", "interleave_stereo_codebooks"):
             config[section] = stereo[section]
     config["conditioners"]["description"]["t5"]["name"] = "t5-base"

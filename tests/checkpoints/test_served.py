@@ -14,14 +14,14 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from test_transformers_folder import model_of
 
-from musicgen_svc.catalog import read_catalog
 from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.generation import generate, prepare
-from musicgen_svc.loader import Loader
-from musicgen_svc.randomness import GlobalRandom
+from musicgen_svc.loading.loader import Loader
+from musicgen_svc.runtime.randomness import GlobalRandom
 from musicgen_svc.settings import Settings
-from musicgen_svc.weights import Weights
+from musicgen_svc.weights.catalog import read_catalog
+from musicgen_svc.weights.paths import Weights
 
 CPU = torch.device("cpu")
 Make = Callable[[Path, Path], Path]

@@ -161,7 +161,7 @@ def test_tensors_are_mapped_and_the_older_layout_of_torch_save_is_read(models: A
 
 def test_a_model_without_the_efficient_attention_computes_the_same(models: Any, tmp_path: Path) -> None:
     """torch's own module wraps its tensors in one more name."""
-    from musicgen_svc.compat import builders
+    from musicgen_svc.audiocraft_compat import builders
 
     config, state, expected = models["small"]
     plain = config | {
@@ -182,8 +182,8 @@ def test_a_model_without_the_efficient_attention_computes_the_same(models: Any, 
 
 
 def samples(codec: Any) -> torch.Tensor:
-    from musicgen_svc.building import build_codec
-    from musicgen_svc.codec import Codec
+    from musicgen_svc.models.building import build_codec
+    from musicgen_svc.models.encodec import Codec
 
     assert isinstance(codec, Checkpoint)
     tokens = torch.randint(0, 400, (4, 20), generator=torch.Generator().manual_seed(0))

@@ -172,8 +172,7 @@ def int8_product_of(shape: tuple[int, ...], outputs: int, dtype: torch.dtype, de
 
 def a_static_batch(device: torch.device) -> None:
     """Requests that join, run side by side and end are decoded as by plain operations."""
-    from _random_models import conditions, language_model
-
+    from benchmarks.random_models import conditions, language_model
     from musicgen_svc.engine.batch import DecodeRequest
     from musicgen_svc.engine.decoder import Decoder
     from musicgen_svc.engine.factory import operations_for

@@ -10,15 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
-import _bench
-import _bench_beside
 import pytest
 import torch
-from _bench_agreement import Agreement
-from _bench_report import Row
-from _bench_workload import Workload
-from _random_models import SIZES
 
+from benchmarks import beside, decode
+from benchmarks.agreement import Agreement
+from benchmarks.random_models import SIZES
+from benchmarks.report import Row
+from benchmarks.workload import Workload
 from musicgen_svc.engine import ragged
 from musicgen_svc.engine.projections import Precision
 
@@ -30,21 +29,21 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Report:
     """`bench(options)`: what the command reports, on a tiny model. Its exit status is under "status"."""
     for name, size in list(SIZES.items()):
         monkeypatch.setitem(SIZES, name, size | {"dim": 64, "layers": 2, "heads": 4})
-    monkeypatch.setattr(_bench, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(decode, "copy_bandwidth", lambda device: 10.0)
     monkeypatch.setattr(
-        _bench_beside, "T5_BASE", {"d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}
+        beside, "T5_BASE", {"d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}
     )
     monkeypatch.setattr(
-        _bench_beside,
+        beside,
         "ENCODEC",
         {"num_filters": 4, "hidden_size": 16, "codebook_dim": 16, "codebook_size": 2048},
     )
-    monkeypatch.setattr(_bench_beside, "UNET", {"hidden": 4, "growth": 2, "codec_dim": 16})
+    monkeypatch.setattr(beside, "UNET", {"hidden": 4, "growth": 2, "codec_dim": 16})
 
     def run(*options: str) -> dict[str, Any]:
         path = tmp_path / "report.json"
         monkeypatch.setattr(sys, "argv", ["bench", *options, "--json", str(path)])
-        status = _bench.main()
+        status = decode.main()
         return json.loads(path.read_text()) | {"status": status}
 
     return run
@@ -139,7 +138,7 @@ def test_too_little_agreement_fails_the_command() -> None:
     args = SimpleNamespace(precision="reference", at_least=[])
     for top1, sentences in ((0.97, 0), (0.5, 1)):
         row.agreement = Agreement(64, top1, 3)
-        assert len(_bench.failures([row], torch.device("cuda"), args)) == sentences
+        assert len(decode.failures([row], torch.device("cuda"), args)) == sentences
 
 
 # --- scripts/gpu_check --------------------------------------------------------------------------

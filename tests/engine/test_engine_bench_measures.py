@@ -5,23 +5,21 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import _bench
-import _bench_beside
-import _bench_launches
 import pytest
 import torch
-from _bench_agreement import LEAST_TOP1, with_audiocraft
-from _bench_growth import growth
-from _bench_workload import Workload, stored_in_float16
-from _random_models import audiocraft_generates, conditions, language_model
 from torch.autograd import DeviceType
 
+from benchmarks import beside, decode, launches
+from benchmarks.agreement import LEAST_TOP1, with_audiocraft
+from benchmarks.growth import growth
+from benchmarks.random_models import audiocraft_generates, conditions, language_model
+from benchmarks.workload import Workload, stored_in_float16
 from musicgen_svc.engine import ragged
 from musicgen_svc.engine.factory import BatchKind, batch_for
 from musicgen_svc.engine.projections import packs_float16
 from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.engine.static import CHUNK
-from musicgen_svc.meta import on_meta
+from musicgen_svc.models.meta_init import on_meta
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -34,7 +32,7 @@ def _work(frames: int = 47, *, device: str = "cpu", **size: Any) -> Workload:
 
 def test_transformers_does_the_same_work() -> None:
     """The same weights, guidance and number of frames: greedily the same tokens."""
-    from _bench_transformers import TransformersMusicgen
+    from benchmarks.transformers_generate import TransformersMusicgen
 
     work, greedy = _work(20), SamplingParams(temperature=0)
     ours = audiocraft_generates(work.lm, work.given[0], prompt=None, length=20, sampling=greedy, seed=0)
@@ -47,14 +45,14 @@ def test_a_shorter_piece_is_compared_as_far_as_it_can_be() -> None:
     (tokens,) = long.engine(batch_for(long.lm), 1)
     expected = short.audiocraft()
     assert not torch.equal(tokens[:, :15], expected)  # whose last frames saw the end coming
-    assert _bench.compared(tokens, expected, long) == "equal"
+    assert decode.compared(tokens, expected, long) == "equal"
     expected[2, 11] += 1
-    assert _bench.compared(tokens, expected, long) == "differ from frame 11"
+    assert decode.compared(tokens, expected, long) == "differ from frame 11"
 
 
 def test_multiband_diffusion_has_the_published_widths() -> None:
     with on_meta():
-        unet = _bench_beside.builders.get_diffusion_model(_bench_beside.band_config())
+        unet = beside.builders.get_diffusion_model(beside.band_config())
     widths = [layer.conv.out_channels for layer in unet.encoders]
     assert widths == [48, 192, 768, 3072] and unet.conv_codec.in_channels == 128
 
@@ -127,11 +125,11 @@ def test_launches_syncs_and_kernels_are_told_apart() -> None:
         cudaMalloc=9, cudaStreamWaitEvent=9, cudaEventRecord=9, synchronize=9, mm=9,
         gpu_gemm=7, gpu_cudaLaunchKernel=1, gpu_Memcpy=4, gpu_Memset=1,
     )  # fmt: skip
-    assert _bench_launches.count(events) == _bench_launches.Counts(launches=13, syncs=5, kernels=8)
+    assert launches.count(events) == launches.Counts(launches=13, syncs=5, kernels=8)
 
 
 def test_a_run_is_profiled_without_a_warning() -> None:
-    names = [event.name for event in _bench_launches.profiled(lambda: torch.ones(8).sum())]
+    names = [event.name for event in launches.profiled(lambda: torch.ones(8).sum())]
     assert "aten::sum" in names
 
 
@@ -142,8 +140,8 @@ def test_a_steps_share_leaves_out_what_a_run_has_once(monkeypatch: pytest.Monkey
         run()
         return _events(cudaLaunchKernel=100 + 3 * runs[-1], cudaStreamSynchronize=runs[-1] // 8 + 1)
 
-    monkeypatch.setattr(_bench_launches, "profiled", profiled)
-    assert _bench_launches.per_step(runs.append) == {"launches": 3, "syncs": 1 / 8, "kernels": 0}
+    monkeypatch.setattr(launches, "profiled", profiled)
+    assert launches.per_step(runs.append) == {"launches": 3, "syncs": 1 / 8, "kernels": 0}
     assert runs == [24, 8, 24]  # what is recorded once is recorded before
 
 
@@ -153,7 +151,7 @@ def test_a_recorded_step_is_hardly_a_launch() -> None:
     work = _work(device="cuda", dtype=torch.float16)
     batches = [batch_for(work.lm, graphs=graphs) for graphs in ("on", "off")]
     recorded, launched = (
-        _bench_launches.per_step(lambda frames, b=b: work.of(frames).engine(b, 1)) for b in batches
+        launches.per_step(lambda frames, b=b: work.of(frames).engine(b, 1)) for b in batches
     )
     assert 1 <= recorded["launches"] < 4 and recorded["syncs"] <= 1 / CHUNK
     assert launched["launches"] > 20 and recorded["kernels"] > 20

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from _random_models import MONO, STEREO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musicgen_svc.compat import DelayedPatternProvider
+from benchmarks.random_models import MONO, STEREO
+from musicgen_svc.audiocraft_compat import DelayedPatternProvider
 from musicgen_svc.engine.delays import deinterleave, first_column, interleave, num_columns
 
 SPECIAL = 99

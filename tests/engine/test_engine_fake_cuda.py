@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from _random_models import MODELS, Conditions, language_model
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
@@ -22,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.random_models import MODELS, Conditions, language_model
 from musicgen_svc.engine import decoder, prefill, static
 from musicgen_svc.engine.batch import DecodeRequest
 from musicgen_svc.engine.factory import batch_for

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from _random_models import MODELS, conditions, language_model
 from paper_gpu import PaperGpu, paper_gpu
 from paper_graphs import PaperGraph
 from torch import Tensor
 
-from musicgen_svc.compat import LMModel
+from benchmarks.random_models import MODELS, conditions, language_model
+from musicgen_svc.audiocraft_compat import LMModel
 from musicgen_svc.engine import static
 from musicgen_svc.engine.batch import DecodeRequest, Slot
 from musicgen_svc.engine.factory import Switch, batch_for

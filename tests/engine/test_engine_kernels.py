@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from _kernel_checks import CHECKS
-from _random_models import conditions, language_model
 
+from benchmarks.random_models import conditions, language_model
 from musicgen_svc.engine import factory
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import Switch, batch_for, kernels_that_work, operations_for

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from _random_models import conditions, language_model
 
-from musicgen_svc.compat import LMModel
+from benchmarks.random_models import conditions, language_model
+from musicgen_svc.audiocraft_compat import LMModel
 from musicgen_svc.engine.batch import DecodeRequest
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import BatchKind, batch_for

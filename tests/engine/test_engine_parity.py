@@ -4,10 +4,17 @@ from functools import cache
 
 import pytest
 import torch
-from _random_models import MONO, STEREO, Conditions, audiocraft_generates, conditions, language_model
 from torch import Tensor
 
-from musicgen_svc.compat import LMModel
+from benchmarks.random_models import (
+    MONO,
+    STEREO,
+    Conditions,
+    audiocraft_generates,
+    conditions,
+    language_model,
+)
+from musicgen_svc.audiocraft_compat import LMModel
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.ragged import RaggedSlot

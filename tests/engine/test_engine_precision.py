@@ -7,10 +7,10 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from _bench_workload import stored_in_float16
-from _random_models import audiocraft_generates, conditions, language_model
 from torch import Tensor, nn
 
+from benchmarks.random_models import audiocraft_generates, conditions, language_model
+from benchmarks.workload import stored_in_float16
 from musicgen_svc.engine.batch import DecodeRequest
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import batch_for

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from musicgen_svc import compat  # noqa: F401
+from musicgen_svc import audiocraft_compat as compat  # noqa: F401
 from musicgen_svc.engine.sampling import (
     SlotParameters,
     counted_uniform,

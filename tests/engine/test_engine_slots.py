@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from _random_models import Conditions, conditions, language_model
 from torch import Tensor, nn
 
-from musicgen_svc.compat import LMModel
+from benchmarks.random_models import Conditions, conditions, language_model
+from musicgen_svc.audiocraft_compat import LMModel
 from musicgen_svc.engine import static
 from musicgen_svc.engine.batch import Batch, DecodeRequest, Slot
 from musicgen_svc.engine.decoder import Decoder
@@ -21,7 +21,7 @@ from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.engine.state import Capacity, DeviceState
 from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.ticks import Tick, no_tick
+from musicgen_svc.runtime.ticks import Tick, no_tick
 
 CARD = 300
 DEFAULT = SamplingParams()
@@ -270,7 +270,7 @@ def test_a_prefill_that_fails_is_one_requests_own_error() -> None:
 
 def test_a_long_prefill_lets_others_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every turn is over at once: the prefill is laid aside at each of its pulses."""
-    monkeypatch.setattr("musicgen_svc.fair_queue.TURN_S", 0.0)
+    monkeypatch.setattr("musicgen_svc.runtime.fair_queue.TURN_S", 0.0)
     monkeypatch.setattr("musicgen_svc.engine.engine.TURN_S", 0.01)
     engine = Engine(batch_for(model(), slots=2))
     first = replace(asks()[0], length=400)

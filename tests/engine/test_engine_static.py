@@ -8,10 +8,10 @@ from functools import cache
 
 import pytest
 import torch
-from _random_models import STEREO, Conditions, conditions, language_model
 from torch import Tensor
 
-from musicgen_svc.compat import LMModel
+from benchmarks.random_models import STEREO, Conditions, conditions, language_model
+from musicgen_svc.audiocraft_compat import LMModel
 from musicgen_svc.engine.batch import Batch, DecodeRequest, Slot
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import Switch, batch_for

@@ -61,7 +61,8 @@ class CogServer:
             self.process = subprocess.Popen(
                 [
                     sys.executable,
-                    str(self._root / "scripts" / "_serve.py"),
+                    "-m",
+                    "musicgen_svc.cli.serve",
                     "--stop-at-eof",
                     *self._arguments,
                 ],

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import _download_weights
 import pytest
 import requests
 import toy
 from server import ROOT, CogServer
 from toy import needs_proc, processes_with, wait_for
 
+from musicgen_svc.cli import download_weights
 from musicgen_svc.cli.cog_server import environment
 from musicgen_svc.cli.prediction_folders import PredictionFolders, UnusableFolderError, check
 from musicgen_svc.cli.reaper import Reaper
@@ -81,7 +81,7 @@ def test_a_taken_port_is_one_sentence(checkout: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         ended = subprocess.run(
-            [sys.executable, str(checkout / "scripts" / "_serve.py")],
+            [sys.executable, "-m", "musicgen_svc.cli.serve"],
             env={**os.environ, "PYTHONPATH": str(checkout), "PORT": str(port)},
             capture_output=True,
             text=True,
@@ -228,13 +228,13 @@ def test_a_path_is_where_the_user_is_and_a_link_stays_one(
     monkeypatch.setenv("MUSICGEN_WEIGHTS_DIR", "store")
     given = environment(5000, tmp_path)
     assert given["COG_WEIGHTS"] == str(tmp_path / "current")
-    assert given["MUSICGEN_WEIGHTS_DIR"] == str(_download_weights.chosen_folder().absolute())
+    assert given["MUSICGEN_WEIGHTS_DIR"] == str(download_weights.chosen_folder().absolute())
     monkeypatch.setenv("MUSICGEN_WEIGHTS_DIR", "weights")
     assert environment(5000, tmp_path)["MUSICGEN_WEIGHTS_DIR"] == "weights"  # the server runs there
-    assert _download_weights.chosen_folder() == _download_weights.ROOT / "weights"
+    assert download_weights.chosen_folder() == download_weights.ROOT / "weights"
     (tmp_path / "weights").mkdir()
     monkeypatch.delenv("MUSICGEN_WEIGHTS_DIR")
-    assert _download_weights.chosen_folder() == _download_weights.ROOT / "weights"
+    assert download_weights.chosen_folder() == download_weights.ROOT / "weights"
 
 
 def test_a_gpu_takes_as_many_at_once_as_it_holds_and_a_cpu_one(

@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICE = Path(__file__).with_name("toy_service.py")
-KEPT = ("__init__.py", "errors.py", "request.py", "settings.py", "storage.py")
+KEPT = (
+    "__init__.py", "errors.py", "request.py", "settings.py", "engine/__init__.py",
+    "engine/sampling_params.py",    "runtime/__init__.py", "runtime/output_files.py",
+)  # fmt: skip
 
 
 def checkout(folder: Path, **constants: float) -> Path:
@@ -24,12 +27,9 @@ def checkout(folder: Path, **constants: float) -> Path:
         folder: an empty or absent folder.
         constants: other values for constants of `musicgen_svc/cli`, by their names.
     """
-    (folder / "scripts").mkdir(parents=True)
-    (folder / "musicgen_svc").mkdir()
+    (folder / "musicgen_svc").mkdir(parents=True)
     for name in ("predict.py", "openapi_schema.json"):
         shutil.copy(ROOT / name, folder)
-    for script in (ROOT / "scripts").glob("_*.py"):
-        shutil.copy(script, folder / "scripts")
     shutil.copytree(ROOT / "musicgen_svc" / "cli", folder / "musicgen_svc" / "cli")
     for name, value in {"OPEN_REQUESTS_S": 1.0, **constants}.items():
         replaced = [
@@ -38,7 +38,9 @@ def checkout(folder: Path, **constants: float) -> Path:
         ]
         assert sum(replaced) == 1, name
     for name in KEPT:
-        shutil.copy(ROOT / "musicgen_svc" / name, folder / "musicgen_svc")
+        target = folder / "musicgen_svc" / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "musicgen_svc" / name, target)
     shutil.copy(SERVICE, folder / "musicgen_svc" / "service.py")
     return folder
 

@@ -12,15 +12,15 @@ import torch
 from demucs.apply import BagOfModels
 from demucs.demucs import Demucs
 
-from musicgen_svc.catalog import read_catalog
-from musicgen_svc.conditioning import MELODY
 from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.generation import GenerationPlan, generate, prepare
-from musicgen_svc.loader import Loader
-from musicgen_svc.randomness import GlobalRandom
-from musicgen_svc.separation import Separator
+from musicgen_svc.loading.loader import Loader
+from musicgen_svc.models.conditioners import MELODY
+from musicgen_svc.models.demucs import Separator
+from musicgen_svc.runtime.randomness import GlobalRandom
 from musicgen_svc.settings import Settings
-from musicgen_svc.weights import Weights
+from musicgen_svc.weights.catalog import read_catalog
+from musicgen_svc.weights.paths import Weights
 
 CPU = torch.device("cpu")
 RATE = 32_000

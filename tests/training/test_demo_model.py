@@ -1,13 +1,13 @@
-"""The bundled demo model plays what it is asked for: `benchmarks/demo-8songs.json`, in short."""
+"""The bundled demo model plays what it is asked for: `benchmarks/results/demo-8songs.json`, in short."""
 
 import warnings
 from pathlib import Path
 
-import _tiny_weights
 import pytest
 import torch
 
-import musicgen_svc.compat  # noqa: F401  (before audiocraft)
+import musicgen_svc.audiocraft_compat  # noqa: F401  (before audiocraft)
+from tests.fixtures import tiny_weights
 from training.captions import EVALUATED_TIMBRE_ONLY, EVALUATED_UNNAMED
 from training.evaluation import Player, rendered
 from training.scoring import TimbreClassifier, agreement, best_match, goes_on_right, songs
@@ -99,15 +99,15 @@ def test_guidance_holds_to_the_prompt_where_draws_are_wild(player):
 def test_audiocraft_itself_loads_it_and_draws_the_same_tokens(tmp_path, monkeypatch):
     from audiocraft.models.musicgen import MusicGen
 
-    from musicgen_svc.catalog import read_catalog
     from musicgen_svc.engine.sampling_params import SamplingParams
     from musicgen_svc.generation import generate, prepare
-    from musicgen_svc.loader import Loader
-    from musicgen_svc.randomness import GlobalRandom
+    from musicgen_svc.loading.loader import Loader
+    from musicgen_svc.runtime.randomness import GlobalRandom
     from musicgen_svc.settings import Settings
-    from musicgen_svc.weights import Weights
+    from musicgen_svc.weights.catalog import read_catalog
+    from musicgen_svc.weights.paths import Weights
 
-    _tiny_weights.hub_cache(DEMO, tmp_path)
+    tiny_weights.hub_cache(DEMO, tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from musicgen_svc.compat import ChromaExtractor
+from musicgen_svc.audiocraft_compat import ChromaExtractor
 from training import codec as encodec
 from training import lm as language
 from training.captions import Captions

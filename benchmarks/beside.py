@@ -1,0 +1,103 @@
+"""Seconds that a request spends outside the engine, on modules of the released sizes with random weights."""
+
+from typing import Any
+
+import torch
+
+from benchmarks.workload import timed
+from musicgen_svc.audiocraft_compat import NoiseSchedule, builders
+from musicgen_svc.checkpoints import TransformersPart
+from musicgen_svc.models.building import build_transformers_codec
+from musicgen_svc.models.diffusion_bands import Band
+from musicgen_svc.models.encodec import Codec
+from musicgen_svc.models.multiband_diffusion import MultiBandDiffusion
+from musicgen_svc.runtime.randomness import GlobalRandom
+
+T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+ENCODEC = {"num_filters": 64, "hidden_size": 128, "codebook_dim": 128, "codebook_size": 2048}
+UNET = {"hidden": 48, "growth": 4, "codec_dim": 128, "bilstm": True}
+"""MultiBand Diffusion's for MusicGen, as audiocraft publishes them (config/model/score/basic.yaml), but for
+the codec's and the LSTM in the middle, which makes it three times as large and may be in Meta's file."""
+
+SAMPLE_RATE_HZ, FRAME_RATE_HZ, CODEBOOKS, BANDS = 32_000, 50, 4, 4
+
+
+@torch.inference_mode()
+def beside(seconds: float, device: torch.device, *, mbd: bool = False) -> dict[str, float]:
+    """Each once, after a run on a little that is not counted."""
+    from transformers import T5Config, T5EncoderModel
+
+    with torch.device(device):
+        t5 = T5EncoderModel(T5Config(**T5_BASE)).eval()
+    words = torch.ones(1, 12, dtype=torch.long, device=device)
+    codec = codec_of_released_size(device)
+    codes = torch.zeros(CODEBOOKS, round(seconds * FRAME_RATE_HZ), dtype=torch.long, device=device)
+    few = codes[:, :FRAME_RATE_HZ]
+    t5(words)
+    codec.decode(few)
+    result = {
+        "t5_s": timed(lambda: t5(words), device)[1],
+        "encodec_decode_s": timed(lambda: codec.decode(codes), device)[1],
+    }
+    if mbd:
+        del t5
+        diffusion = MultiBandDiffusion([band_of_released_size(device)] * BANDS, codec)
+        with GlobalRandom(0, device).pinned():
+            diffusion.decode(few[:, :8])
+            result["mbd_decode_s"] = timed(lambda: diffusion.decode(codes), device)[1]
+    return result
+
+
+def codec_of_released_size(device: torch.device) -> Codec:
+    """MusicGen's EnCodec as the service builds it: 32 kHz in 4 codebooks at 50 Hz."""
+    from transformers import EncodecConfig, EncodecModel
+
+    config = EncodecConfig(
+        sampling_rate=SAMPLE_RATE_HZ, audio_channels=1, normalize=False, upsampling_ratios=[8, 5, 4, 4],
+        use_causal_conv=False, use_conv_shortcut=False,
+        target_bandwidths=[CODEBOOKS * FRAME_RATE_HZ * bits_of(ENCODEC["codebook_size"]) / 1000], **ENCODEC,
+    )  # fmt: skip
+    drawn = TransformersPart(config.to_dict(), EncodecModel(config).state_dict(), "a random codec")
+    return Codec(build_transformers_codec(drawn, device))
+
+
+def bits_of(cardinality: int) -> int:
+    return (cardinality - 1).bit_length()
+
+
+def band_of_released_size(device: torch.device) -> Band:
+    """One of the four, which are alike. One may stand for all: each of its evaluations reads its weights
+    anew, which are far more than any processor keeps.
+    """
+    config = band_config()
+    with torch.device(device):
+        unet = builders.get_diffusion_model(config)
+    processor = builders.get_processor(config.processor, sample_rate=SAMPLE_RATE_HZ)
+    processor.project_sample(torch.randn(1, 1, SAMPLE_RATE_HZ))
+    return Band(
+        unet=unet.eval().requires_grad_(False),
+        schedule=NoiseSchedule(**config.schedule, device="cpu"),  # as the service has it, see diffusion.py
+        processor=processor.to(device).eval(),
+        sample_rate=SAMPLE_RATE_HZ,
+        dimension=unet.conv_codec.in_channels,
+    )
+
+
+def band_config() -> Any:
+    """Its part of audiocraft's checkpoint."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(
+        {
+            "channels": 1,
+            "schedule": {
+                "repartition": "power", "beta_t0": 1e-5, "beta_t1": 2.9e-2, "beta_exp": 7.5,
+                "num_steps": 1000, "variance": "beta", "clip": 5.0, "rescale": 1.0, "noise_scale": 1.0,
+            },
+            "diffusion_unet": {
+                "depth": 4, "res_blocks": 1, "norm_groups": 4, "kernel": 8, "stride": 4,
+                "max_channels": 10_000, "emb_all_layers": True, **UNET,
+            },
+            "processor": {"name": "multi_band_processor", "use": True, "n_bands": 8, "num_samples": 10_000},
+        }
+    )  # fmt: skip

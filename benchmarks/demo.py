@@ -1,0 +1,95 @@
+"""What the demo model can do, in figures, through the service and judged from the sound.
+
+    scripts/bench_demo --json benchmarks/results/demo-8songs.json
+    scripts/bench_demo --rows text melody --weights FOLDER
+    scripts/bench_demo --recordings FOLDER          # more clips for the melodies that it never saw
+    scripts/bench_demo --picture benchmarks/results/demo-8songs.png
+
+A row that the JSON file has already is not measured again.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import soundfile
+import soxr
+import torch
+
+from training.evaluation import ROWS, SECONDS, Player, rendered, unseen
+from training.scoring import FRAME, chroma, written
+from training.synth import SAMPLE_RATE
+from training.tunes import SONGS
+from training.tunes import UNSEEN as UNSEEN_TUNES
+
+UNSEEN = "unseen"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench_demo", description="Judges the demo model from its sound."
+    )
+    parser.add_argument("--json", type=Path, help="where figures go, each row as it ends")
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, UNSEEN], default=[*ROWS, UNSEEN])
+    parser.add_argument("--weights", type=Path, help="a checkpoint; without it, what the service finds")
+    parser.add_argument("--picture", type=Path, help="only draw scores and what is played from them, as PNG")
+    parser.add_argument("--recordings", type=Path, help="a folder of sound files to follow the melodies of")
+    given = parser.parse_args()
+    if given.picture:
+        draw(Player(given.weights), given.picture)
+        return
+    found: dict[str, Any] = {}
+    if given.json and given.json.exists():
+        found = json.loads(given.json.read_text())
+    missing = [row for row in given.rows if row not in found]
+    if missing:
+        player = Player(given.weights)
+        for row in missing:
+            started = time.perf_counter()
+            figures = unseen(player, recordings(given.recordings)) if row == UNSEEN else ROWS[row](player)
+            found[row] = figures | {"seconds": round(time.perf_counter() - started, 1)}
+            print(row, json.dumps(found[row]), flush=True)
+            found["machine"] = {
+                "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": platform.machine(),
+            }  # fmt: skip
+            if given.json:
+                given.json.write_text(json.dumps(found, indent=2) + "\n")
+    for row in given.rows:
+        print(f"{row:14}", json.dumps(found[row]))
+
+
+def draw(player: Player, file: Path) -> None:
+    """The chroma of two scores beside that of what is played: from a prompt, and from a new tune."""
+    from training.plots import plot_chroma
+
+    song, tune = SONGS[0], UNSEEN_TUNES[0]
+    said = f"{song.name} on a harp"
+    clip = rendered(tune.notes, "piano", SECONDS)
+    played = player.play(prompt=said, seed=1)
+    followed = player.play(prompt="a music box", input_audio=player.clip(clip), seed=1)
+    rows = {
+        f"score: {song.name}": written(song.notes, len(chroma(played))),
+        f'played from the prompt "{said}"': chroma(played),
+        f"score: {tune.name}, sent as a piano clip; not among the eight": written(
+            tune.notes, len(chroma(followed))
+        ),
+        'played from that clip and the prompt "a music box"': chroma(followed),
+    }
+    plot_chroma(rows, FRAME / SAMPLE_RATE, file)
+    print(f"{file} is drawn")
+
+
+def recordings(folder: Path | None) -> list[Any]:
+    """Eight seconds of each file, mono at 32 kHz."""
+    clips = []
+    for file in sorted(folder.iterdir()) if folder else []:
+        wav, rate = soundfile.read(file, always_2d=True)
+        clips.append(soxr.resample(wav.mean(1), rate, SAMPLE_RATE)[: SECONDS * SAMPLE_RATE])
+    return clips
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Talks to a Cog server over HTTP, and turns what it answers into one sentence or a result.
+
+Cog has no route to ask how a prediction is doing. But a PUT to the id of one that runs answers with
+its state before the body is looked at, and a PUT to one that does not run has its body checked before
+anything starts: a body that cannot be valid asks, and never starts anything.
+"""
+
+import contextlib
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import requests
+
+from musicgen_svc.cli.cog_log import sentence
+from musicgen_svc.cli.schema_fields import impossible_input
+
+Json = dict[str, Any]
+OnProgress = Callable[[int, str], None]
+"""Called with the percentage reached and the name of the stage."""
+
+CONNECT_S = 10.0
+BUSY_FIRST_S, BUSY_LAST_S = 1.0, 15.0
+"""How long to wait before asking a busy server again: doubled each time, up to the second."""
+POLL_S = 0.3
+CANCEL_S, CANCEL_AGAIN_S = 10.0, 0.1
+"""How long to repeat a cancel, and how often: a server ignores one that comes as the prediction starts."""
+
+OURS = re.compile(r"(Service|Input|Audio|Weights|Generation)Error: ")
+"""The service's own errors, of musicgen_svc/errors.py: their sentence is all that there is to know."""
+IN_LOG = re.compile(r"its log has the cause|worker (crashed|died|exited)", re.IGNORECASE)
+BAR = re.compile(r"(\d{1,3})%\|[^|]*\|[ ]*([a-z][a-z-]*)?")
+
+
+class FailedError(Exception):
+    """The prediction, the server or the network failed: one sentence for the user.
+
+    `in_log`: the sentence does not hold the cause; only the server's log may.
+    """
+
+    def __init__(self, text: str, in_log: bool = False) -> None:
+        super().__init__(text)
+        self.in_log = in_log
+
+
+def progress(logs: str) -> tuple[int, str]:
+    """The last percentage that a tqdm bar in the prediction's log shows, and the stage beside it."""
+    *_, last = (0, ""), *((min(int(percent), 100), stage) for percent, stage in BAR.findall(logs))
+    return last
+
+
+class Client:
+    """A Cog server at `url`. Every method raises FailedError when nobody answers."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        # A proxy that is set for the world outside does not know our loopback.
+        self._direct = re.match(r"(?i)https?://(localhost|127\.|\[::1\])", self.url) is not None
+
+    def call(self, method: str, path: str, body: Json | None = None, timeout_s: float | None = 10.0) -> Any:
+        """The response of `requests`, whatever its status."""
+        try:
+            with requests.Session() as session:
+                session.trust_env = not self._direct
+                return session.request(method, self.url + path, json=body, timeout=(CONNECT_S, timeout_s))
+        except requests.RequestException as error:
+            raise FailedError(
+                f"The server at {self.url} does not answer: {_cause(error)}.", in_log=True
+            ) from None
+
+    def health(self) -> Json:
+        answer = _json(self.call("GET", "/health-check"))
+        if "status" not in answer:
+            raise FailedError(f"What answers at {self.url} is not a Cog server.")
+        return answer
+
+    def schema(self) -> Json | None:
+        """None where the server has none, and so checks nothing."""
+        answer = self.call("GET", "/openapi.json")
+        return _json(answer) if answer.ok else None
+
+    def await_ready(self, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Returns when predictions are taken, now or after the one that runs.
+
+        Raises:
+            FailedError: set-up failed, or the worker died.
+        """
+        while (health := self.health())["status"] not in ("READY", "BUSY"):
+            if health["status"] == "SETUP_FAILED":
+                logs = health.get("setup", {}).get("logs", "")
+                raise FailedError(f"Setup failed: {sentence(logs)}", in_log=not OURS.search(logs))
+            if health["status"] in ("DEFUNCT", "UNHEALTHY"):
+                raise FailedError(f"The server says that it is {health['status']}: restart it.", in_log=True)
+            on_wait()
+            time.sleep(0.1)
+
+    def predict(
+        self, values: Json, schema: Json | None, on_progress: OnProgress, on_busy: Callable[[], None]
+    ) -> Json:
+        """One prediction, from its start until it has succeeded: Cog's reply with `output` and `metrics`.
+
+        Raises:
+            FailedError: it did not succeed.
+        """
+        wait_s = BUSY_FIRST_S
+        while (response := self._run(values, schema, on_progress)).status_code == 409:
+            self.await_ready()  # a server whose worker died says 409 for ever
+            on_busy()
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, BUSY_LAST_S)
+        return _result(response)
+
+    def _run(self, values: Json, schema: Json | None, on_progress: OnProgress) -> Any:
+        """Sends the request from a thread and follows it from this one; an exception here cancels it."""
+        path = f"/predictions/{uuid.uuid4().hex[:16]}"
+        answers: list[Any] = []
+
+        def send() -> None:
+            try:
+                answers.append(self.call("PUT", path, {"input": values}, timeout_s=None))
+            except FailedError as error:
+                answers.append(error)
+
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        try:
+            self._follow(sender, path, impossible_input(schema), on_progress)
+        except BaseException as error:
+            if not self._cancel(sender, path):
+                error.add_note(f"The server did not say that it has cancelled {path}: it may still run.")
+            raise
+        if isinstance(answers[0], FailedError):
+            raise answers[0]
+        return answers[0]
+
+    def _cancel(self, sender: threading.Thread, path: str) -> bool:
+        """Repeats a cancel until the request that `sender` waits for is answered; whether it was."""
+        deadline_s = time.monotonic() + CANCEL_S
+        while sender.is_alive() and time.monotonic() < deadline_s:
+            with contextlib.suppress(FailedError):
+                self.call("POST", f"{path}/cancel", {}, timeout_s=2.0)
+            sender.join(CANCEL_AGAIN_S)
+        return not sender.is_alive()
+
+    def _follow(
+        self, sender: threading.Thread, path: str, question: Json | None, on_progress: OnProgress
+    ) -> None:
+        """Reports progress while the request runs. A poll that fails costs nothing but its news."""
+        reached, pause_until_s = (0, ""), 0.0
+        while True:
+            sender.join(POLL_S)
+            if not sender.is_alive():
+                return
+            start_s = time.monotonic()
+            if question and start_s > pause_until_s:
+                with contextlib.suppress(FailedError):
+                    state = self.call("PUT", path, {"input": question})
+                    if state.status_code == 202:
+                        reached = progress(_json(state).get("logs") or "")
+                # The state repeats the inputs: beside a large file, asking often costs more than it tells.
+                pause_until_s = start_s + 5 * (time.monotonic() - start_s)
+            on_progress(*reached)
+
+
+def _json(response: Any) -> Json:
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise FailedError(f"The server answered {response.status_code} {response.reason} without JSON.")
+    return answer
+
+
+def _result(response: Any) -> Json:
+    """
+    Raises:
+        FailedError: in the words of the service, or of Cog where it refused the request.
+    """
+    if response.status_code == 413:
+        raise FailedError("The request is larger than the server takes: give input_audio as an http(s) URL.")
+    answer = _json(response)
+    if response.status_code == 422 and isinstance(answer.get("detail"), list):
+        raise FailedError(
+            "; ".join(f"{entry['loc'][-1]}: {entry['msg']}" for entry in answer["detail"]) + "."
+        )
+    if answer.get("status") == "canceled":
+        raise FailedError("The prediction was cancelled.")
+    if not response.ok or answer.get("status") != "succeeded":
+        text = sentence(str(answer.get("error") or f"The server answered {response.status_code}."))
+        raise FailedError(text, in_log=IN_LOG.search(text) is not None)
+    if not isinstance(answer.get("output"), str):
+        raise FailedError("The prediction succeeded and returned no file.")
+    return answer
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost cause, which is the one that says something."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

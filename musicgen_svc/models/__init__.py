@@ -1,0 +1,1 @@
+"""The models beside the decoder, each with what builds it."""

@@ -1,0 +1,133 @@
+"""Text and melody -> condition tensors, with transformers, Demucs and chroma called by us.
+
+audiocraft's own conditioners fetch T5 and Demucs by name from their constructors; these take them
+ready-made, and compute the same numbers. Every condition is a pair `([2, S, D], [2, S])`: embedding
+and mask, row 0 what was asked for, row 1 the null condition of classifier-free guidance.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from musicgen_svc.errors import InputError
+from musicgen_svc.models.chroma import Chroma
+from musicgen_svc.models.demucs import REACH_S
+from musicgen_svc.runtime.ticks import Tick, no_tick
+
+Condition: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""(embedding [2, S, D], mask [2, S])"""
+Conditions: TypeAlias = dict[str, Condition]
+"""By attribute, in audiocraft's order: the text first, then the melody."""
+Separate: TypeAlias = Callable[[torch.Tensor, Tick], torch.Tensor]
+"""The melodic stems of a batch, [B, 1, T] -> [B, 1, T], both at the model's rate."""
+
+TEXT = "description"
+MELODY = "self_wav"
+
+MAX_TOKENS = 2048
+"""Of a prompt. 2,000 characters are hardly more, but for signs that T5's tokenizer writes out in up to 18
+letters each; and what T5 takes grows with the square."""
+
+
+class TextConditioner(nn.Module):
+    """A prompt through a frozen T5 encoder and the checkpoint's projection."""
+
+    def __init__(self, t5: nn.Module, tokenizer: Any, embedding_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.output_proj = nn.Linear(embedding_dim, output_dim)
+        self._t5 = (t5,)  # in a tuple, and so not registered: T5 is no part of a MusicGen checkpoint
+        self._tokenizer = tokenizer
+
+    @torch.inference_mode()
+    def forward(self, prompt: str | None, tick: Tick = no_tick) -> Condition:
+        """
+        Raises:
+            InputError: the prompt is more than `MAX_TOKENS`.
+        """
+        device = self.output_proj.weight.device
+        # Both rows in one batch, padded together, as audiocraft runs them: T5's numbers depend on it.
+        inputs = self._tokenizer([prompt or "", ""], return_tensors="pt", padding=True).to(device)
+        mask = inputs["attention_mask"]
+        if mask.shape[1] > MAX_TOKENS:
+            raise InputError(f"prompt has {mask.shape[1]} tokens; at most {MAX_TOKENS} are accepted.")
+        mask[torch.tensor([not prompt, True], device=device)] = 0
+        with torch.autocast(device.type, enabled=False):
+            embedding = self._t5[0](inputs["input_ids"], mask, tick)
+        embedding = self.output_proj(embedding.to(self.output_proj.weight))
+        return embedding * mask.unsqueeze(-1), mask
+
+
+class MelodyConditioner(nn.Module):
+    """A melody's chroma, taken from the stems that carry it, through the checkpoint's projection.
+
+    As audiocraft's `get_pretrained` sets it up: the chroma is cut or repeated to the length that the
+    model was trained with, and none of it is masked.
+    """
+
+    def __init__(
+        self, separate: Separate, chroma: Chroma,
+        duration_s: float, output_dim: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.output_proj = nn.Linear(chroma.n_chroma, output_dim)
+        self.chroma = chroma
+        self._separate = separate
+        self._chroma_frames = 1 + int(chroma.sample_rate * duration_s) // chroma.winhop
+        self._heard = int(chroma.sample_rate * (duration_s + REACH_S))  # what lies beyond changes nothing
+
+    @torch.inference_mode()
+    def forward(self, melody: torch.Tensor | None, tick: Tick = no_tick) -> Condition:
+        """`melody`: [1, T] mono at the model's sample rate; None: the null melody."""
+        device = self.output_proj.weight.device
+        if melody is None:
+            stems = torch.zeros(2, 1, 1, device=device)
+        else:
+            # The null row is silence of the melody's length, and treated like the melody.
+            melody = melody[:, : self._heard]
+            batch = torch.stack([melody, torch.zeros_like(melody)]).to(device)
+            with torch.autocast(device.type, enabled=False):
+                stems = self._separate(batch, tick)
+        with torch.autocast(device.type, enabled=False):
+            chroma = self.chroma(stems)  # [2, S, 12]
+        repeats = math.ceil(self._chroma_frames / chroma.shape[1])
+        chroma = chroma.repeat(1, repeats, 1)[:, : self._chroma_frames]
+        embedding = self.output_proj(chroma.to(self.output_proj.weight))
+        return embedding, torch.ones_like(embedding[..., 0])
+
+
+class Conditioner(nn.Module):
+    """All conditioners of one model; stands where audiocraft's language model has its own.
+
+    Attributes keep audiocraft's names, so that a checkpoint's keys fit.
+    """
+
+    def __init__(self, text: TextConditioner, melody: MelodyConditioner | None) -> None:
+        super().__init__()
+        self.conditioners = nn.ModuleDict({TEXT: text} | ({MELODY: melody} if melody else {}))
+
+    @property
+    def takes_melody(self) -> bool:
+        return MELODY in self.conditioners
+
+    def text(self, prompt: str | None, tick: Tick = no_tick) -> Conditions:
+        """
+        Raises:
+            InputError: the prompt is too long for T5.
+        """
+        return {TEXT: self.conditioners[TEXT](prompt, tick)}
+
+    def melody(self, melody: torch.Tensor | None, tick: Tick = no_tick) -> Conditions:
+        """The melody's condition, [1, T] at the model's rate; nothing on a model that takes none."""
+        if not self.takes_melody:
+            assert melody is None
+            return {}
+        return {MELODY: self.conditioners[MELODY](melody, tick)}
+
+
+def looped(melody: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """The stretch [start, start + length) of a melody [1, T] that repeats without end."""
+    positions = torch.arange(start, start + length, device=melody.device)
+    return melody[..., positions % melody.shape[-1]]

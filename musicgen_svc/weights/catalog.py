@@ -1,0 +1,67 @@
+"""The models and what they need, as `weights/manifest.json` lists them. No torch, no network."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from musicgen_svc.errors import WeightsError
+
+MANIFEST = Path(__file__).resolve().parents[2] / "weights" / "manifest.json"
+DIFFUSION_FILE = "mbd_musicgen_32khz.th"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One folder under `weights/` and the Hugging Face repository that it is filled from."""
+
+    name: str
+    repository: str
+    files: tuple[str, ...]
+    """File names, each of which must be there, and patterns, each of which must match a file."""
+    needs: tuple[str, ...] = ()
+    """Names of the other sources without which this one does not run."""
+    size_gb: float | None = None
+    """What the files take, in units of 10^9 bytes and rounded, where it is known beforehand."""
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Base models and the components they share, by name."""
+
+    models: dict[str, Source]
+    components: dict[str, Source]
+    aliases: dict[str, str]
+
+    def find(self, name: str) -> Source:
+        """The source called `name`, or its alias.
+
+        Raises:
+            WeightsError: no such source.
+        """
+        every = self.models | self.components
+        source = every.get(self.aliases.get(name, name))
+        if source is None:
+            names = [*self.models, *self.components, *self.aliases]
+            raise WeightsError(f"There are no weights called {name!r}; there are {', '.join(names)}.")
+        return source
+
+
+def read_catalog(path: Path = MANIFEST) -> Catalog:
+    manifest = json.loads(path.read_text())
+    return Catalog(
+        models={
+            name: Source(
+                name,
+                entry["repository"],
+                tuple(manifest["model_files"]),
+                tuple(entry["needs"]),
+                entry.get("size_gb"),
+            )
+            for name, entry in manifest["models"].items()
+        },
+        components={
+            name: Source(name, entry["repository"], tuple(entry["files"]), size_gb=entry.get("size_gb"))
+            for name, entry in manifest["components"].items()
+        },
+        aliases=manifest["aliases"],
+    )

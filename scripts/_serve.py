@@ -1,8 +1,0 @@
-"""`scripts/serve`."""
-
-import sys
-
-from musicgen_svc.cli.serve import main
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Tests, and the tiny checkpoints that they and the benchmarks use."""
