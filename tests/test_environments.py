@@ -1,4 +1,4 @@
-"""scripts/_env and scripts/_environment.py: environments lie side by side, and none goes while it is used.
+"""scripts/_env and musicgen_svc/cli/environment.py: environments lie side by side, and none goes while it is used.
 
 `uv` is a stand-in that makes an environment of one link to this test's own Python. It creates and never
 deletes, and refuses every folder that is not in the test's own checkout.
@@ -40,8 +40,9 @@ class Checkout:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "scripts").mkdir(parents=True)
-        for name in ("_env", "_environment.py"):
-            shutil.copy(ROOT / "scripts" / name, folder / "scripts")
+        (folder / "musicgen_svc" / "cli").mkdir(parents=True)
+        for name in ("scripts/_env", "musicgen_svc/cli/environment.py"):
+            shutil.copy(ROOT / name, folder / name)
         self.lock("first")
         uv = folder / ".cache" / f"uv-{self._uv_version()}" / "bin" / "uv"
         uv.parent.mkdir(parents=True)
@@ -49,7 +50,7 @@ class Checkout:
         uv.chmod(0o755)
 
     def _uv_version(self) -> str:
-        text = (self.folder / "scripts" / "_environment.py").read_text()
+        text = (self.folder / "musicgen_svc" / "cli" / "environment.py").read_text()
         return text.split('UV_VERSION = "')[1].split('"')[0]
 
     def lock(self, content: str) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.random_models import SIZES, language_model
 from musicgen_svc.checkpoints import Checkpoint, open_checkpoint
-from musicgen_svc.cli import serve
+from musicgen_svc.cli import cog_server
 from musicgen_svc.engine import projections
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import batch_for
@@ -240,7 +240,7 @@ def test_a_request_beside_others_takes_what_the_server_counts_with() -> None:
     large = SIZES["large"]
     config = _config(large["kind"], dim=large["dim"], layers=large["layers"])
     place = engine_bytes(config, torch.device("cuda"), slots=1, precision="reference")
-    assert place / GB == pytest.approx(serve.PLACE_GB, rel=0.02)
+    assert place / GB == pytest.approx(cog_server.PLACE_GB, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])

@@ -282,9 +282,9 @@ def test_waiting_for_anothers_diffusion_is_not_a_requests_own_time(monkeypatch: 
     stop = StopFlag(10.0)
     with Progress({"queue": 1, "decode": 1}, stop) as progress:
         stop.start_clock()
-        with progress.waiting() as tick:
+        with progress.waiting():
             now_s = 100.0
-            tick(0, 1)
+            progress.check()
         with progress.stage("decode") as tick:
             now_s = 109.0
             tick(0, 1)

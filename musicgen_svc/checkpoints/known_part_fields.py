@@ -149,7 +149,7 @@ DIFFUSION_SCHEDULE: Table = {
 DIFFUSION_PROCESSOR: Table = {
     "use": Field(Flag(), required=True),
     "name": Field(OneOf("multi_band_processor")),
-    "n_bands": Field(Whole(2, 64)),
+    "n_bands": Field(Whole(1, 64)),
     "num_samples": Field(Whole(0, 10**9)),
-    "power_std": Field(Either(Real(-10, 10), Items(Real(-10, 10), 2, 64))),
+    "power_std": Field(Either(Real(-10, 10), Items(Real(-10, 10), 1, 64))),
 }
