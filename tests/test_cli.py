@@ -610,7 +610,7 @@ def test_an_impossible_output_is_refused_before_the_work(tmp_path: Path, name: s
 
 def command(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "musicgen_svc.cli.predict", *arguments],
+        [sys.executable, "-P", "-m", "musicgen_svc.cli.predict", *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -678,7 +678,7 @@ def test_a_reader_that_is_gone_is_one_sentence(cog: FakeCog, tmp_path: Path, nam
     arguments = ["--url", cog.url, "-i", "prompt=x", "-o", name]
     with open(writer, "wb") as out:  # noqa: PTH123 (a descriptor, not a path)
         ended = subprocess.run(
-            [sys.executable, "-m", "musicgen_svc.cli.predict", *arguments], cwd=tmp_path,
+            [sys.executable, "-P", "-m", "musicgen_svc.cli.predict", *arguments], cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=out, stderr=subprocess.PIPE, text=True,
             timeout=60,
         )  # fmt: skip
@@ -690,7 +690,7 @@ def test_a_reader_that_is_gone_is_one_sentence(cog: FakeCog, tmp_path: Path, nam
 def test_a_name_that_is_no_text_is_printed_as_it_is(cog: FakeCog, tmp_path: Path) -> None:
     arguments = ["--url", cog.url, "-i", "prompt=x", "-o", b"caf\xe9"]
     shown = subprocess.run(
-        [sys.executable, "-m", "musicgen_svc.cli.predict", *arguments], cwd=tmp_path,
+        [sys.executable, "-P", "-m", "musicgen_svc.cli.predict", *arguments], cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"},
         capture_output=True, timeout=60,
     )  # fmt: skip
@@ -747,7 +747,7 @@ def test_another_services_inputs_are_not_judged_by_our_rules(cog: FakeCog, tmp_p
 
 def test_help_fits_80_columns(tmp_path: Path) -> None:
     shown = subprocess.run(
-        [sys.executable, "-m", "musicgen_svc.cli.predict", "--help"], cwd=tmp_path,
+        [sys.executable, "-P", "-m", "musicgen_svc.cli.predict", "--help"], cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
         capture_output=True, text=True, check=True, timeout=60,
     ).stdout  # fmt: skip

@@ -61,6 +61,7 @@ class CogServer:
             self.process = subprocess.Popen(
                 [
                     sys.executable,
+                    "-P",
                     "-m",
                     "musicgen_svc.cli.serve",
                     "--stop-at-eof",

@@ -27,7 +27,7 @@ def temporary(tmp_path: Path) -> Path:
 def start(checkout: Path, cwd: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
     own = {name: value for name, value in os.environ.items() if name != "COG_WEIGHTS"}
     return subprocess.Popen(
-        [sys.executable, "-m", "musicgen_svc.cli.predict", *arguments],
+        [sys.executable, "-P", "-m", "musicgen_svc.cli.predict", *arguments],
         cwd=cwd,
         env={**own, "PYTHONPATH": str(checkout), **environment},
         stdout=subprocess.PIPE,

@@ -81,7 +81,7 @@ def test_a_taken_port_is_one_sentence(checkout: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         ended = subprocess.run(
-            [sys.executable, "-m", "musicgen_svc.cli.serve"],
+            [sys.executable, "-P", "-m", "musicgen_svc.cli.serve"],
             env={**os.environ, "PYTHONPATH": str(checkout), "PORT": str(port)},
             capture_output=True,
             text=True,
