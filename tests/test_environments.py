@@ -1,4 +1,4 @@
-"""scripts/_env and musicgen_svc/cli/environment.py: environments lie side by side, and none goes while it is used.
+"""Environments lie side by side, and none goes while it is used: scripts/_env and cli/environment.py.
 
 `uv` is a stand-in that makes an environment of one link to this test's own Python. It creates and never
 deletes, and refuses every folder that is not in the test's own checkout.

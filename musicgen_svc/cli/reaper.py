@@ -35,7 +35,7 @@ class Reaper:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __spec__.name]  # -P: not what lies in the current folder,
+            [sys.executable, "-P", "-m", __spec__.name],  # -P: not what lies in the current folder
             stdin=subprocess.PIPE,
             start_new_session=True,  # neither Ctrl-C nor a kill of the supervisor's group may reach it
             text=True,

@@ -199,7 +199,7 @@ def test_every_row_of_a_gpu_can_be_measured(gpu_check: Any, bench: Report) -> No
     (tests, *rows), seen = gpu_check()[1], set()
     assert tests[:4] == ["-m", "pytest", "-m", "cuda"] and "tests/engine/test_engine_static.py" in tests
     for call in rows:
-        options = " ".join(call[2:-2])
+        options = " ".join(call[3:-2])
         for here, there in (("cuda", "cpu"), ("--seconds 30", "--seconds 0.2"), ("--pairs 3", "--pairs 1")):
             assert here in options
             options = options.replace(here, there)
