@@ -11,13 +11,8 @@ from pathlib import Path
 import pytest
 import requests
 import toy
-from server import ROOT, CogServer
+from server import CogServer
 from toy import needs_proc, processes_with, wait_for
-
-from musicgen_svc.cli import download_weights
-from musicgen_svc.cli.cog_server import environment
-from musicgen_svc.cli.prediction_folders import PredictionFolders, UnusableFolderError, check
-from musicgen_svc.cli.reaper import Reaper
 
 
 @pytest.fixture(scope="module")
@@ -107,57 +102,6 @@ def test_paths_are_relative_to_the_user_and_not_to_the_checkout(checkout: Path, 
         wait_for(lambda: f"weights: {tmp_path / 'mine'}\n" in server.log)
 
 
-def test_an_id_leads_to_no_other_folder(tmp_path: Path) -> None:
-    """Clients choose ids. Cog makes folders of them, which are removed here."""
-    root = tmp_path / "coglet" / "predictions"
-    for path in (root / "mine", root / "anothers", tmp_path / "coglet" / "other"):
-        path.mkdir(parents=True)
-    reaper = Reaper()
-    folders = PredictionFolders(reaper, root)
-    for id in ("mine", "..", ".", "../other", "", "/"):
-        folders.started(id)
-        folders.finished(id)
-    reaper.reap()
-    assert [path.name for path in root.iterdir()] == ["anothers"]
-    assert (tmp_path / "coglet" / "other").is_dir()
-
-
-def test_a_folder_goes_when_its_prediction_has_ended_and_no_request_is_on_its_way(tmp_path: Path) -> None:
-    reaper = Reaper()
-    folders = PredictionFolders(reaper, tmp_path)
-    for order in (("answered", "finished"), ("finished", "answered")):
-        folder = tmp_path / "one"
-        folder.mkdir()
-        folders.requested("one")
-        folders.started("one")
-        getattr(folders, order[0])("one")
-        assert folder.is_dir()
-        getattr(folders, order[1])("one")
-        assert not folder.exists()
-    (tmp_path / "left").mkdir()
-    folders.started("left")
-    reaper.reap()
-    assert not (tmp_path / "left").exists(), "what is left goes with the server"
-
-
-def test_a_folder_of_cogs_that_is_somebody_elses_is_told_at_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else every prediction would take a place and keep it."""
-    root = tmp_path / "coglet" / "predictions"
-    check(root)
-    assert list(root.iterdir()) == []
-
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(
-        UnusableFolderError, match=r"^Cog cannot write to .*predictions \(Permission denied\)"
-    ):
-        check(root)
-
-
 @needs_proc
 def test_nothing_stays_behind_when_stopped_during_a_request(checkout: Path, tmp_path: Path) -> None:
     with CogServer(root=checkout, TMPDIR=str(tmp_path)) as server:
@@ -215,52 +159,3 @@ def test_a_server_that_hangs_is_shown_thread_by_thread_and_stopped(checkout: Pat
         assert server.process.wait(60) == 0
         with pytest.raises(requests.ConnectionError):
             server.health()
-
-
-def test_a_path_is_where_the_user_is_and_a_link_stays_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What lies beside a link is looked for there; and what is not there is the checkout's."""
-    (tmp_path / "store").mkdir()
-    (tmp_path / "current").symlink_to(tmp_path / "store")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COG_WEIGHTS", "current")
-    monkeypatch.setenv("MUSICGEN_WEIGHTS_DIR", "store")
-    given = environment(5000, tmp_path)
-    assert given["COG_WEIGHTS"] == str(tmp_path / "current")
-    assert given["MUSICGEN_WEIGHTS_DIR"] == str(download_weights.chosen_folder().absolute())
-    monkeypatch.setenv("MUSICGEN_WEIGHTS_DIR", "weights")
-    assert environment(5000, tmp_path)["MUSICGEN_WEIGHTS_DIR"] == "weights"  # the server runs there
-    assert download_weights.chosen_folder() == download_weights.ROOT / "weights"
-    (tmp_path / "weights").mkdir()
-    monkeypatch.delenv("MUSICGEN_WEIGHTS_DIR")
-    assert download_weights.chosen_folder() == download_weights.ROOT / "weights"
-
-
-def test_a_gpu_takes_as_many_at_once_as_it_holds_and_a_cpu_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def at_once() -> str:
-        return environment(5000, tmp_path)["COG_MAX_CONCURRENCY"]
-
-    monkeypatch.delenv("COG_MAX_CONCURRENCY", raising=False)
-    monkeypatch.delenv("MUSICGEN_DEVICE", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert at_once() == "1"
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho No devices were found; exit 6\n")
-    tool.chmod(0o755)
-    assert at_once() == "1"
-    expected = {"8192": "1", "15360": "1", "24564": "4", "32607": "8", "46068": "16", "143771": "16"}
-    for memory_mib, held in expected.items():
-        tool.write_text(f"#!/bin/sh\necho {memory_mib}\necho 150000\n")
-        assert at_once() == held
-    tool.write_text("#!/bin/sh\necho 24564\n")
-    assert f"@concurrent(max={at_once()})" in (ROOT / "predict.py").read_text()
-    assert f"COG_MAX_CONCURRENCY={at_once()} " in (ROOT / "cog.yaml").read_text(), (
-        "what the image is made for"
-    )
-    monkeypatch.setenv("MUSICGEN_DEVICE", "cpu")
-    assert at_once() == "1"
-    monkeypatch.setenv("COG_MAX_CONCURRENCY", "7")
-    assert at_once() == "7"

@@ -1,4 +1,4 @@
-"""scripts/_env and musicgen_svc/cli/environment.py: environments lie side by side, and none goes while it is used.
+"""scripts/_env and cli/environment.py: environments are installed side by side, and none is removed while in use.
 
 `uv` is a stand-in that makes an environment of one link to this test's own Python. It creates and never
 deletes, and refuses every folder that is not in the test's own checkout.
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.cli.repository import ROOT
+
 BASE = str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
 UV = """#!/usr/bin/env bash
 set -eu

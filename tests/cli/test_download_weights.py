@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub import Failure, Hub, running_hub
 from huggingface_hub import close_session, constants
 
 from musicgen_svc.cli import download_weights
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.weights.catalog import read_catalog
 from musicgen_svc.weights.lock_file import LOCK_FILE, check_sizes, read_lock
+from tests.cli.hub import Failure, Hub, running_hub
+from tests.cli.repository import ROOT
 
 MODULE = "musicgen_svc.cli.download_weights"
 CHUNK = 2**14
@@ -72,7 +73,7 @@ def environment(endpoint: str, folder: Path, **extra: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HOME": str(folder.parent / "home"),
         "HF_HUB_CACHE": str(folder.parent / "home"),
-        "PYTHONPATH": str(download_weights.ROOT),
+        "PYTHONPATH": str(ROOT),
         **extra,
     }
 

@@ -2,9 +2,9 @@
 
 import re
 import tomllib
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.cli.repository import ROOT
+
 LOCK = (ROOT / "requirements.lock").read_text()
 IMAGE = (ROOT / "requirements.txt").read_text()
 LEFT_OUT = {"xformers", "torchvision", "torchtext", "gradio", "spacy"}

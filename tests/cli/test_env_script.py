@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from tests.cli.repository import ROOT
+
 PYTHON = """#!/usr/bin/env bash
 # Stands for Python: says that there is no GPU.
 echo "$0 $PYTHONPATH" >&2

@@ -1,18 +1,16 @@
 """openapi_schema.json is what Cog would emit for predict.py, and says what the contract says."""
 
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from jsonschema import Draft7Validator
 
 from musicgen_svc.cli import schema
+from tests.cli.repository import ROOT, SCHEMA
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = json.loads((ROOT / "openapi_schema.json").read_text())
+DOCUMENT = SCHEMA
 SCHEMAS = DOCUMENT["components"]["schemas"]
 INPUT = Draft7Validator({"$ref": "#/components/schemas/Input", **DOCUMENT})
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.cli.repository import ROOT
+
 FILES = ["tests/test_a.py", "tests/test_b.py", "tests/http/test_c.py", "tests/deep/down/test_d.py"]
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>runs
