@@ -36,7 +36,7 @@ def own_server() -> Iterator[Client]:
                 [sys.executable, "-m", "musicgen_svc.cli.serve", "--stop-at-eof"],
                 env=os.environ
                 | {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "console", "COG_MAX_CONCURRENCY": "1"},
-                stdin=subprocess.PIPE,  # closes when this process ends, however it ends; then the server stops
+                stdin=subprocess.PIPE,  # its end makes the server stop, even if this process is killed
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the server

@@ -1,7 +1,7 @@
 """Reads the inputs of the service from the text of predict.py, as `cog build` does.
 
-Cog's parser understands a narrow Python. What it does not understand it drops, garbles or makes a required input,
-mostly without a message. Here all that is an error.
+Cog's parser understands only simple literals and annotations. It drops or garbles everything else, or makes
+the input required, mostly without a message. Here all that is an error.
 """
 
 import ast
@@ -113,9 +113,7 @@ def _check_literal(source: str, name: str, keyword: ast.keyword) -> None:
     written = ast.get_source_segment(source, keyword) or ""
     value = ast.get_source_segment(source, keyword.value) or ""
     if option not in rules:
-        raise SourceError(
-            f"{name}: {option} is not among the options that are understood: {', '.join(rules)}."
-        )
+        raise SourceError(f"{name}: {option} is not among the options {', '.join(rules)}.")
     if written.replace(" ", "") != f"{option}={value}".replace(" ", ""):
         raise SourceError(f"{name}: {option} is parenthesised: remove the parentheses.")
     if not rules[option](keyword.value, value):

@@ -1,4 +1,4 @@
-"""The weights folder: which files a source has there, which are missing, and whether their hashes are right."""
+"""The weights folder: which files are there, which are missing, and whether their hashes are right."""
 
 import os
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""scripts/_env and cli/environment.py: environments are installed side by side, and none is removed while in use.
+"""scripts/_env and cli/environment.py: environments lie side by side, and none is removed while it is used.
 
 `uv` is a stand-in that makes an environment of one link to this test's own Python. It creates and never
 deletes, and refuses every folder that is not in the test's own checkout.
