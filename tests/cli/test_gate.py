@@ -35,7 +35,7 @@ class Setting:
         behind = await asyncio.start_server(connected, "127.0.0.1", 0)
         listener = socket.create_server(("127.0.0.1", 0))
         self._open = [behind, await self.gate.listen(listener)]
-        self.gate.lead_to(behind.sockets[0].getsockname()[1], PredictionFolders(self._reaper, folder))
+        self.gate.relay_to(behind.sockets[0].getsockname()[1], PredictionFolders(self._reaper, folder))
         self.gate.open()
         port: int = listener.getsockname()[1]
         return port

@@ -44,7 +44,7 @@ def test_a_folder_goes_when_its_prediction_has_ended_and_no_request_is_on_its_wa
 def test_a_folder_of_cogs_that_is_somebody_elses_is_told_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else every prediction would take a place and keep it."""
+    """Otherwise every prediction would occupy a slot for ever."""
     root = tmp_path / "coglet" / "predictions"
     check(root)
     assert list(root.iterdir()) == []
