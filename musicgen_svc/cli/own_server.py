@@ -33,7 +33,7 @@ def own_server() -> Iterator[Client]:
     try:
         with log.open("wb") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "musicgen_svc.cli.serve", "--stop-at-eof"],
+                [sys.executable, "-P", "-m", "musicgen_svc.cli.serve", "--stop-at-eof"],
                 env=os.environ
                 | {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "console", "COG_MAX_CONCURRENCY": "1"},
                 stdin=subprocess.PIPE,  # its end makes the server stop, even if this process is killed

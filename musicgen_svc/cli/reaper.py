@@ -36,7 +36,7 @@ class Reaper:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name],
+            [sys.executable, "-P", "-m", __spec__.name],
             stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C and a kill of the supervisor's group must not reach it
             text=True,
