@@ -44,6 +44,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(checkout: Path) -> Iterator[CogServer]:
     with CogServer(root=checkout, COG_MAX_CONCURRENCY=str(SLOTS)) as running:
+        wait_for(lambda: "Ready after" in running.log)  # the supervisor logs it after Cog says READY
         yield running
 
 
