@@ -1,7 +1,7 @@
-"""The service as Cog sees it: fifteen inputs, and no logic.
+"""The service as Cog runs it: fifteen inputs, and no logic.
 
-`cog build` reads this file's text, not the running class. What it understands is narrow: every
-default, bound and description is one plain literal, else it is silently dropped.
+`cog build` reads the text of this file and does not run it. Every default, bound and description must be one
+plain literal, because Cog drops anything else without a message.
 """
 # ruff: noqa: B008, E501 (an Input is a call in the signature, a description one literal on one line)
 
@@ -11,19 +11,22 @@ from cog import BaseRunner, Input, Path, concurrent
 
 
 class Predictor(BaseRunner):
+    """Passes set-up and requests on to `Service`."""
+
     def setup(self, weights: str | None = None) -> None:
-        """Loads the `finetuned` model. `weights` is COG_WEIGHTS as it stands: a checkpoint's path or URL."""
-        # Here and not above: torch and audiocraft take seconds to import, and their errors belong to set-up.
+        """Loads the `finetuned` model. `weights`: the value of COG_WEIGHTS, a checkpoint's path or URL."""
+        # Imported here, because torch and audiocraft take seconds to import, and their errors belong to set-up.
         from musicgen_svc.service import Service
         from musicgen_svc.settings import Settings
 
         self.service = Service(Settings.from_environment(os.environ))
         self.service.start(weights)
 
-    async def healthcheck(self) -> bool:  # async: on the loop, where Cog needs no thread for it
+    async def healthcheck(self) -> bool:  # async, so that Cog runs it on the event loop, without a thread
+        """Whether the service can run predictions."""
         return self.service.healthy()
 
-    @concurrent(max=4)  # as in cog.yaml, where `cog push` does not look for it; COG_MAX_CONCURRENCY decides
+    @concurrent(max=4)  # as in cog.yaml, which `cog push` does not read; COG_MAX_CONCURRENCY overrides it
     async def run(
         self,
         model_version: str = Input(
@@ -103,7 +106,7 @@ class Predictor(BaseRunner):
             description="The same seed and inputs give the same music; 0 is a seed too. Left out or -1: a random one, which is reported.",
         ),
     ) -> Path:
-        """One request; contract and errors: `musicgen_svc/service.py`."""
+        """Runs one request. `musicgen_svc/service.py` has its contract and errors."""
         fields = {
             "model_version": model_version,
             "prompt": prompt,
@@ -124,7 +127,7 @@ class Predictor(BaseRunner):
         return Path(await self.service.predict(fields, self.record_metric, self._given_up))
 
     def _given_up(self) -> bool:
-        """Whether Cog has ended the prediction that asks: only then it takes a metric of a reserved name."""
+        """Whether Cog has ended the present prediction. Only then Cog accepts a metric of a reserved name."""
         try:
             self.record_metric("predict_time", 0.0)
         except ValueError:

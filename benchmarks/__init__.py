@@ -1,1 +1,1 @@
-"""Measurements of speed and quality; `results/` has what they found."""
+"""Measurements of speed and quality. `results/` has the results that the documentation cites."""

@@ -1,4 +1,4 @@
-"""How well the engine agrees with audiocraft, and a faster precision with the reference."""
+"""Measures how well the engine agrees with audiocraft, and a faster precision with the reference."""
 
 from dataclasses import dataclass, replace
 
@@ -9,29 +9,34 @@ from musicgen_svc.engine.batch import Batch, DecodeRequest
 from musicgen_svc.engine.delays import interleave
 from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.projections import Precision
+from musicgen_svc.engine.ragged import RaggedSlot
 from musicgen_svc.engine.sampling_params import SamplingParams
 
 LEAST_TOP1 = 0.9
-"""Below that something is computed otherwise. In fp16 two right forwards disagree on about one in
-fifty tokens of a model with random weights; two unrelated ones agree on one in two thousand."""
+"""Least top-1 agreement of two correct forwards. In fp16 they disagree on about one in fifty tokens of a
+model with random weights; two unrelated forwards agree on one in two thousand."""
 
 GREEDY = SamplingParams(temperature=0)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Between likeliest tokens, where the engine reads what audiocraft generated."""
+    """How often the likeliest tokens are equal, where the engine reads what audiocraft generated."""
 
     frames: int
     top1: float
+    """Share of equal tokens, from 0 to 1."""
     first_divergence: int | None
-    """The frame at which the two, each reading its own tokens, part. None: they do not."""
+    """The first frame with a different token; from there on the two, each reading its own tokens, would
+    differ. None: there is no such frame."""
 
 
 @torch.inference_mode()
 def with_audiocraft(work: Workload, batch: Batch, frames: int = 64) -> Agreement:
-    """audiocraft decodes greedily, under its autocast: that is the top of its own logits. The engine, by
-    the very step that is measured, is shown audiocraft's token after each of its own.
+    """Compares the engine's likeliest tokens with audiocraft's, which read the same tokens.
+
+    audiocraft decodes greedily, under its autocast, so that its tokens are the likeliest ones. The engine
+    runs the step that is measured, and each of its tokens is then replaced by audiocraft's.
     """
     greedy = replace(work, frames=frames, sampling=replace(work.sampling, temperature=0))
     delays, special = batch.decoder.delays, batch.decoder.card
@@ -48,21 +53,25 @@ def with_audiocraft(work: Workload, batch: Batch, frames: int = 64) -> Agreement
             batch.step()
     finally:
         batch.close(slot)
-    parted = (~same).nonzero()  # [N, 2]: codebook, column
-    first = min((column - 1 - delays[k] for k, column in parted.tolist()), default=None)
+    different = (~same).nonzero()  # [N, 2]: codebook, column
+    first = min((column - 1 - delays[k] for k, column in different.tolist()), default=None)
     return Agreement(frames, float(same[theirs != special].float().mean()), first)
 
 
 @torch.inference_mode()
 def with_reference(work: Workload, precision: Precision, frames: int = 64) -> dict[str, float]:
-    """How a faster precision's logits differ from the reference's where both read the same tokens.
+    """Compares the logits of a faster precision with the reference's, where both read the same tokens.
 
-    The guided logits are compared, as they are what tokens are drawn from.
+    The guided logits are compared, because tokens are drawn from them.
+
+    Returns:
+        dict: share of equal likeliest tokens; mean and greatest Kullback-Leibler divergence, in nats.
     """
     batches = [batch_for(work.lm, precision=p, kind="ragged") for p in ("reference", precision)]
     exact, rough = (
         batch.open(DecodeRequest(work.given[0], None, frames, GREEDY, torch.Generator())) for batch in batches
     )
+    assert isinstance(exact, RaggedSlot) and isinstance(rough, RaggedSlot)  # which keep their logits
     agreed, divergence = [], []
     while True:
         p, q = (slot.logits.float().log_softmax(-1) for slot in (exact, rough))

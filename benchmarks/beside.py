@@ -1,4 +1,4 @@
-"""Seconds that a request spends outside the engine, on modules of the released sizes with random weights."""
+"""Measures the time that a request spends outside the engine, on random modules of the released sizes."""
 
 from typing import Any
 
@@ -16,15 +16,25 @@ from musicgen_svc.runtime.randomness import GlobalRandom
 T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
 ENCODEC = {"num_filters": 64, "hidden_size": 128, "codebook_dim": 128, "codebook_size": 2048}
 UNET = {"hidden": 48, "growth": 4, "codec_dim": 128, "bilstm": True}
-"""MultiBand Diffusion's for MusicGen, as audiocraft publishes them (config/model/score/basic.yaml), but for
-the codec's and the LSTM in the middle, which makes it three times as large and may be in Meta's file."""
+"""Sizes of MultiBand Diffusion's U-Net for MusicGen, as audiocraft publishes them
+(config/model/score/basic.yaml). Two values are assumptions: the codec's width, and an LSTM in the middle,
+which makes the model three times as large and may be in Meta's file."""
 
 SAMPLE_RATE_HZ, FRAME_RATE_HZ, CODEBOOKS, BANDS = 32_000, 50, 4, 4
 
 
 @torch.inference_mode()
 def beside(seconds: float, device: torch.device, *, mbd: bool = False) -> dict[str, float]:
-    """Each once, after a run on a little that is not counted."""
+    """Runs T5, EnCodec and MultiBand Diffusion once each, after a short warm-up.
+
+    Args:
+        seconds: of audio to decode.
+        device: where the modules are.
+        mbd: whether MultiBand Diffusion is measured.
+
+    Returns:
+        dict: seconds by name.
+    """
     from transformers import T5Config, T5EncoderModel
 
     with torch.device(device):
@@ -49,7 +59,7 @@ def beside(seconds: float, device: torch.device, *, mbd: bool = False) -> dict[s
 
 
 def codec_of_released_size(device: torch.device) -> Codec:
-    """MusicGen's EnCodec as the service builds it: 32 kHz in 4 codebooks at 50 Hz."""
+    """Builds MusicGen's EnCodec as the service does: 32 kHz in 4 codebooks at 50 Hz."""
     from transformers import EncodecConfig, EncodecModel
 
     config = EncodecConfig(
@@ -62,12 +72,15 @@ def codec_of_released_size(device: torch.device) -> Codec:
 
 
 def bits_of(cardinality: int) -> int:
+    """Bits that number this many tokens."""
     return (cardinality - 1).bit_length()
 
 
 def band_of_released_size(device: torch.device) -> Band:
-    """One of the four, which are alike. One may stand for all: each of its evaluations reads its weights
-    anew, which are far more than any processor keeps.
+    """Builds one of the four bands, which have the same sizes.
+
+    One can be used four times without an effect on speed: each evaluation reads all its weights, which are
+    larger than any processor's cache.
     """
     config = band_config()
     with torch.device(device):
@@ -76,7 +89,7 @@ def band_of_released_size(device: torch.device) -> Band:
     processor.project_sample(torch.randn(1, 1, SAMPLE_RATE_HZ))
     return Band(
         unet=unet.eval().requires_grad_(False),
-        schedule=NoiseSchedule(**config.schedule, device="cpu"),  # as the service has it, see diffusion.py
+        schedule=NoiseSchedule(**config.schedule, device="cpu"),  # as in the service, see diffusion_bands.py
         processor=processor.to(device).eval(),
         sample_rate=SAMPLE_RATE_HZ,
         dimension=unet.conv_codec.in_channels,
@@ -84,7 +97,7 @@ def band_of_released_size(device: torch.device) -> Band:
 
 
 def band_config() -> Any:
-    """Its part of audiocraft's checkpoint."""
+    """A band's configuration, as in audiocraft's checkpoint."""
     from omegaconf import OmegaConf
 
     return OmegaConf.create(

@@ -1,13 +1,13 @@
-"""audiocraft's decoding loop and ours, in one process, in turn: as fast as is claimed, and the same tokens?
+"""`scripts/bench`: compares the speed and the tokens of audiocraft's decoding loop and ours, in one process.
 
     scripts/bench --model small --seconds 10 --slots 1,4 --device cpu --json result.json
     scripts/bench --model small --vs transformers --mbd
 
-The model has its real size and random weights, rounded to float16 as the released ones are stored:
-no download. After a warm-up each pair runs audiocraft first and the engine last, so that whatever
-else the machine does falls on both; ratios are taken within pairs. On a CPU in `reference` and in
-`float16` precision the tokens must be equal, or the command fails; on a GPU, where draws are others,
-the likeliest token must nearly always be the same.
+The model has its real size and random weights, rounded to float16 as the released ones are stored, so
+that nothing is downloaded. After a warm-up each pair runs audiocraft first and the engine last, so that
+other work of the machine slows both; ratios are taken within pairs. On a CPU in `reference` and in
+`float16` precision the tokens must be equal, or the command fails. On a GPU the draws differ, and the
+likeliest token must nearly always be the same.
 """
 
 import argparse
@@ -15,8 +15,9 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -35,24 +36,27 @@ from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.engine.static import CHUNK
 
 FIGURES = ("steps", "ratio", "real-time")
+"""What `--at-least` may name."""
 
 EXACT: tuple[Precision, ...] = ("reference", "float16")
-"""What changes nothing, for weights that are stored in float16."""
+"""Precisions that give the same tokens, for weights that are stored in float16."""
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Who decodes what."""
+    """Everything that is compared, and its work."""
 
     ours: Workload
     theirs: Workload
-    """The same, perhaps less of it."""
+    """The same work, perhaps with fewer frames."""
     batches: dict[int, Batch]
-    """By slots."""
+    """Number of slots -> the engine's batch."""
     transformers: Callable[[Workload], Tensor] | None
+    """Decodes with transformers. None: not asked for."""
 
 
 def main() -> int:
+    """Runs the benchmark. Returns the exit status."""
     args = arguments()
     device = torch.device(args.device)
     sides = opposed(args, device)
@@ -64,7 +68,7 @@ def main() -> int:
         sides.transformers(few)
     for n in args.slots:
         few.engine(sides.batches[n], n)
-        if device.type == "cuda":  # every length's graph is recorded, as in a service that has run before
+        if device.type == "cuda":  # records the graph of every length, as in a service that has run before
             sides.ours.engine(sides.batches[n], n)
     for _ in range(args.pairs):
         measure_pair(sides, rows, args.precision)
@@ -99,12 +103,13 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="small")
     parser.add_argument("--seconds", type=float, default=10, help="of audio, at most 30 (default: 10)")
     parser.add_argument(
         "--audiocraft-seconds", type=float, metavar="SECONDS",
-        help="of audio that the others decode, for steps are compared (default: as many)",
+        help="of audio that the other sides decode; only steps are compared (default: as many)",
     )  # fmt: skip
     parser.add_argument(
         "--slots", type=numbers, default=[1], help="requests at once, as 1,4,16 (default: 1)", metavar="N,..."
@@ -139,6 +144,7 @@ def arguments() -> argparse.Namespace:
 
 
 def numbers(text: str) -> list[int]:
+    """Parses "1,4,16"."""
     found = [int(part) for part in text.split(",")]
     if min(found) < 1:
         raise ValueError(text)
@@ -146,6 +152,7 @@ def numbers(text: str) -> list[int]:
 
 
 def bound(text: str) -> tuple[str, float]:
+    """Parses "ratio=10"."""
     name, _, value = text.partition("=")
     if name not in FIGURES:
         raise ValueError(text)
@@ -153,7 +160,7 @@ def bound(text: str) -> tuple[str, float]:
 
 
 def opposed(args: argparse.Namespace, device: torch.device) -> Sides:
-    """One set of weights, and all who decode with it."""
+    """Makes one set of weights, and every side that decodes with it."""
     size = SIZES[args.model]
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     lm = stored_in_float16(language_model(**size, dtype=dtype, device=device))
@@ -177,28 +184,29 @@ def opposed(args: argparse.Namespace, device: torch.device) -> Sides:
 
 
 def transformers_side(work: Workload) -> Callable[[Workload], Tensor]:
+    """Makes transformers' model of the same weights, and returns the function that decodes with it."""
     from transformers.utils import logging
 
     from benchmarks.transformers_generate import TransformersMusicgen
 
-    logging.set_verbosity_error()  # it warns of the special token, which is as in the released models
+    logging.set_verbosity_error()  # it warns about a special token that the released models have
     model = TransformersMusicgen(work.lm)
     return lambda work: model.generate(work.given[0], length=work.frames, sampling=work.sampling, seed=0)
 
 
 def measure_pair(sides: Sides, rows: list[Row], precision: Precision) -> None:
-    """audiocraft once, transformers if asked for, then the engine with each number of slots."""
+    """Measures audiocraft once, transformers if asked for, then the engine with each number of slots."""
     ours, theirs = sides.ours, sides.theirs
     expected, audiocraft_s = timed(theirs.audiocraft, ours.device)
+    transformers_s = None
     if sides.transformers is not None:
-        _, transformers_s = timed(lambda: sides.transformers(theirs), ours.device)
+        _, transformers_s = timed(partial(sides.transformers, theirs), ours.device)
     for row in rows:
         chunks_s: list[float] = []
-        tokens, our_s = timed(
-            lambda n=row.slots, c=chunks_s: ours.engine(sides.batches[n], n, c), ours.device
-        )
+        decode = partial(ours.engine, sides.batches[row.slots], row.slots, chunks_s)
+        tokens, our_s = timed(decode, ours.device)
         row.audiocraft_steps_per_s.append(theirs.columns / audiocraft_s)
-        if sides.transformers is not None:
+        if transformers_s is not None:
             row.transformers_steps_per_s.append(theirs.columns / transformers_s)
         row.engine_steps_per_s.append(ours.columns / our_s)
         row.gb_per_s.append(ours.bytes_per_step(row.slots, precision) * ours.columns / our_s / GB)
@@ -207,36 +215,49 @@ def measure_pair(sides: Sides, rows: list[Row], precision: Precision) -> None:
 
 
 def compared(tokens: Tensor, expected: Tensor, work: Workload) -> str:
-    """[K, T] and [K, T' <= T]: what one may say of the frames that both have."""
+    """Compares tokens in the frames that both sides have.
+
+    Args:
+        tokens: [K, T] of the engine.
+        expected: [K, T' <= T] of audiocraft.
+        work: of the engine.
+
+    Returns:
+        str: a few words for the table.
+    """
     if work.device.type == "cuda" and work.sampling.temperature > 0:
         return "drawn otherwise"
     frames = expected.shape[1]
-    if frames < work.frames:  # the last ones saw an end that is not there in the longer piece
-        frames -= max(work.lm.pattern_provider.delays)
+    if frames < work.frames:  # the last frames depend on the end, which the longer piece does not have there
+        frames -= work.longest_delay
     differs = (tokens[:, :frames] != expected[:, :frames]).any(dim=0).nonzero()
     return "equal" if len(differs) == 0 else f"differ from frame {int(differs[0])}"
 
 
 def look_closer(sides: Sides, rows: list[Row], copy_gb_per_s: float) -> None:
-    """What is not a speed."""
+    """Measures everything but speed: growth of a step, launches, agreement."""
     ours = sides.ours
     for row in rows:
         batch = sides.batches[row.slots]
         position_s = ours.bytes_per_position(row.slots) / copy_gb_per_s / GB
         row.growth = growth(row.chunks_s, CHUNK, position_s)
-        row.per_step = launches(
-            lambda frames, b=batch, n=row.slots: ours.of(frames).engine(b, n), ours.device
-        )
+        row.per_step = launches(partial(decode_frames, ours, batch, row.slots), ours.device)
         if ours.device.type == "cuda":
             row.agreement = with_audiocraft(ours, batch)
 
 
-def launches(run: Callable[[int], Any], device: torch.device) -> dict[str, float] | None:
+def decode_frames(work: Workload, batch: Batch, slots: int, frames: int) -> list[Tensor]:
+    """Decodes this many frames with the engine."""
+    return work.of(frames).engine(batch, slots)
+
+
+def launches(run: Callable[[int], object], device: torch.device) -> dict[str, float] | None:
+    """Counts launches of one step of `run(frames)`. None: the device is no GPU."""
     return per_step(run) if device.type == "cuda" else None
 
 
 def failures(rows: list[Row], device: torch.device, args: argparse.Namespace) -> list[str]:
-    """A sentence for each."""
+    """Lists what does not meet the expectations, one sentence each."""
     found = []
     for row in rows:
         if args.precision in EXACT:

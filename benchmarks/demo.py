@@ -1,11 +1,11 @@
-"""What the demo model can do, in figures, through the service and judged from the sound.
+"""`scripts/bench_demo`: measures what the demo model can do, from the sound that the service returns.
 
     scripts/bench_demo --json benchmarks/results/demo-8songs.json
     scripts/bench_demo --rows text melody --weights FOLDER
-    scripts/bench_demo --recordings FOLDER          # more clips for the melodies that it never saw
+    scripts/bench_demo --recordings FOLDER          # more clips with melodies that it was not trained on
     scripts/bench_demo --picture benchmarks/results/demo-8songs.png
 
-A row that the JSON file has already is not measured again.
+Rows that are in the JSON file already are not measured again.
 """
 
 import argparse
@@ -29,10 +29,11 @@ UNSEEN = "unseen"
 
 
 def main() -> None:
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser(
         prog="scripts/bench_demo", description="Judges the demo model from its sound."
     )
-    parser.add_argument("--json", type=Path, help="where figures go, each row as it ends")
+    parser.add_argument("--json", type=Path, help="file for the results, written after each row")
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, UNSEEN], default=[*ROWS, UNSEEN])
     parser.add_argument("--weights", type=Path, help="a checkpoint; without it, what the service finds")
     parser.add_argument("--picture", type=Path, help="only draw scores and what is played from them, as PNG")
@@ -62,7 +63,10 @@ def main() -> None:
 
 
 def draw(player: Player, file: Path) -> None:
-    """The chroma of two scores beside that of what is played: from a prompt, and from a new tune."""
+    """Draws the chroma of two scores beside that of the music generated from them.
+
+    The first is generated from a prompt that names a song, the second follows a tune that was not trained.
+    """
     from training.plots import plot_chroma
 
     song, tune = SONGS[0], UNSEEN_TUNES[0]
@@ -83,7 +87,7 @@ def draw(player: Player, file: Path) -> None:
 
 
 def recordings(folder: Path | None) -> list[Any]:
-    """Eight seconds of each file, mono at 32 kHz."""
+    """Reads eight seconds of each file in a folder: mono at 32 kHz."""
     clips = []
     for file in sorted(folder.iterdir()) if folder else []:
         wav, rate = soundfile.read(file, always_2d=True)

@@ -1,4 +1,4 @@
-"""Whether a step takes longer the further it is, beyond what reading the longer cache costs."""
+"""Measures whether late steps take longer than early ones, beyond the cost of reading a longer cache."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,38 +6,41 @@ from dataclasses import dataclass
 
 EARLY_STEP = 100
 AROUND = 3
-"""Chunks that are looked at in either place: one alone is at the mercy of whatever else runs."""
+"""Chunks whose median is taken early and late, because other processes may disturb a single one."""
 
 
 @dataclass(frozen=True)
 class Growth:
+    """The time of an early and of a late step."""
+
     early_step: int
     late_step: int
     early_s: float
-    """Of one step."""
     late_s: float
     cache_s: float
-    """What reading the positions in between takes, at the speed of a copy."""
+    """Time to read the cache's positions in between, at the speed of a copy."""
 
     @property
     def ratio(self) -> float:
+        """Time of the late step over that of the early one."""
         return self.late_s / self.early_s
 
     @property
     def ratio_beyond_cache(self) -> float:
-        """1: nothing grows but the cache."""
+        """The same ratio without the time to read the longer cache. 1: nothing else grows."""
         return (self.late_s - self.cache_s) / self.early_s
 
 
 def growth(runs: Sequence[Sequence[float]], steps: int, position_s: float) -> Growth | None:
-    """
+    """Compares the time of early and late steps.
+
     Args:
-        runs: of each decode the seconds of its chunks, one after the other
-        steps: of a chunk
-        position_s: what reading one position of the cache takes
+        runs: seconds of each chunk, for each decode.
+        steps: number of steps in a chunk.
+        position_s: time to read one position of the cache.
 
     Returns:
-        None where the end is not clear of the beginning.
+        Growth: None if the runs are too short to tell early from late.
     """
     chunks = min(len(run) for run in runs)
     first, last = EARLY_STEP // steps - AROUND // 2, chunks - AROUND

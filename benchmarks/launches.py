@@ -1,4 +1,4 @@
-"""What the host does for a step on a GPU: launches, and times that it waits; and the device: kernels."""
+"""Counts what one decode step costs on a GPU: launches and waits of the host, kernels of the device."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -10,28 +10,30 @@ from torch.autograd import DeviceType
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
 COPIES = ("Memcpy", "Memset")
 FRAMES = (8, 24)
-"""Two lengths whose difference has no beginning, no end and nothing of the profiler's own."""
+"""Lengths of two runs, in frames. Prefill, end and the profiler's own work cancel out in their difference."""
 
 
 @dataclass(frozen=True)
 class Counts:
+    """Events of one profiled run, or of one step of it."""
+
     launches: float = 0
-    """Of kernels, graphs, copies and fills, by the host. A graph is one."""
+    """Kernels, graphs, copies and fills that the host launched. A graph counts once."""
     syncs: float = 0
-    """Calls that return only when the device is done."""
+    """Calls of the host that returned only when the device was done."""
     kernels: float = 0
-    """That ran on the device; those within graphs too."""
+    """Kernels that ran on the device, those within graphs included."""
 
 
 def count(events: Iterable[Any]) -> Counts:
-    """Of a profiler's events, each with a `name` and a `device_type`."""
+    """Counts a profiler's events, each of which has a `name` and a `device_type`."""
     launches = syncs = kernels = 0
     for event in events:
         if event.device_type == DeviceType.CUDA:
             kernels += not event.name.startswith(COPIES)
         else:
             launches += event.name.startswith(LAUNCHES)
-            # A copy that is not `Async` waits, too.
+            # A copy waits too, unless its name says `Async`.
             syncs += event.name in ("cudaMemcpy", "cudaMemcpy2D") or (
                 event.name.startswith("cu") and event.name.endswith("Synchronize")
             )
@@ -39,17 +41,28 @@ def count(events: Iterable[Any]) -> Counts:
 
 
 def per_step(run: Callable[[int], object]) -> dict[str, float]:
-    """Counts of one step of `run(frames)`."""
+    """Counts the events of one step.
+
+    Args:
+        run: decodes this many frames.
+
+    Returns:
+        dict: the fields of `Counts`, each as a mean over the steps.
+    """
     short, long = FRAMES
-    run(long)  # what is only done once
+    run(long)  # warm-up: does what is done only once
     less, more = count(profiled(lambda: run(short))), count(profiled(lambda: run(long)))
     return {name: (value - asdict(less)[name]) / (long - short) for name, value in asdict(more).items()}
 
 
 def profiled(run: Callable[[], object]) -> Iterable[Any]:
-    from torch.profiler import profile, supported_activities
+    """Runs a function and returns the profiler's events."""
+    from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=supported_activities(), acc_events=True) as profiler:  # or it warns
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, acc_events=True) as profiler:  # without acc_events it warns
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

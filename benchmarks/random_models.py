@@ -1,10 +1,11 @@
 """audiocraft's language models with random weights, at any size: for tests and benchmarks.
 
-Settings and shapes are the released models'; only the numbers are drawn.
+Settings and shapes are those of the released models; only the values of the weights are random.
 """
 
 import math
 from collections.abc import Mapping
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +21,38 @@ from musicgen_svc.models.meta_init import on_meta
 from musicgen_svc.runtime.randomness import GlobalRandom
 
 MONO, STEREO = (0, 1, 2, 3), (0, 0, 1, 1, 2, 2, 3, 3)
-SIZES = {
+"""Delays of the codebooks, in frames."""
+
+
+class ModelSize(TypedDict):
+    """Arguments of `language_model` that differ between the released models."""
+
+    kind: str
+    dim: int
+    layers: int
+    heads: int
+
+
+SIZES: dict[str, ModelSize] = {
     "small": {"kind": "text", "dim": 1024, "layers": 24, "heads": 16},
     "medium": {"kind": "text", "dim": 1536, "layers": 48, "heads": 24},
     "large": {"kind": "text", "dim": 2048, "layers": 48, "heads": 32},
     "melody": {"kind": "melody", "dim": 1536, "layers": 48, "heads": 24},
 }
 MODELS = {"text": ("text", MONO), "melody": ("melody", MONO), "stereo": ("text", STEREO)}
-"""What a step differs by: kind and delays."""
+"""Models whose decode steps differ: (kind, delays)."""
 FUSED = {
     "text": {"sum": [], "prepend": [], "cross": ["description"], "input_interpolate": []},
     "melody": {"sum": [], "prepend": ["self_wav", "description"], "cross": [], "input_interpolate": []},
 }
+"""Where the fuser of each kind of model puts its conditions."""
 
 Conditions = Mapping[str, tuple[Tensor, Tensor]]
+"""Name of a condition -> its tensor [2, T, dim] and its mask [2, T]; the second row is the null condition."""
 
 
-class Given(nn.Module):
-    """A condition provider whose tensors were computed before."""
+class FixedConditions(nn.Module):
+    """A condition provider that returns tensors which were computed before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,14 +77,24 @@ def language_model(
     device: torch.device | str = "cpu",
     seed: int = 1,
 ) -> LMModel:
-    """`kind`: "text" attends to its text, "melody" has melody and text stand before its tokens.
+    """Makes a language model with random weights.
 
-    `dtype` is that of the layers, as in audiocraft: embeddings, heads and the last norm stay fp32.
+    Args:
+        kind: "text" attends to its text by cross-attention; "melody" has melody and text as a prefix of its
+            tokens.
+        delays: of the codebooks, in frames.
+        dim: width of the layers.
+        layers: number of layers.
+        heads: attention heads of each layer.
+        card: tokens of each codebook.
+        dtype: of the layers. As in audiocraft, embeddings, heads and the last norm stay fp32.
+        device: where the weights are.
+        seed: of the random values.
     """
     with on_meta():
         lm = LMModel(
             DelayedPatternProvider(len(delays), list(delays)),
-            Given(),
+            FixedConditions(),
             ConditionFuser(FUSED[kind]),
             n_q=len(delays), card=card, dim=dim, num_heads=heads, num_layers=layers, hidden_scale=4,
             norm="layer_norm", norm_first=True, bias_proj=False, bias_ff=False, bias_attn=False,
@@ -84,7 +109,7 @@ def language_model(
         if "norm" in name:
             parameter.normal_(0, 0.1, generator=draw)
             parameter.add_(1 if name.endswith("weight") else 0)
-        elif name.startswith("emb."):  # as loud as positions are: another token must be another input
+        elif name.startswith("emb."):  # as large as the positions, so that another token is another input
             parameter.normal_(0, 0.7, generator=draw)
         else:  # heads twice as wide, so that logits differ as much as a trained model's
             gain = 2 if name.startswith("linears") else 0.7
@@ -95,7 +120,17 @@ def language_model(
 def conditions(
     kind: str = "text", *, dim: int = 64, seed: int = 0, tokens: int = 12, chroma: int = 235
 ) -> Conditions:
-    """As T5 and the chroma conditioner give them: the null text is zeros, the null melody is not."""
+    """Makes random conditions as T5 and the chroma conditioner give them.
+
+    The null text is zeros, the null melody is not.
+
+    Args:
+        kind: of the model, as in `language_model`.
+        dim: width of the model.
+        seed: of the random values.
+        tokens: length of the text.
+        chroma: length of the melody, in chroma frames.
+    """
     draw = torch.Generator().manual_seed(seed)
     text = torch.randn(2, tokens, dim, generator=draw)
     text[1] = 0
@@ -115,7 +150,19 @@ def audiocraft_generates(
     sampling: SamplingParams,
     seed: int,
 ) -> Tensor:
-    """[K, length] tokens by audiocraft's own loop, drawn from the global generator."""
+    """Generates tokens with audiocraft's own loop, which draws from torch's global generator.
+
+    Args:
+        lm: made by `language_model`.
+        given: the conditions, or none.
+        prompt: [K, T0] tokens to continue.
+        length: frames to return, the prompt's among them.
+        sampling: how tokens are drawn.
+        seed: of the global generator, which is restored afterwards.
+
+    Returns:
+        Tensor: [K, length] tokens.
+    """
     lm.condition_provider.tensors = given
     with GlobalRandom(seed, lm.emb[0].weight.device).pinned():
         codes: Tensor = lm.generate(

@@ -1,4 +1,4 @@
-"""What `scripts/bench` found, as JSON and as a table."""
+"""The results of `scripts/bench`, as JSON and as a table."""
 
 import platform
 import resource
@@ -19,7 +19,7 @@ FRAME_RATE_HZ = 50
 
 @dataclass
 class Row:
-    """One number of slots. The lists have one entry per pair."""
+    """The results with one number of slots. The lists have one entry per pair."""
 
     slots: int
     audiocraft_steps_per_s: list[float] = field(default_factory=list)
@@ -27,30 +27,32 @@ class Row:
     engine_steps_per_s: list[float] = field(default_factory=list)
     gb_per_s: list[float] = field(default_factory=list)
     chunks_s: list[list[float]] = field(default_factory=list)
-    """Of the engine: the seconds of every few steps."""
+    """Seconds of each chunk of the engine's steps."""
     tokens: str = ""
+    """How the tokens compare, in a few words."""
     agreement: Agreement | None = None
     growth: Growth | None = None
     per_step: dict[str, float] | None = None
-    """Launches, syncs and kernels of the engine on a GPU."""
+    """Launches, syncs and kernels of one step of the engine on a GPU."""
 
     @property
     def ratio(self) -> list[float]:
-        """Audio per second, ours over audiocraft's one request."""
+        """Audio per second of all our slots, over that of audiocraft's one request."""
         return self._ratio(self.audiocraft_steps_per_s)
 
     @property
     def ratio_to_transformers(self) -> list[float]:
-        """The same over transformers' one request; empty if it was not asked for."""
+        """Audio per second of all our slots, over that of transformers' one request. Empty: not asked for."""
         return self._ratio(self.transformers_steps_per_s) if self.transformers_steps_per_s else []
 
     @property
     def times_real_time(self) -> list[float]:
+        """Seconds of audio that the engine decodes in a second, all slots together."""
         return [self.slots * steps / FRAME_RATE_HZ for steps in self.engine_steps_per_s]
 
     @property
     def figures(self) -> dict[str, float]:
-        """What `--at-least` may name."""
+        """Medians, by the names that `--at-least` takes."""
         return {
             "steps": statistics.median(self.engine_steps_per_s),
             "ratio": statistics.median(self.ratio),
@@ -62,6 +64,7 @@ class Row:
         return [self.slots * ours / their for ours, their in pairs]
 
     def as_json(self) -> dict[str, Any]:
+        """Everything for the JSON file, ratios included."""
         found = asdict(self)
         del found["chunks_s"]
         found["ratio"], found["times_real_time"] = self.ratio, self.times_real_time
@@ -72,6 +75,7 @@ class Row:
 
 
 def show(result: dict[str, Any], rows: list[Row]) -> None:
+    """Prints the results."""
     print(
         f"{result['model']}, {result['seconds']:g} s, {result['precision']}, torch {result['torch']}, "
         f"{result['device']} ({result['cpu']}, {result['threads']} threads)"
@@ -88,6 +92,7 @@ def show(result: dict[str, Any], rows: list[Row]) -> None:
 
 
 def cells(row: Row, copy_gb_per_s: float) -> dict[str, str]:
+    """One line of the table: column -> text."""
     read = statistics.median(row.gb_per_s)
     found = {
         "slots": str(row.slots),
@@ -107,12 +112,14 @@ def cells(row: Row, copy_gb_per_s: float) -> dict[str, str]:
 
 
 def table(rows: list[dict[str, str]]) -> None:
+    """Prints rows of cells, aligned."""
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     for row in [{name: name for name in widths}, *rows]:
         print("  ".join(f"{row[name]:>{width}}" for name, width in widths.items()))
 
 
 def remarks(row: Row) -> list[str]:
+    """Lines below the table: growth, launches and agreement."""
     lines = []
     if row.growth is not None:
         g = row.growth
@@ -124,20 +131,23 @@ def remarks(row: Row) -> list[str]:
         lines.append("one step: " + spelled(row.per_step))
     if row.agreement is not None:
         a = row.agreement
-        parted = "never" if a.first_divergence is None else f"from frame {a.first_divergence}"
-        lines.append(f"top-1 agreement with audiocraft {a.top1:.1%} in {a.frames} frames; differs {parted}")
+        differs = "never" if a.first_divergence is None else f"from frame {a.first_divergence}"
+        lines.append(f"top-1 agreement with audiocraft {a.top1:.1%} in {a.frames} frames; differs {differs}")
     return lines
 
 
 def of_three(values: list[float]) -> str:
+    """Least, median and greatest value."""
     return f"{min(values):.2f} / {statistics.median(values):.2f} / {max(values):.2f}"
 
 
 def spelled(figures: dict[str, float]) -> str:
+    """Names and values, on one line."""
     return ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
 
 
 def machine(device: torch.device) -> dict[str, Any]:
+    """What the results depend on: commit, torch, device, CPU, threads."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "commit": commit.stdout.strip() or None,
@@ -149,13 +159,14 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """The processor's name."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
     return names[0] if names else platform.processor()
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB that the process held at most: on the GPU, or resident."""
+    """Peak memory of the process in GB: on the GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB

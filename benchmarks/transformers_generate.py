@@ -1,7 +1,7 @@
-"""transformers' MusicGen over the weights of audiocraft's language model, as its users run it.
+"""transformers' MusicGen with the weights of audiocraft's language model, as its users run it.
 
-That is fp32 on a CPU and the whole model in fp16 on a GPU, its own attention and growing cache. Only
-decoding is measured: the text comes encoded and projected, and codes are taken instead of audio.
+The model is in fp32 on a CPU and in fp16 on a GPU, with its own attention and its growing cache. Only
+decoding is measured: the text is already encoded and projected, and tokens are returned instead of audio.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from musicgen_svc.runtime.randomness import GlobalRandom
 
 
 class TransformersMusicgen:
-    """Text models only, in mono; those with melody are another class there."""
+    """Decodes with transformers. Mono text models only, because transformers has another class for melody."""
 
     def __init__(self, lm: LMModel) -> None:
         assert lm.transformer.layers[0].cross_attention is not None, "not a text model"
@@ -38,13 +38,13 @@ class TransformersMusicgen:
         model.decoder.load_state_dict(state, strict=True, assign=True)
         table = parts.embed_positions.get_embedding(parts.max_target_positions, lm.dim)
         parts.embed_positions.weights = table.to(device, dtype)  # a constant, in no state
-        model.text_encoder = _Nothing(model.text_encoder.config)
-        model.audio_encoder = _Codes(model.audio_encoder.config)
+        model.text_encoder = _NoEncoder(model.text_encoder.config)
+        model.audio_encoder = _NoDecoder(model.audio_encoder.config)
         self._model, self._delay = model.eval(), max(lm.pattern_provider.delays)
         self._device, self._dtype = device, dtype
 
     def generate(self, given: Conditions, *, length: int, sampling: SamplingParams, seed: int) -> Tensor:
-        """[K, length] tokens, drawn from the global generator."""
+        """Generates [K, length] tokens, drawn from torch's global generator."""
         assert sampling.guidance > 1 and not sampling.top_p, "one row, or another draw, than audiocraft's"
         text, _ = given["description"]  # the null text is the second row
         rows, words, _ = text.shape
@@ -63,22 +63,23 @@ class TransformersMusicgen:
         return codes[0, 0]
 
 
-class _Nothing(torch.nn.Module):
-    """Stands for T5, whose result is given."""
+class _NoEncoder(torch.nn.Module):
+    """Replaces T5, because the encoded text is given."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
 
 
-class _Codes(_Nothing):
-    """Stands for EnCodec, and gives out what it was to decode: [1, B, K, T]."""
+class _NoDecoder(_NoEncoder):
+    """Replaces EnCodec, and returns the tokens that it is asked to decode: [1, B, K, T]."""
 
     def decode(self, codes: Tensor, **_: object) -> Any:
         return type("Decoded", (), {"audio_values": codes})
 
 
 def _config(lm: LMModel) -> MusicgenConfig:
+    """The configuration in transformers' names."""
     layer = lm.transformer.layers[0]
     return MusicgenConfig(
         # As wide as the decoder, so that it does not project the text again at every step.
@@ -98,7 +99,7 @@ def _config(lm: LMModel) -> MusicgenConfig:
 
 
 def _decoder_state(lm: LMModel) -> dict[str, Tensor]:
-    """audiocraft's weights under transformers' names; its packed projections become views of three."""
+    """audiocraft's weights under transformers' names. Each packed projection becomes three views."""
     state = {}
     inside = "model.decoder."
     for k in range(lm.n_q):

@@ -1,3 +1,3 @@
-"""MusicGen behind Cog: one request in, one audio file out. Start reading at pipeline.py."""
+"""A MusicGen inference service packaged with Cog. docs/architecture.md says what each module does."""
 
 __version__ = "0.1.0"

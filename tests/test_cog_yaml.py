@@ -1,4 +1,4 @@
-"""cog.yaml uses Cog's current keys, and the versions of the lock."""
+"""cog.yaml has Cog's current keys and the versions of requirements.lock, and .dockerignore fits the image."""
 
 import ast
 import re
@@ -22,7 +22,7 @@ REQUIREMENTS = dict(
     re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
 )
 
-# Cog's schema of the file, without what it calls deprecated.
+# The keys in Cog's schema of the file, without the deprecated ones.
 KEYS = {"build", "environment", "image", "model", "run", "weights"}
 BUILD_KEYS = {
     "cuda",
@@ -35,7 +35,7 @@ BUILD_KEYS = {
     "system_packages",
 }
 
-# CUDA versions for which Cog knows a build of the torch we lock.
+# CUDA versions for which Cog has a build of the locked torch.
 CUDA = {"2.11.0": {"12.6", "12.8", "12.9", "13.0"}}
 
 
@@ -46,7 +46,7 @@ def test_only_current_keys_are_used() -> None:
 
 
 def test_versions_are_texts() -> None:
-    """yaml reads 3.10 and 12.80 as the numbers 3.1 and 12.8."""
+    """YAML would read 3.10 and 12.80 as the numbers 3.1 and 12.8."""
     assert all(isinstance(BUILD[key], str) for key in ("python_version", "cuda", "sdk_version"))
 
 
@@ -72,8 +72,8 @@ def test_the_image_has_a_python_that_we_support() -> None:
     assert f'requires-python = "=={BUILD["python_version"]}.*"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_requirements_leave_to_cog_what_is_cogs() -> None:
-    """Cog installs its own packages and rewrites torch; audiocraft comes by `run`, without its pins."""
+def test_requirements_leave_out_what_cog_installs() -> None:
+    """Cog installs its own packages and replaces torch. `run` installs audiocraft without its pins."""
     assert BUILD["python_requirements"] == "requirements.txt"
     assert not REQUIREMENTS.keys() & {"cog", "coglet", "audiocraft", "triton"}
     assert not [name for name in REQUIREMENTS if name.startswith(("nvidia-", "cuda-"))]
@@ -81,7 +81,7 @@ def test_requirements_leave_to_cog_what_is_cogs() -> None:
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore keeps `path` out: a pattern names a path from the root, or all below it."""
+    """Whether .dockerignore excludes a path. A pattern matches a path from the root, and all below it."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     patterns = [line for line in lines if line and not line.startswith("#")]
     parts = path.split("/")
@@ -122,14 +122,14 @@ def test_what_the_image_needs_goes_in(path: str) -> None:
     assert not ignored(path)
 
 
-def test_baked_weights_lie_where_the_service_looks() -> None:
-    """In the image nothing moves them: the default folder goes in, and no variable names another one."""
+def test_weights_in_the_image_are_where_the_service_looks() -> None:
+    """The image contains the default folder, and sets no variable that names another one."""
     assert not ignored(f"{Settings().weights_dir}/small/state_dict.bin")
     assert not [entry for entry in CONFIG["environment"] if entry.startswith("MUSICGEN_WEIGHTS_DIR")]
 
 
 def test_mounted_weights_hide_nothing_that_the_service_needs() -> None:
-    """The manifest is the one file under weights/ that is ours: it must stay visible beside the mount."""
+    """The manifest in weights/ is part of the service, and must stay visible when weights are mounted."""
     command = re.search(
         r"^docker run .* -v .*$", (ROOT / "docs" / "weights.md").read_text(), flags=re.MULTILINE
     )

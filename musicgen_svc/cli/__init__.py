@@ -1,1 +1,1 @@
-"""The command line's side of the service: none of it runs inside Cog's worker, and none of it needs torch."""
+"""The command line. None of it runs inside Cog's worker, and none of it needs torch."""

@@ -1,8 +1,8 @@
-"""Talks to a Cog server over HTTP, and turns what it answers into one sentence or a result.
+"""A client of a Cog server, which turns each answer into a result or into one sentence.
 
-Cog has no route to ask how a prediction is doing. But a PUT to the id of one that runs answers with
-its state before the body is looked at, and a PUT to one that does not run has its body checked before
-anything starts: a body that cannot be valid asks, and never starts anything.
+Cog has no route for the progress of a prediction. But if a prediction runs, Cog answers a PUT to its id with
+its state, before it looks at the body. If it does not run, Cog checks the body before it starts anything. The
+client therefore asks for progress with a PUT whose body is never valid, which cannot start a prediction.
 """
 
 import contextlib
@@ -24,44 +24,49 @@ OnProgress = Callable[[int, str], None]
 
 CONNECT_S = 10.0
 BUSY_FIRST_S, BUSY_LAST_S = 1.0, 15.0
-"""How long to wait before asking a busy server again: doubled each time, up to the second."""
+"""How long to wait before asking a busy server again: the first value, doubled each time up to the second."""
 POLL_S = 0.3
 CANCEL_S, CANCEL_AGAIN_S = 10.0, 0.1
-"""How long to repeat a cancel, and how often: a server ignores one that comes as the prediction starts."""
+"""How long a cancel is repeated, and how often. Cog ignores one that arrives while a prediction starts."""
 
 OURS = re.compile(r"(Service|Input|Audio|Weights|Generation)Error: ")
-"""The service's own errors, of musicgen_svc/errors.py: their sentence is all that there is to know."""
+"""The service's own errors, of musicgen_svc/errors.py. Their sentence holds the cause."""
 IN_LOG = re.compile(r"its log has the cause|worker (crashed|died|exited)", re.IGNORECASE)
+"""Errors whose cause only the server's log holds."""
 BAR = re.compile(r"(\d{1,3})%\|[^|]*\|[ ]*([a-z][a-z-]*)?")
+"""A progress bar of tqdm: its percentage and the name of the stage."""
 
 
 class FailedError(Exception):
-    """The prediction, the server or the network failed: one sentence for the user.
-
-    `in_log`: the sentence does not hold the cause; only the server's log may.
-    """
+    """The prediction, the server or the network failed. The message is one sentence for the user."""
 
     def __init__(self, text: str, in_log: bool = False) -> None:
+        """Makes an error.
+
+        Args:
+            text: the sentence.
+            in_log: whether only the server's log can hold the cause.
+        """
         super().__init__(text)
         self.in_log = in_log
 
 
 def progress(logs: str) -> tuple[int, str]:
-    """The last percentage that a tqdm bar in the prediction's log shows, and the stage beside it."""
+    """Finds the last percentage and stage that a progress bar in a prediction's log shows."""
     *_, last = (0, ""), *((min(int(percent), 100), stage) for percent, stage in BAR.findall(logs))
     return last
 
 
 class Client:
-    """A Cog server at `url`. Every method raises FailedError when nobody answers."""
+    """A client of the Cog server at `url`. Every method raises FailedError if there is no answer."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        # A proxy that is set for the world outside does not know our loopback.
+        # A proxy cannot reach this machine's loopback device.
         self._direct = re.match(r"(?i)https?://(localhost|127\.|\[::1\])", self.url) is not None
 
     def call(self, method: str, path: str, body: Json | None = None, timeout_s: float | None = 10.0) -> Any:
-        """The response of `requests`, whatever its status."""
+        """Sends a request, and returns the response whatever its status is."""
         try:
             with requests.Session() as session:
                 session.trust_env = not self._direct
@@ -72,18 +77,22 @@ class Client:
             ) from None
 
     def health(self) -> Json:
+        """Returns the health check's answer."""
         answer = _json(self.call("GET", "/health-check"))
         if "status" not in answer:
             raise FailedError(f"What answers at {self.url} is not a Cog server.")
         return answer
 
     def schema(self) -> Json | None:
-        """None where the server has none, and so checks nothing."""
+        """Returns the schema. None: the server has none, and so does not check inputs."""
         answer = self.call("GET", "/openapi.json")
         return _json(answer) if answer.ok else None
 
     def await_ready(self, on_wait: Callable[[], None] = lambda: None) -> None:
-        """Returns when predictions are taken, now or after the one that runs.
+        """Waits until the server is set up. It may be busy then.
+
+        Args:
+            on_wait: called again and again while waiting.
 
         Raises:
             FailedError: set-up failed, or the worker died.
@@ -100,21 +109,30 @@ class Client:
     def predict(
         self, values: Json, schema: Json | None, on_progress: OnProgress, on_busy: Callable[[], None]
     ) -> Json:
-        """One prediction, from its start until it has succeeded: Cog's reply with `output` and `metrics`.
+        """Runs one prediction. If this is interrupted by an exception, the prediction is cancelled.
+
+        Args:
+            values: the request's input.
+            schema: of the server.
+            on_progress: called while the prediction runs.
+            on_busy: called each time that the server is busy, before waiting.
+
+        Returns:
+            dict: Cog's reply, with `output` and `metrics`.
 
         Raises:
-            FailedError: it did not succeed.
+            FailedError: the prediction did not succeed.
         """
         wait_s = BUSY_FIRST_S
         while (response := self._run(values, schema, on_progress)).status_code == 409:
-            self.await_ready()  # a server whose worker died says 409 for ever
+            self.await_ready()  # raises if the worker died, because Cog then answers 409 for ever
             on_busy()
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, BUSY_LAST_S)
         return _result(response)
 
     def _run(self, values: Json, schema: Json | None, on_progress: OnProgress) -> Any:
-        """Sends the request from a thread and follows it from this one; an exception here cancels it."""
+        """Sends the request from a thread and follows it in this one. An exception here cancels it."""
         path = f"/predictions/{uuid.uuid4().hex[:16]}"
         answers: list[Any] = []
 
@@ -137,7 +155,7 @@ class Client:
         return answers[0]
 
     def _cancel(self, sender: threading.Thread, path: str) -> bool:
-        """Repeats a cancel until the request that `sender` waits for is answered; whether it was."""
+        """Repeats a cancel until the request that `sender` sent is answered. Returns whether it was."""
         deadline_s = time.monotonic() + CANCEL_S
         while sender.is_alive() and time.monotonic() < deadline_s:
             with contextlib.suppress(FailedError):
@@ -148,7 +166,7 @@ class Client:
     def _follow(
         self, sender: threading.Thread, path: str, question: Json | None, on_progress: OnProgress
     ) -> None:
-        """Reports progress while the request runs. A poll that fails costs nothing but its news."""
+        """Reports progress until the request is answered. A failed poll is ignored."""
         reached, pause_until_s = (0, ""), 0.0
         while True:
             sender.join(POLL_S)
@@ -160,12 +178,13 @@ class Client:
                     state = self.call("PUT", path, {"input": question})
                     if state.status_code == 202:
                         reached = progress(_json(state).get("logs") or "")
-                # The state repeats the inputs: beside a large file, asking often costs more than it tells.
+                # The state repeats the inputs, so that each poll is expensive if they hold a large file.
                 pause_until_s = start_s + 5 * (time.monotonic() - start_s)
             on_progress(*reached)
 
 
 def _json(response: Any) -> Json:
+    """Reads an answer that must be a JSON object."""
     try:
         answer = response.json()
     except ValueError:
@@ -176,9 +195,10 @@ def _json(response: Any) -> Json:
 
 
 def _result(response: Any) -> Json:
-    """
+    """Returns the reply of a prediction that succeeded.
+
     Raises:
-        FailedError: in the words of the service, or of Cog where it refused the request.
+        FailedError: with the service's sentence, or with Cog's if Cog refused the request.
     """
     if response.status_code == 413:
         raise FailedError("The request is larger than the server takes: give input_audio as an http(s) URL.")
@@ -198,7 +218,7 @@ def _result(response: Any) -> Json:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost cause, which is the one that says something."""
+    """The text of the innermost cause, which is the most specific one."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Cog's JSON log: readable lines for a terminal, and what it tells of predictions and places."""
+"""Cog's JSON log: readable lines for a terminal, and the state of predictions and slots that it tells."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ PREFIXES = re.compile(
 EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit): (?=.* )")
 
 SAID_BETTER = ("Setup failed", "Worker initialization failed")
-"""What Cog logs when set-up fails. `scripts/serve` says it in its own words."""
+"""What Cog logs when set-up fails. It is not shown, because `scripts/serve` prints a sentence of its own."""
 STARTED = "Starting prediction"
 FINISHED = (
     "Prediction succeeded", "Prediction worker completed", "Prediction failed", "Prediction cancelled",
@@ -26,11 +26,11 @@ LOST = (
     "Slot poisoned - capacity permanently reduced",
     "Failed to transition slot to idle, poisoning slot",
 )
-"""What Cog 0.23.1 logs when one of its places will never take a prediction again."""
+"""What Cog 0.23.1 logs when one of its slots will never run a prediction again."""
 
 
 def sentence(error: str) -> str:
-    """The service's own words in an error of Cog's: the last line, without Cog's and Python's prefixes."""
+    """Finds the service's own sentence in an error of Cog's: the last line, without prefixes."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     text = lines[-1] if lines else "no reason was given."
     while prefix := PREFIXES.match(text):
@@ -39,20 +39,20 @@ def sentence(error: str) -> str:
 
 
 class Console:
-    """Writes to a terminal or a file; the lines of progress bars replace each other on a terminal."""
+    """Writes to a terminal or a file. On a terminal each line of a progress bar replaces the one before."""
 
     def __init__(self, out: TextIO, raw: bool) -> None:
-        """`raw`: Cog's JSON lines are written as they are."""
+        """Writes to `out`. If `raw`, Cog's JSON lines are written unchanged."""
         self._out = out
         self._raw = raw
         self._in_progress = False
 
     def say(self, text: str) -> None:
-        """Writes a line of our own, with the time."""
+        """Writes a line of `scripts/serve`, with the time."""
         self._line(f"{datetime.now():%H:%M:%S} {text}")
 
     def show(self, line: str, record: dict[str, Any] | None) -> None:
-        """Writes a line of Cog's log. Without a record it is no JSON, such as a traceback of Python."""
+        """Writes a line of Cog's log. `record`: the line as JSON. None: it is no JSON."""
         if record is None or self._raw:
             self._line(line)
             return
@@ -74,14 +74,14 @@ class Console:
         self._write(("\n" if self._in_progress else "") + text + "\n", in_progress=False)
 
     def _write(self, text: str, in_progress: bool) -> None:
-        with contextlib.suppress(OSError):  # nobody reads the output: that must not stop the server
+        with contextlib.suppress(OSError):  # a closed output must not stop the server
             self._in_progress = in_progress
             self._out.write(text)
             self._out.flush()
 
 
 class CogLog:
-    """What one Cog server has logged so far."""
+    """The state of one Cog server, as far as its log tells it."""
 
     def __init__(
         self, console: Console, started: Callable[[str], None], finished: Callable[[str], None]
@@ -91,15 +91,15 @@ class CogLog:
         self._started = started
         self._finished = finished
         self.running: dict[str, bool] = {}
-        """Ids of the predictions that Cog has started and not ended, and whether the service has begun."""
+        """Id of each prediction that runs -> whether the service has logged anything for it."""
         self.idle = asyncio.Event()
-        """Set while there are none."""
+        """Set while no prediction runs."""
         self.idle.set()
         self.lost: set[str] = set()
-        """Places that will never take a prediction again."""
+        """Cog's slots that will never run a prediction again."""
 
     def line(self, line: str) -> None:
-        """Takes in one line of the log, and shows it."""
+        """Reads one line of the log, and shows it."""
         record = _record(line)
         self._console.show(line, record)
         if record is None:
@@ -119,11 +119,12 @@ class CogLog:
             if not self.running:
                 self.idle.set()
             self._finished(prediction)
-        elif prediction in self.running:  # a line of the service's own
+        elif prediction in self.running:  # a line that the service has logged
             self.running[prediction] = True
 
 
 def _record(line: str) -> dict[str, Any] | None:
+    """Parses a line of Cog's log. None: it is no record of Cog's."""
     try:
         record = json.loads(line)
         datetime.fromisoformat(record["timestamp"])

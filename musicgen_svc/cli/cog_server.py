@@ -1,4 +1,4 @@
-"""One Cog server as a child: two processes, Cog's own and its Python worker, in a group of their own."""
+"""Starts and ends one Cog server: Cog's own process and its Python worker, in one process group."""
 
 import asyncio
 import contextlib
@@ -19,30 +19,31 @@ from musicgen_svc.runtime.output_files import WorkFolder
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "openapi_schema.json"
 PATHS = ("COG_WEIGHTS", "MUSICGEN_WEIGHTS_DIR", "MUSICGEN_WORK_DIR")
-"""Settings that may hold a path relative to where the user is; the server runs elsewhere."""
-LARGE_GB, PLACE_GB = 14, 1.8
-"""GPU memory for `large` with what is beside it and 4 GB for MultiBand Diffusion; and for each request."""
+"""Settings that may hold a path relative to the current folder. The server runs in another folder."""
+LARGE_GB, REQUEST_GB = 14, 1.8
+"""GPU memory for `large` and all its parts, 4 GB of it for MultiBand Diffusion; and for each request."""
 MOST_AT_ONCE = 16
+"""The largest number of predictions at once that is chosen without being asked for."""
 LINE_BYTES = 2**24
-"""The longest line of Cog's log that is read; Cog cuts its own at 4 MB."""
+"""The longest line of Cog's log that is read. Cog cuts its lines at 4 MB."""
 HEALTH_S = 12.0
-"""How long a health check may take; Cog gives its worker 10 s."""
+"""How long a health check may take. Cog gives its worker 10 s."""
 
 Json = dict[str, Any]
 
 
 class CogServer:
-    """A Cog server from its start until no process and no file of it is left."""
+    """A Cog server that runs. After `end` no process and no file of it is left."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, port: int, places: int,
+        self, process: asyncio.subprocess.Process, port: int, slots: int,
         reaper: Reaper, log: CogLog, folders: PredictionFolders, work: WorkFolder,
     ) -> None:  # fmt: skip
         self._process = process
         self._reaper = reaper
         self._work = work
         self.port = port
-        self.places = places
+        self.slots = slots
         self.log = log
         self.folders = folders
         self.was_ready = False
@@ -50,7 +51,7 @@ class CogServer:
 
     @classmethod
     async def start(cls, more: list[str], console: Console) -> "CogServer":
-        """Starts one on the loopback device. `more`: further arguments for Cog."""
+        """Starts a server on the loopback device. `more`: further arguments for Cog."""
         reaper = Reaper()
         work = WorkFolder()
         reaper.watch_folder(work.path)
@@ -65,7 +66,7 @@ class CogServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             limit=LINE_BYTES,
-            start_new_session=True,  # a process group to kill, and Ctrl-C comes to the supervisor alone
+            start_new_session=True,  # a process group that can be killed, and that Ctrl-C does not reach
         )  # fmt: skip
         reaper.watch_group(process.pid)
         log = CogLog(console, folders.started, folders.finished)
@@ -73,16 +74,16 @@ class CogServer:
 
     @property
     def exit_status(self) -> int | None:
-        """As a shell gives it; None while the server runs."""
+        """The exit status as a shell gives it. None: the server runs."""
         status = self._process.returncode
         return status if status is None or status >= 0 else 128 - status
 
     async def wait(self) -> None:
-        """Returns when Cog's own process has ended."""
+        """Waits until Cog's own process has ended."""
         await self._process.wait()
 
     async def health(self) -> Json | None:
-        """What its health check says, or None: no answer."""
+        """Returns the health check's answer. None: there is none."""
         try:
             async with asyncio.timeout(HEALTH_S):
                 answer = json.loads(await _get(self.port, "/health-check"))
@@ -91,7 +92,7 @@ class CogServer:
         return answer if isinstance(answer, dict) else None
 
     async def stop(self, open_requests_s: float, hurried: asyncio.Event) -> None:
-        """Asks it to stop, and waits for requests that are running, but no longer than this."""
+        """Asks the server to stop. Waits for running requests, at most until `hurried` is set."""
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         stopped = asyncio.create_task(self._process.wait())
@@ -100,21 +101,24 @@ class CogServer:
         hurry.cancel()
 
     async def end(self) -> None:
-        """Kills what still runs of it, and removes its files."""
+        """Kills all processes of the server that still run, and removes its files."""
         await asyncio.to_thread(self._reaper.reap)
-        await asyncio.to_thread(end_group, self._process.pid)  # again: somebody may have killed the reaper
+        await asyncio.to_thread(
+            end_group, self._process.pid
+        )  # again, because the reaper itself may have been killed
         await self._process.wait()
-        with contextlib.suppress(TimeoutError):  # a process that left the group may hold the pipe
+        with contextlib.suppress(TimeoutError):  # a process that left the group may keep the pipe open
             await asyncio.wait_for(self._reading, 1)
         self._work.remove()
         self.folders.clear()
 
     async def _read_log(self) -> None:
+        """Reads Cog's log until the pipe closes."""
         assert self._process.stdout
         while True:
             try:
                 line = await self._process.stdout.readline()
-            except ValueError:  # longer than any line that means something
+            except ValueError:  # too long for a line that matters
                 continue
             if not line:
                 return
@@ -122,7 +126,7 @@ class CogServer:
 
 
 async def _get(port: int, path: str) -> bytes:
-    """The body of what a server on the loopback device answers."""
+    """Sends a GET request to a server on the loopback device. Returns the body of the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
@@ -132,30 +136,30 @@ async def _get(port: int, path: str) -> bytes:
 
 
 def free_port() -> int:
-    """A port of the loopback device that is free now."""
+    """Finds a free port of the loopback device."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def place_schema(folder: Path) -> None:
-    """Puts the schema where Cog looks for it, unless an equal one lies there.
+def write_schema(folder: Path) -> None:
+    """Copies the schema to the folder where Cog looks for it, unless an equal file is there.
 
     Raises:
-        OSError: it cannot be written there.
+        OSError: the file cannot be written.
     """
     target = folder / SCHEMA.name
     if target.is_file() and target.read_bytes() == SCHEMA.read_bytes():
         return
     folder.mkdir(exist_ok=True)
-    temporary = folder / f"{SCHEMA.name}.{os.getpid()}"  # another server may be doing the same right now
+    temporary = folder / f"{SCHEMA.name}.{os.getpid()}"  # another server may be writing it at the same time
     shutil.copyfile(SCHEMA, temporary)
     temporary.replace(target)
 
 
 def warning_filters() -> str:
-    """Python's warnings: ours are shown, everybody else's not. The variable takes no wildcards."""
+    """The value of PYTHONWARNINGS that shows only the warnings of our modules. It has no wildcards."""
     files = sorted((ROOT / "musicgen_svc").rglob("*.py"))
     modules = [
         ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files
@@ -164,7 +168,15 @@ def warning_filters() -> str:
 
 
 def environment(port: int, temporary: Path) -> dict[str, str]:
-    """The server's variables: the user's own, what the user may override, and what must be."""
+    """Makes the server's environment variables.
+
+    Args:
+        port: where Cog listens.
+        temporary: its folder for temporary files.
+
+    Returns:
+        dict: defaults, overridden by the user's variables, overridden by what the server needs.
+    """
     quiet = {
         "PYTHONWARNINGS": warning_filters(),
         "RUST_LOG": "warn,coglet::setup=info,coglet::user=info,coglet::prediction=info",
@@ -180,7 +192,9 @@ def environment(port: int, temporary: Path) -> dict[str, str]:
         "TMPDIR": str(temporary),
     }
     paths = {
-        name: str(Path(os.environ[name]).absolute())  # a link stays one: what lies beside it counts
+        name: str(
+            Path(os.environ[name]).absolute()
+        )  # a link is not resolved, because files beside it may be meant
         for name in PATHS
         if os.environ.get(name) and Path(os.environ[name]).exists()
     }
@@ -189,16 +203,16 @@ def environment(port: int, temporary: Path) -> dict[str, str]:
 
 
 def concurrency() -> int:
-    """How many predictions run at once, unless the user says it: what the smallest GPU holds, else one."""
+    """Chooses how many predictions run at once: as many as the smallest GPU holds, or one on a CPU."""
     if os.environ.get("MUSICGEN_DEVICE") == "cpu":
         return 1
-    try:  # torch knows better, but takes seconds to ask
+    try:  # torch would know too, but takes seconds to import
         shown = subprocess.run(
             ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
             capture_output=True, timeout=10,
         )  # fmt: skip
         memory_gb = min(int(line) for line in shown.stdout.splitlines()) * 2**20 / 1e9
-    except (OSError, subprocess.TimeoutExpired, ValueError):  # there is none, or it is none of NVIDIA's
+    except (OSError, subprocess.TimeoutExpired, ValueError):  # there is no NVIDIA GPU
         return 1
-    held = min(max(1, int((memory_gb - LARGE_GB) / PLACE_GB)), MOST_AT_ONCE)
-    return 1 << (held.bit_length() - 1)  # steps are computed for 1, 2, 4, 8 ... of them
+    held = min(max(1, int((memory_gb - LARGE_GB) / REQUEST_GB)), MOST_AT_ONCE)
+    return 1 << (held.bit_length() - 1)  # the engine's steps are recorded for 1, 2, 4, 8 ... requests

@@ -1,7 +1,8 @@
-"""Fills the weights folder from Hugging Face, lists what is in it, and verifies it.
+"""`scripts/download_weights`: fills the weights folder from Hugging Face, lists and verifies its content.
 
-A file grows in `weights/.partial/`, and a model moves to its place when all of it has arrived and every hash
-is right: a stopped download goes on where it stopped, and half a model is never taken for one.
+A file is written to `weights/.partial/` while it arrives. A model is moved into its own folder when all its
+files have arrived with the right hashes. A download that was stopped therefore continues where it stopped,
+and an incomplete model is never used.
 """
 
 import argparse
@@ -13,28 +14,33 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import logging as hub_logging
 from huggingface_hub.utils.tqdm import tqdm
 
 from musicgen_svc.cli.hub_files import AGAIN, Remote, explained, fetch, files_of
+from musicgen_svc.cli.weights_folder import (
+    PARTIAL,
+    belongs,
+    chosen_folder,
+    in_bytes,
+    lacking,
+    show,
+    size_faults,
+    verify,
+)
 from musicgen_svc.errors import ServiceError, WeightsError
-from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import Catalog, Source, read_catalog
 from musicgen_svc.weights.lock_file import (
     LOCK_FILE,
     LockedFile,
     LockedSource,
-    fault,
     read_lock,
     size_fault,
     write_lock,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-PARTIAL = ".partial"
 WORKERS = 8
 
 
@@ -45,12 +51,12 @@ class Job:
     source: Source
     revision: str
     present: dict[str, LockedFile]
-    """Files that are in their place already, and right."""
+    """Files that are in the source's folder already, with the right content."""
     missing: list[Remote]
 
 
 def with_needs(catalog: Catalog, names: Iterable[str]) -> list[Source]:
-    """The sources called `names` and all they need, each once."""
+    """The sources of these names and everything that they need, each once."""
     sources: dict[str, Source] = {}
     for source in map(catalog.find, names):
         for each in (source, *map(catalog.find, source.needs)):
@@ -58,28 +64,26 @@ def with_needs(catalog: Catalog, names: Iterable[str]) -> list[Source]:
     return list(sources.values())
 
 
-def belongs(source: Source, name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in source.files)
-
-
-def lacking(source: Source, names: Iterable[str]) -> list[str]:
-    """The names and patterns of `source` that nothing in `names` is an instance of."""
-    names = list(names)
-    return [pattern for pattern in source.files if not any(fnmatchcase(name, pattern) for name in names)]
-
-
-def size_faults(folder: Path, locked: LockedSource) -> list[str]:
-    found = (size_fault(folder / name, file) for name, file in locked.files.items())
-    return [sentence for sentence in found if sentence]
-
-
 def partial_path(weights_dir: Path, source: Source, remote: Remote) -> Path:
-    """Where a file grows. Its content is part of the name, so that two revisions never mix."""
+    """Where a file is written while it arrives. Its hash is part of the name, so that revisions never mix."""
     return weights_dir / PARTIAL / source.name / f"{remote.name}.{remote.content[:16]}"
 
 
 def plan(source: Source, weights_dir: Path, locked: LockedSource | None, update: bool) -> Job | None:
-    """Compares what is there with what should be. None: all is there, as far as sizes tell."""
+    """Compares the files in the folder with those that the hub publishes.
+
+    Args:
+        source: what is to be downloaded.
+        weights_dir: the weights folder.
+        locked: what the lock file says about the source.
+        update: whether to take the newest revision and not the recorded one.
+
+    Returns:
+        Job: None if every recorded file is there with its recorded size.
+
+    Raises:
+        WeightsError: the hub is out of reach, refuses, or lacks a file.
+    """
     folder = weights_dir / source.name
     revision = None
     if locked and locked.repository == source.repository and not update:
@@ -103,7 +107,7 @@ def plan(source: Source, weights_dir: Path, locked: LockedSource | None, update:
 
 
 def _in_place(remote: Remote, path: Path, locked: LockedSource | None) -> LockedFile | None:
-    """What is recorded of a file that is there, or is read from it if nothing is."""
+    """The record of a file that is complete, from the lock file or from reading the file. None: it is not."""
     file = locked.files.get(remote.name) if locked else None
     if file and file.sha256 == remote.sha256:
         return None if size_fault(path, file) else file
@@ -111,7 +115,11 @@ def _in_place(remote: Remote, path: Path, locked: LockedSource | None) -> Locked
 
 
 def check_disk(weights_dir: Path, jobs: list[Job]) -> None:
-    """Raises WeightsError where what is still to come does not fit."""
+    """Checks that the files that are still missing fit on the disk.
+
+    Raises:
+        WeightsError: they do not.
+    """
     needed = 0
     for job in jobs:
         for remote in job.missing:
@@ -120,13 +128,13 @@ def check_disk(weights_dir: Path, jobs: list[Job]) -> None:
     free = shutil.disk_usage(weights_dir).free
     if needed > free:
         raise WeightsError(
-            f"{_bytes(needed)} are to come and {weights_dir} has {_bytes(free)} free: make room, or name "
+            f"{in_bytes(needed)} are to come and {weights_dir} has {in_bytes(free)} free: make room, or name "
             "another folder with --weights-dir."
         )
 
 
 def drop_stale(weights_dir: Path, jobs: list[Job]) -> None:
-    """Removes partial files of other revisions, which nothing would ever complete."""
+    """Removes partial files of other revisions, because no download would ever complete them."""
     for job in jobs:
         wanted = {partial_path(weights_dir, job.source, remote) for remote in job.missing}
         folder = weights_dir / PARTIAL / job.source.name
@@ -136,7 +144,7 @@ def drop_stale(weights_dir: Path, jobs: list[Job]) -> None:
 
 
 def install(weights_dir: Path, job: Job, arrived: dict[str, LockedFile]) -> None:
-    """Moves a source that is complete to its place and enters it in the lock file."""
+    """Moves the files of a complete source into its folder and records them in the lock file."""
     folder = weights_dir / job.source.name
     files = job.present | arrived
     with explained(job.source.name):
@@ -154,7 +162,13 @@ def install(weights_dir: Path, job: Job, arrived: dict[str, LockedFile]) -> None
 
 @contextmanager
 def alone(weights_dir: Path) -> Iterator[None]:
-    """Keeps a second download out of the same folder, until this process ends in whatever way."""
+    """Context manager: locks the folder against a second download.
+
+    The system releases the lock when this process ends, however it ends.
+
+    Raises:
+        WeightsError: another process holds the lock.
+    """
     with explained(str(weights_dir)):
         weights_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(weights_dir, os.O_RDONLY)
@@ -169,7 +183,11 @@ def alone(weights_dir: Path) -> Iterator[None]:
 
 
 def download(sources: list[Source], weights_dir: Path, update: bool) -> None:
-    """Fetches what is not there yet of `sources`, several files at a time."""
+    """Fetches the missing files of `sources`, several at a time.
+
+    Raises:
+        WeightsError: a file could not be fetched.
+    """
     lock = read_lock(weights_dir)
     jobs = []
     for source in sources:
@@ -194,88 +212,15 @@ def download(sources: list[Source], weights_dir: Path, update: bool) -> None:
             job, remote = running[future]
             files = arrived[job.source.name]
             files[remote.name] = future.result()
-            tqdm.write(f"{remote.label}: {_bytes(remote.size)}")
+            tqdm.write(f"{remote.label}: {in_bytes(remote.size)}")
             if len(files) == len(job.missing):
                 install(weights_dir, job, files)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def verify(sources: list[Source], weights_dir: Path) -> None:
-    """Reads every file of `sources` and compares its hash.
-
-    Raises:
-        WeightsError: names the files that are wrong.
-    """
-    lock = read_lock(weights_dir)
-    absent = [source.name for source in sources if source.name not in lock]
-    if absent or not sources:
-        raise WeightsError(
-            f"{weights_dir / LOCK_FILE} has no hashes of {', '.join(absent) or 'anything'}: "
-            f"run scripts/download_weights {' '.join(absent) or 'with the names of models'} first."
-        )
-    wrong: dict[str, list[str]] = {}
-    for source in sources:
-        for name, file in lock[source.name].files.items():
-            sentence = fault(weights_dir / source.name / name, file)
-            print(f"{source.name}/{name}: {'wrong' if sentence else 'good'}", flush=True)
-            if sentence:
-                wrong.setdefault(source.name, []).append(sentence)
-    if wrong:
-        sentences = " and ".join(sentence for each in wrong.values() for sentence in each)
-        raise WeightsError(f"{sentences}: delete it and run scripts/download_weights {' '.join(wrong)}.")
-
-
-def show(catalog: Catalog, weights_dir: Path) -> None:
-    """Prints a line for each model and component: what it takes on disk and what is missing."""
-    lock = read_lock(weights_dir)
-    sources = [*catalog.models.values(), *catalog.components.values()]
-    states = {source.name: state(source, weights_dir, lock.get(source.name)) for source in sources}
-    aliases = {name: f" ({alias})" for alias, name in catalog.aliases.items()}
-    for source in sources:
-        complete, words = states[source.name]
-        needs = [need for need in source.needs if not states[need][0]]
-        if complete and needs:
-            words += f"; it needs {' and '.join(needs)}"
-        taken = _taken(weights_dir / source.name)
-        label = source.name + aliases.get(source.name, "")
-        print(f"{label:26}{_bytes(taken) if taken else '-':>10}  {words}")
-
-
-def state(source: Source, weights_dir: Path, locked: LockedSource | None) -> tuple[bool, str]:
-    """Whether a source is complete as far as sizes tell, and that in words."""
-    folder = weights_dir / source.name
-    present = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
-    if locked and present:
-        wrong = size_faults(folder, locked)
-        return not wrong, "; ".join(wrong) or f"complete, {locked.repository} at {locked.revision[:12]}"
-    if present:
-        absent = lacking(source, present)
-        return not absent, f"lacks {', '.join(absent)}" if absent else f"present, not recorded in {LOCK_FILE}"
-    if begun := _taken(weights_dir / PARTIAL / source.name):
-        whole = f" of {_bytes(source.size_gb * 1e9)}" if source.size_gb else ""
-        return False, f"missing, {_bytes(begun)}{whole} have arrived"
-    return False, f"missing, {_bytes(source.size_gb * 1e9)} to download" if source.size_gb else "missing"
-
-
-def _taken(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def chosen_folder() -> Path:
-    """MUSICGEN_WEIGHTS_DIR as `scripts/serve` reads it: from where the user is, or from the checkout."""
-    chosen = Settings.from_environment(os.environ).weights_dir
-    return chosen if os.environ.get("MUSICGEN_WEIGHTS_DIR") and chosen.exists() else ROOT / chosen
-
-
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the command. Returns the exit status."""
     catalog = read_catalog()
     names = ", ".join([*catalog.models, *catalog.components, *catalog.aliases])
     parser = argparse.ArgumentParser(prog="download_weights", description=(__doc__ or "").splitlines()[0])
@@ -289,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (args.names or args.list or args.verify):
         parser.error(f"name what to download: {names}")
     if "HF_HUB_VERBOSITY" not in os.environ:
-        hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries need no words: errors are one sentence
+        hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it would report retries; errors are one sentence here
     try:
         weights_dir = args.weights_dir or chosen_folder()
         if args.list:
@@ -313,5 +258,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads of other files may hang on a dead connection, and Python would wait for them.
+    # Python would wait for the threads of other files, which may hang on a dead connection.
     os._exit(code)

@@ -1,15 +1,16 @@
-"""Installs the environment of requirements.lock beside those that are there, and removes what nobody uses.
+"""Installs the environment of requirements.lock, and removes environments that no process uses.
 
-Run by scripts/_env with the machine's own Python, so with the standard library alone:
+scripts/_env runs this file with the machine's own Python. It therefore needs only the standard library.
 
-    _environment.py uv              prints the folder of uv, which is fetched if it is missing
-    _environment.py install HASH    makes .venvs/HASH with this Python, and does what `tidy` does
-    _environment.py tidy HASH DIR   links .venv to DIR, unless it leads to another environment of HASH, and
-                                    removes environments of other hashes that no process uses
+    environment.py uv              prints the folder of uv, and installs uv there if it is missing
+    environment.py install HASH    makes .venvs/HASH with this Python, and then does what `tidy` does
+    environment.py tidy HASH DIR   links .venv to DIR, unless it leads to an environment of HASH already, and
+                                   removes environments of other hashes that no process uses
 
-An environment cannot be moved, because its programs hold their own paths. So it is made where it stays; its
-file `stamp` is written last, and only then does .venv lead to it. A process that runs in an environment holds
-a shared lock on its stamp, and one that removes it an exclusive one.
+HASH is the start of the sha256 of requirements.lock. An environment cannot be moved, because its programs
+contain their own paths. It is therefore made in its final folder. Its file `stamp` is written last, and only
+then does .venv lead to it. A script that uses an environment holds a shared lock on its stamp. The process
+that removes the environment needs an exclusive lock.
 """
 
 import contextlib
@@ -26,18 +27,25 @@ ENVIRONMENTS = ROOT / ".venvs"
 LINK = ROOT / ".venv"
 UV_VERSION = "0.13.9"
 UV = ROOT / ".cache" / f"uv-{UV_VERSION}"
+"""The folder into which uv is installed."""
 
 
 def say(text: str) -> None:
+    """Writes a line to standard error. Standard output is read by scripts/_env."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def install_lock(wait: bool = True) -> Iterator[None]:
-    """Keeps out every other process that installs or removes. uv inherits the lock, and so outlives no owner.
+    """Context manager: holds the lock without which no process installs or removes an environment.
+
+    uv inherits the lock. If this process is killed, the lock is therefore held until uv has ended.
+
+    Args:
+        wait: whether to wait while another process holds the lock.
 
     Raises:
-        BlockingIOError: another process holds it, and `wait` is false.
+        BlockingIOError: another process holds the lock, and `wait` is false.
         OSError: the folder cannot be written to.
     """
     ENVIRONMENTS.mkdir(exist_ok=True)
@@ -54,7 +62,7 @@ def install_lock(wait: bool = True) -> Iterator[None]:
 
 
 def is_current(folder: Path, lock_hash: str) -> bool:
-    """Whether an environment is whole and of the lock file whose sha256 begins with `lock_hash`."""
+    """Whether an environment is complete, and was made from the lock file of this hash."""
     try:
         return (folder / "stamp").read_text().startswith(lock_hash)
     except OSError:
@@ -62,22 +70,19 @@ def is_current(folder: Path, lock_hash: str) -> bool:
 
 
 def runs(folder: Path) -> bool:
-    """Whether the environment's Python starts: the Python that it was made with may be gone."""
+    """Whether the environment's Python starts. It does not if the Python that made it was removed."""
     try:
         return subprocess.run([folder / "bin" / "python", "-I", "-S", "-c", ""], check=False).returncode == 0
     except OSError:
         return False
 
 
-# Installing
-
-
 def fetch_uv() -> Path:
-    """The folder of uv. The caller holds the install lock.
+    """Returns the folder of uv, and installs it there if it is missing. The caller holds the install lock.
 
     Raises:
         SystemExit: pip is missing.
-        subprocess.CalledProcessError: pip failed, and has said why.
+        subprocess.CalledProcessError: pip failed, and has printed the reason.
     """
     if (UV / "bin" / "uv").exists():
         return UV
@@ -90,11 +95,16 @@ def fetch_uv() -> Path:
 
 
 def _run(*command: str | Path) -> None:
-    """Its output goes to standard error, and it inherits the install lock."""
+    """Runs a command that inherits the install lock. Its output goes to standard error."""
     subprocess.run(command, stdout=2, check=True, close_fds=False)
 
 
 def _python_with_pip() -> str:
+    """Finds a Python that has pip: this one, or another one on PATH.
+
+    Raises:
+        SystemExit: there is none.
+    """
     for python in (sys.executable, shutil.which("python3"), shutil.which("python")):
         if python and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0:
             return python
@@ -102,16 +112,20 @@ def _python_with_pip() -> str:
 
 
 def install(lock_hash: str) -> None:
-    """
+    """Installs the environment of a lock file, unless another process has done so, and tidies.
+
+    Args:
+        lock_hash: of the lock file, and the name of the environment.
+
     Raises:
-        SystemExit: the environment's folder is broken and in use; or as `fetch_uv`.
-        subprocess.CalledProcessError: pip or uv failed, and has said why.
+        SystemExit: the environment is broken and in use, or pip is missing.
+        subprocess.CalledProcessError: pip or uv failed, and has printed the reason.
     """
     folder = ENVIRONMENTS / lock_hash
     with install_lock():
-        if not (is_current(folder, lock_hash) and runs(folder)):  # else another script was faster
-            with unused(folder) as free:
-                if not free:
+        if not (is_current(folder, lock_hash) and runs(folder)):  # otherwise another process has installed it
+            with unused(folder) as is_unused:
+                if not is_unused:
                     sys.exit(
                         f"The Python of {folder} is gone, and processes still use that folder: stop them, "
                         "and try again."
@@ -121,6 +135,7 @@ def install(lock_hash: str) -> None:
 
 
 def _make(folder: Path) -> None:
+    """Makes an environment with this Python, and writes its stamp last."""
     python = f"Python {sys.version.split()[0]} ({sys.executable})"
     say(f"Installing the environment for {python} into {folder.relative_to(ROOT)} (about 6 GB, once) ...")
     uv = fetch_uv() / "bin" / "uv"
@@ -134,12 +149,14 @@ def _make(folder: Path) -> None:
     written.replace(stamp)
 
 
-# Tidying
-
-
 def _tidy(lock_hash: str, newest: Path) -> None:
-    """Links .venv to `newest`, unless it leads to an environment of this hash already, and removes
-    environments of other hashes that no process uses. The caller holds the install lock.
+    """Links .venv to an environment, and removes those of other lock files that no process uses.
+
+    The caller holds the install lock.
+
+    Args:
+        lock_hash: of the present lock file.
+        newest: the environment to link to, unless .venv leads to one of this hash already.
     """
     if not is_current(LINK, lock_hash) or not runs(LINK):
         _link(newest)
@@ -149,8 +166,10 @@ def _tidy(lock_hash: str, newest: Path) -> None:
 
 
 def _link(folder: Path) -> None:
-    """Switches .venv atomically. A real folder, as earlier versions made it, is removed first if it is
-    unused, and otherwise stays: scripts/_env finds environments without the link too.
+    """Makes .venv a link to an environment, atomically.
+
+    Earlier versions made .venv a folder. Such a folder is removed first if it is unused. Otherwise it stays,
+    because scripts/_env finds environments without the link too.
     """
     is_folder = LINK.is_dir() and not LINK.is_symlink()
     if is_folder and not ((LINK / "stamp").exists() and _remove_if_unused(LINK)):
@@ -162,36 +181,38 @@ def _link(folder: Path) -> None:
 
 
 def _remove_if_unused(folder: Path) -> bool:
-    with unused(folder) as free:
-        if free:
-            (folder / "stamp").unlink(missing_ok=True)  # what is half removed is not taken for whole
+    """Removes an environment that no process uses. Returns whether it is gone."""
+    with unused(folder) as is_unused:
+        if is_unused:
+            (folder / "stamp").unlink(missing_ok=True)  # first, so that a partly removed one is not used
             shutil.rmtree(folder, ignore_errors=True)
         return not folder.exists()
 
 
 @contextlib.contextmanager
 def unused(folder: Path) -> Iterator[bool]:
-    """Whether no process uses the environment in `folder`, and then none can start to in the block."""
+    """Context manager: says whether no process uses an environment. If so, none can start to in the block."""
     with contextlib.ExitStack() as stack:
         try:
             fcntl.flock(stack.enter_context((folder / "stamp").open("r+")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:  # not whole, so no script uses it
+        except FileNotFoundError:  # incomplete, so no script uses it
             pass
-        except OSError:  # locked; or of another user, or on a file system without locks
+        except OSError:  # locked, or of another user, or on a file system without locks
             yield False
             return
         yield not _is_open(folder)
 
 
 def _is_open(folder: Path) -> bool:
-    """Whether a process has files of `folder` mapped, or was started from it; true if nothing tells it.
-    Such a process may hold no lock: an editor's, or a server that earlier versions of these scripts started.
+    """Whether a process uses files of a folder or was started from it. True if this cannot be found out.
+
+    Such a process may hold no lock: an editor's, or a server that an earlier version of the scripts started.
     """
     inside = os.fsencode(folder) + b"/"
     if Path("/proc/self/maps").exists():
         for process in Path("/proc").glob("[0-9]*"):
             for file in ("maps", "cmdline"):
-                with contextlib.suppress(OSError):  # has ended, or is another user's
+                with contextlib.suppress(OSError):  # the process has ended or belongs to another user
                     if inside in (process / file).read_bytes():
                         return True
         return False
@@ -202,6 +223,7 @@ def _is_open(folder: Path) -> bool:
 
 
 def main() -> int:
+    """Runs the command. Returns the exit status."""
     command, *rest = sys.argv[1:]
     try:
         if command == "uv":
@@ -219,7 +241,7 @@ def main() -> int:
         )
         return 1
     except OSError as error:
-        if command != "tidy":  # which another script does as well, or a later one
+        if command != "tidy":  # a later script tidies as well
             say(
                 f"{'uv' if command == 'uv' else 'The environment'} cannot be installed: {error.strerror} "
                 f"({error.filename}). Run the script once as a user who can write there."

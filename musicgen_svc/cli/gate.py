@@ -1,9 +1,9 @@
-"""The gate in front of Cog: takes each connection, refuses ids that Cog cannot bear, and relays the rest.
+"""The HTTP gate in front of Cog: accepts all connections, refuses unusable ids, and relays everything else.
 
-Cog makes a folder named after the id that a client chose for a prediction. Where that fails, as for a name of
-more than 255 characters, it loses one of its places for ever, and an id such as `/etc/x` is a path. So the
-gate looks at the head of each request and relays everything else as it is, one request per connection. It
-knows nothing of inputs and outputs. While Cog is restarted it keeps predictions waiting.
+Cog makes a folder named after the id that a client chose for a prediction. If that fails, as for a name of
+more than 255 characters, Cog loses one of its slots for ever; and an id such as `/etc/x` is a path. The gate
+therefore reads the head of each request, and relays the rest unchanged, one request per connection. It knows
+nothing about inputs and outputs. While Cog is restarted, the gate keeps predictions waiting.
 """
 
 import asyncio
@@ -22,6 +22,7 @@ import h11
 from musicgen_svc.cli.prediction_folders import PredictionFolders
 
 ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Ids that are safe as the name of a folder."""
 RESOURCES = (b"predictions", b"trainings")
 HEAD_BYTES, HEAD_S = 65536, 60.0
 """How large the head of a request may be, and how long it may take to arrive."""
@@ -30,30 +31,31 @@ HOLD_S = 180.0
 """How long a prediction waits for Cog to come back."""
 CONNECT_POLL_S = 0.1
 LINGER_S = 2.0
-"""How long what a client still sends is read after its answer: else TCP may drop the answer."""
+"""How long a client's data is read after its answer was sent. Otherwise TCP may drop the answer."""
 HOP_BY_HOP = (b"connection", b"keep-alive", b"proxy-connection", b"upgrade", b"http2-settings")
 
 
 class Refusal(Exception):
-    """A request that does not go to Cog."""
+    """A request that is not relayed to Cog."""
 
     def __init__(self, status: int, problem: object) -> None:
+        """Makes a refusal. `status`: of HTTP; `problem`: for the body, as JSON."""
         super().__init__(problem)
         self.status = status
         self.problem = problem
 
 
 class Passage(NamedTuple):
-    """A request that goes to Cog."""
+    """A request that is relayed to Cog."""
 
     head: bytes
     """Up to and including the empty line."""
     body: bytes
-    """As far as it came with the head."""
+    """The part of the body that arrived with the head."""
     id: str | None
-    """The prediction's, if the request is about one."""
+    """The prediction's id, if the request is about one."""
     creates: bool
-    """Whether it may start a prediction."""
+    """Whether the request may start a prediction."""
 
 
 class Gate:
@@ -65,22 +67,23 @@ class Gate:
         self._open = asyncio.Event()
 
     async def listen(self, listener: socket.socket) -> asyncio.Server:
-        """Serves the connections of a socket that is bound already."""
+        """Serves the connections of a bound socket."""
         return await asyncio.start_server(self._connected, sock=listener)
 
-    def lead_to(self, port: int, folders: PredictionFolders) -> None:
-        """Relays to the Cog server at this port of the loopback device."""
+    def relay_to(self, port: int, folders: PredictionFolders) -> None:
+        """Relays from now on to the Cog server at this port of the loopback device."""
         self._port, self._folders = port, folders
 
     def open(self) -> None:
-        """Lets predictions through."""
+        """Relays predictions."""
         self._open.set()
 
     def close(self) -> None:
-        """Keeps new predictions waiting until it is opened. All other requests pass."""
+        """Keeps new predictions waiting until the gate is opened. All other requests are relayed."""
         self._open.clear()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serves one connection."""
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             try:
                 async with asyncio.timeout(HEAD_S):
@@ -111,7 +114,7 @@ class Gate:
                 to_cog.close()
 
     async def _connect(self, waits: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection to Cog as soon as it listens, and if it `waits`, as soon as the gate is open."""
+        """Connects to Cog as soon as it listens; if `waits`, not before the gate is open."""
         while True:
             if waits:
                 await self._open.wait()
@@ -122,6 +125,7 @@ class Gate:
 
     @contextmanager
     def _requested(self, id: str | None) -> Iterator[None]:
+        """Context manager: a request with this id is on its way, so that its folder is kept."""
         folders = self._folders
         if id is None or folders is None:
             yield
@@ -134,10 +138,10 @@ class Gate:
 
 
 async def _read_passage(reader: asyncio.StreamReader) -> Passage | None:
-    """Reads the head of a request. None: the client has gone.
+    """Reads the head of a request. None: the client has closed the connection.
 
     Raises:
-        Refusal: it is no HTTP request, or none that Cog may see.
+        Refusal: this is no HTTP request, or it must not reach Cog.
     """
     parser = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
     try:
@@ -163,13 +167,16 @@ async def _read_passage(reader: asyncio.StreamReader) -> Passage | None:
 
 
 def _checked(method: bytes, target: bytes) -> tuple[bytes, bytes, str | None]:
-    """A request's method and target as Cog gets them, and the id of the prediction that it is about.
+    """Checks a request's method and target.
 
-    A POST to /predictions gets an id here, and becomes the PUT that means the same: Cog then refuses
-    another id in its body.
+    A POST to /predictions gets an id here, and becomes the PUT that means the same. Cog then refuses a
+    different id in the body.
+
+    Returns:
+        tuple: method and target for Cog, and the prediction's id if the request is about one.
 
     Raises:
-        Refusal: the target is no path, or the id is none that a folder can be named after.
+        Refusal: the target is no path, or no folder can be named after the id.
     """
     if not target.startswith(b"/") or b"#" in target:
         raise Refusal(400, f"The target {target.decode()[:80]!r} is not a path on this server.")
@@ -193,7 +200,7 @@ def _checked(method: bytes, target: bytes) -> tuple[bytes, bytes, str | None]:
 
 
 def _answer(refusal: Refusal) -> bytes:
-    """The answer to a refused request, in the words that Cog has for the same."""
+    """Makes the answer to a refused request, in the format of Cog's own answers."""
     body = json.dumps({"detail" if refusal.status == 422 else "error": refusal.problem}).encode()
     return (
         b"HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
@@ -206,7 +213,7 @@ async def _both_ways(
     client: asyncio.StreamReader, to_cog: asyncio.StreamWriter,
     from_cog: asyncio.StreamReader, to_client: asyncio.StreamWriter,
 ) -> None:  # fmt: skip
-    """Copies until Cog has answered, or the client has hung up, which is how it cancels."""
+    """Copies in both directions until Cog has answered, or the client cancels by closing its connection."""
     up = asyncio.create_task(_copy(client, to_cog))
     down = asyncio.create_task(_copy(from_cog, to_client))
     try:
@@ -216,7 +223,7 @@ async def _both_ways(
             up.cancel()
             await asyncio.wait((up,))
             await _drain_and_linger(client, to_client)
-        elif up.exception():  # Cog reads no more, and so has answered, or is gone
+        elif up.exception():  # Cog no longer reads: it has answered or ended
             await down
     finally:
         up.cancel()
@@ -225,13 +232,14 @@ async def _both_ways(
 
 
 async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    """Copies until the source ends."""
     while data := await source.read(CHUNK_BYTES):
         target.write(data)
         await target.drain()
 
 
 async def _drain_and_linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Sends what is left, and reads on for a moment."""
+    """Sends the rest of the answer, and then reads what the client still sends for LINGER_S."""
     await writer.drain()
     if writer.can_write_eof():
         writer.write_eof()

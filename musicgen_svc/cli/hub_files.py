@@ -1,6 +1,6 @@
-"""Files of Hugging Face repositories: what the hub publishes of them, and how they arrive.
+"""Files of Hugging Face repositories: lists them with their hashes, and downloads them.
 
-HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the like are huggingface_hub's own and mean what they always do.
+HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and similar variables are read by huggingface_hub and have its meaning.
 """
 
 import errno
@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,  # type: ignore[attr-defined]  # its HTTP library's, whatever that is
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils.sha import git_hash
@@ -24,32 +20,33 @@ from musicgen_svc.weights.lock_file import LockedFile, sha256_of
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 AGAIN = "run the same command again to go on where it stopped"
+"""What an error tells the user to do."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """One file of one commit, as the hub publishes it."""
+    """One file of one commit on the hub."""
 
     repository: str
     revision: str
     name: str
     label: str
-    """What the user reads: the folder and the name."""
+    """Folder and name, for messages."""
     size: int
     """In bytes."""
     sha256: str | None
-    """Of a file in large file storage. Of any other one the hub publishes `git_sha1`."""
+    """None if the file is not in large file storage. The hub then publishes `git_sha1` only."""
     git_sha1: str | None
 
     @property
     def content(self) -> str:
-        """Equal for equal content."""
+        """A hash: equal for equal content."""
         content = self.sha256 or self.git_sha1
         assert content is not None
         return content
 
     def recognise(self, path: Path) -> LockedFile | None:
-        """Reads the file at `path` and returns what to record of it, if it is this one."""
+        """Reads the file at `path`, and returns its record if its content is that of this file."""
         if not path.is_file() or path.stat().st_size != self.size:
             return None
         sha256 = sha256_of(path)
@@ -59,10 +56,11 @@ class Remote:
 
 @contextmanager
 def explained(what: str, to_come: Callable[[], int] | None = None) -> Iterator[None]:
-    """FairQueue what the hub, the network and the disk raise into one sentence about `what`.
+    """Context manager: turns errors of the hub, the network and the disk into a WeightsError.
 
     Args:
-        to_come: how many bytes of it are still to come, for a disk that is full.
+        what: the file or repository that the sentence names.
+        to_come: returns how many bytes are still missing, for the case that the disk is full.
     """
     try:
         yield
@@ -83,11 +81,13 @@ def explained(what: str, to_come: Callable[[], int] | None = None) -> Iterator[N
 
 
 def _reason(exc: Exception) -> str:
+    """The first line of an error's text."""
     lines = str(exc).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(exc).__name__
 
 
 def _refusal(what: str, status: int) -> str:
+    """The sentence for an HTTP status of the hub."""
     remedies = {
         401: "set HF_TOKEN to a token that may read it, or check that it exists",
         403: "ask for access on its page, with the account that HF_TOKEN belongs to",
@@ -97,7 +97,15 @@ def _refusal(what: str, status: int) -> str:
 
 
 def files_of(repository: str, revision: str | None, folder: str) -> tuple[str, list[Remote]]:
-    """The commit that `revision` is (None: the newest), and the files at the top of it.
+    """Lists the files at the top of a repository.
+
+    Args:
+        repository: owner/name.
+        revision: a commit. None: the newest.
+        folder: the name for messages.
+
+    Returns:
+        tuple: the commit, and its files.
 
     Raises:
         WeightsError: the hub is out of reach or refuses.
@@ -118,7 +126,7 @@ def files_of(repository: str, revision: str | None, folder: str) -> tuple[str, l
             raise WeightsError(
                 f"{constants.ENDPOINT} publishes no size or hash of {repository}/{file.rfilename}."
             )
-        # A name with a slash may lead out of the folder, and no file that we want has one.
+        # A name with a slash could be a path out of the folder, and no file that we need has one.
         if "/" not in file.rfilename:
             label = f"{folder}/{file.rfilename}"
             remotes.append(
@@ -128,10 +136,19 @@ def files_of(repository: str, revision: str | None, folder: str) -> tuple[str, l
 
 
 def fetch(remote: Remote, path: Path) -> LockedFile:
-    """Completes the file at `path`, going on where it ends, and compares its hash with the published one.
+    """Downloads a file, continuing a partial one, and compares its hash with the published one.
+
+    Args:
+        remote: the file.
+        path: where it is written, and where an earlier part of it may be.
+
+    Returns:
+        LockedFile: its record.
 
     Raises:
-        WeightsError: the transfer failed and what has arrived is kept; or it is another file, and is removed.
+        WeightsError: the transfer failed, and the part that has arrived is kept; or the hash is wrong, and
+        the
+            file is removed.
     """
     with explained(remote.label, lambda: remote.size - (path.stat().st_size if path.exists() else 0)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,8 +168,11 @@ def fetch(remote: Remote, path: Path) -> LockedFile:
 
 
 def _fetch_rest(remote: Remote, path: Path) -> None:
-    """Over HTTP, by the function below `hf_hub_download`, which itself keeps nothing of a stopped file."""
-    # Half of a compressed answer is not half of the file.
+    """Downloads the rest of a file over HTTP.
+
+    This uses the function beneath `hf_hub_download`, which itself would keep nothing of an interrupted file.
+    """
+    # A part of a compressed answer could not be continued.
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
     with path.open("ab") as file:
         if file.tell() > remote.size:
@@ -169,7 +189,10 @@ def _fetch_rest(remote: Remote, path: Path) -> None:
 
 
 def _fetch_whole(remote: Remote, path: Path) -> None:
-    """Over Xet where the hub has it: many connections for one file, but a file that stops starts over."""
+    """Downloads a whole file over Xet, if the hub has it.
+
+    Xet uses many connections for one file, but an interrupted file starts again from the beginning.
+    """
     if remote.recognise(path) is None:
         folder = path.parent / "whole"
         hf_hub_download(remote.repository, remote.name, revision=remote.revision, local_dir=folder)

@@ -1,4 +1,4 @@
-"""`-i name=value` from the command line -> the JSON that Cog's server takes, or a sentence that says why."""
+"""Inputs on the command line: turns `-i name=value` into the JSON that a Cog server accepts."""
 
 import base64
 import binascii
@@ -13,19 +13,24 @@ from musicgen_svc.cli.schema_fields import expectation, fields, fits, is_file, p
 Json = dict[str, Any]
 
 MAX_FILE_BYTES = 75 * 2**20
-"""Cog's server takes a body of 100 MiB, and a file is a third longer there."""
+"""The largest file that fits into a request: Cog accepts a body of 100 MiB, and base64 adds a third."""
 
 
 class UsageError(Exception):
-    """The command line cannot be acted on: one sentence for the user."""
+    """The command line cannot be used. The message is one sentence for the user."""
 
 
 def request_input(pairs: list[str], schema: Json | None) -> Json:
-    """The request's `input`. Without a schema everything is a string, and every `@file` a file.
+    """Makes the request's `input`.
+
+    Args:
+        pairs: each "name=value".
+        schema: of the server. None: every value is a string, and every `@file` a file.
 
     Raises:
-        UsageError: a pair that is none, a name that is unknown or given twice, a value that the schema does
-            not allow, an unreadable file.
+        UsageError: a pair has no "=", a name is unknown or given twice, the schema does not allow a value, or
+        a
+            file cannot be read.
     """
     known = fields(schema)
     values: Json = {}
@@ -35,7 +40,7 @@ def request_input(pairs: list[str], schema: Json | None) -> Json:
             raise UsageError(f"-i {_short(pair)}: an input is written name=value.")
         if name in values:
             raise UsageError(f"-i {name}=...: {name} is given twice.")
-        if known is not None and name not in known:  # Cog would drop it without a word
+        if known is not None and name not in known:  # Cog would ignore it without a message
             raise UsageError(f"There is no input {name!r}; there are {', '.join(known)}.")
         values[name] = _value(
             name, text, known[name] if known else {"format": "uri"}, strict=known is not None
@@ -47,9 +52,10 @@ def request_input(pairs: list[str], schema: Json | None) -> Json:
 
 
 def checked_url(url: str) -> str:
-    """
+    """Checks a server's URL and returns it.
+
     Raises:
-        UsageError: it is not the http(s) URL of a server.
+        UsageError: this is no http(s) URL.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -62,7 +68,7 @@ def checked_url(url: str) -> str:
 
 
 def expanded(path: Path) -> Path:
-    """With `~` as a shell reads it; where nobody is called so, it is a name like any other."""
+    """Replaces `~` at the start as a shell does. If there is no such user, the path stays as it is."""
     try:
         return path.expanduser()
     except RuntimeError:
@@ -70,7 +76,7 @@ def expanded(path: Path) -> Path:
 
 
 def _value(name: str, text: str, field: Json, strict: bool) -> Any:
-    """One input's JSON value. `strict`: what is not @FILE must be what the field accepts."""
+    """Makes one input's JSON value. `strict`: whether a value that is not @FILE must fit the field."""
     if text.startswith("@"):
         path = expanded(Path(text[1:]))
         if is_file(field):
@@ -94,10 +100,10 @@ def _value(name: str, text: str, field: Json, strict: bool) -> Any:
 
 
 def _uri(name: str, text: str) -> str:
-    """A URL or a data URI, its scheme in lower case: Cog knows no other.
+    """Checks a URL or a data URI, and writes its scheme in lower case, because Cog knows no other.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: the text is neither, or nothing can be read from it.
     """
     scheme, colon, rest = text.partition(":")
     scheme = scheme.lower()
@@ -112,7 +118,7 @@ def _uri(name: str, text: str) -> str:
 
 
 def _checked_data(name: str, rest: str) -> str:
-    """What follows `data:` in a data URI, if it decodes to something that a server takes."""
+    """Checks that a data URI can be decoded and is not too large. `rest`: the text after `data:`."""
     head, comma, data = rest.partition(",")
     if not comma:
         raise UsageError(f"{name} is a data URI without a comma: write data:audio/wav;base64,...")
@@ -128,7 +134,7 @@ def _checked_data(name: str, rest: str) -> str:
 
 
 def _url_problem(url: str) -> str | None:
-    """Why a URL with a scheme leads nowhere."""
+    """Says why a URL cannot be used. None: it can."""
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -140,7 +146,7 @@ def _url_problem(url: str) -> str | None:
 
 
 def _text(name: str, path: Path) -> str:
-    """The text of a file, without the end of its last line."""
+    """Reads a text file, without the line break at its end."""
     try:
         return _content(name, path).decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
@@ -148,12 +154,13 @@ def _text(name: str, path: Path) -> str:
 
 
 def _data_uri(name: str, path: Path) -> str:
-    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return f"data:{kind};base64,{base64.b64encode(_content(name, path)).decode()}"
+    """Reads a file into a data URI."""
+    mime = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return f"data:{mime};base64,{base64.b64encode(_content(name, path)).decode()}"
 
 
 def _content(name: str, path: Path) -> bytes:
-    """What a file or a pipe holds; no more is read than a server would take."""
+    """Reads a file or a pipe, but not more than a server would accept."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -166,6 +173,7 @@ def _content(name: str, path: Path) -> bytes:
 
 
 def _check_size(name: str, what: str, size: int) -> None:
+    """Checks that a file has a size in bytes that a server accepts."""
     if size == 0:
         raise UsageError(f"{name}: {what} is empty (0 bytes); give one with content.")
     if size > MAX_FILE_BYTES:
@@ -176,10 +184,11 @@ def _check_size(name: str, what: str, size: int) -> None:
 
 
 def _shown(path: Path) -> str:
-    """A path that can be printed, whatever bytes it is made of."""
+    """A path as text that can be printed, whatever bytes it has."""
     return str(path).encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _short(text: str) -> str:
+    """A value in quotes, cut to 80 characters."""
     shown = repr(text)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

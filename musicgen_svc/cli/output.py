@@ -1,4 +1,4 @@
-"""What Cog answered -> a file, or standard output."""
+"""The output of a prediction: fetches it from Cog's reply, and writes it to a file or to standard output."""
 
 import base64
 import binascii
@@ -21,10 +21,16 @@ STDOUT_NAMES = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 
 def checked_output(name: str | Path | None) -> Path | None:
-    """The file to write, known before minutes of work and not after. STDOUT: standard output.
+    """Checks, before the long work, that the output can be written.
+
+    Args:
+        name: of the file. None: a free name in the current folder, chosen later.
+
+    Returns:
+        Path: the file to write, or STDOUT for standard output.
 
     Raises:
-        UsageError: it cannot be written, or a file of any name here.
+        UsageError: the output cannot be written.
     """
     if name is None:
         if not os.access(Path(), os.W_OK):
@@ -40,18 +46,25 @@ def checked_output(name: str | Path | None) -> Path | None:
     parent = path.resolve().parent
     if not parent.is_dir():
         raise UsageError(f"-o {path}: there is no folder {parent}; make it, or name a file elsewhere.")
-    if not os.access(path if _takes_bytes_alone(path) else parent, os.W_OK):
+    if not os.access(path if _is_device(path) else parent, os.W_OK):
         raise UsageError(f"-o {path}: {parent} cannot be written to; name a file elsewhere.")
     return path
 
 
-def _takes_bytes_alone(path: Path) -> bool:
-    """A device or a pipe, such as /dev/null: written to, never replaced."""
+def _is_device(path: Path) -> bool:
+    """Whether a path is a device or a pipe, such as /dev/null, which is written to and never replaced."""
     return path.exists() and not path.is_file()
 
 
 def fetch(output: str) -> tuple[bytes, str]:
-    """The bytes of Cog's output, a data URI or the URL it was uploaded to, and their suffix."""
+    """Fetches an output. `output`: a data URI, or the URL to which Cog uploaded it.
+
+    Returns:
+        tuple: the bytes, and the suffix of a file that holds them.
+
+    Raises:
+        FailedError: the output is damaged or cannot be fetched.
+    """
     if output.startswith("data:"):
         head, _, data = output[len("data:") :].partition(",")
         kind, *options = head.split(";")
@@ -71,13 +84,25 @@ def fetch(output: str) -> tuple[bytes, str]:
 
 
 def save(body: bytes, suffix: str, wanted: Path | None) -> Path:
-    """Writes all or nothing; over no file but the wanted one, or the one that it links to."""
+    """Writes the output completely or not at all. Replaces no file but the wanted one or its link's target.
+
+    Args:
+        body: the bytes.
+        suffix: for a file whose name is chosen here.
+        wanted: as `checked_output` returned it.
+
+    Returns:
+        Path: where the output is.
+
+    Raises:
+        FailedError: it cannot be written.
+    """
     if wanted == STDOUT:
         return _write_to_stdout(body)
     target = wanted.resolve() if wanted else None
     temporary = (target.parent if target else Path()) / f".output-{uuid.uuid4().hex}"
     try:
-        if wanted and _takes_bytes_alone(wanted):
+        if wanted and _is_device(wanted):
             wanted.write_bytes(body)
             return wanted
         temporary.write_bytes(body)
@@ -91,6 +116,7 @@ def save(body: bytes, suffix: str, wanted: Path | None) -> Path:
 
 
 def _write_to_stdout(body: bytes) -> Path:
+    """Writes the output to standard output."""
     try:
         sys.stdout.buffer.write(body)
         sys.stdout.buffer.flush()
@@ -100,7 +126,7 @@ def _write_to_stdout(body: bytes) -> Path:
 
 
 def _free_name(suffix: str) -> Path:
-    """The first of output.wav, output-1.wav, ... that is free, taken by creating it."""
+    """Creates the first of output.wav, output-1.wav, ... that does not exist, and returns its path."""
     number = 0
     while True:
         path = Path(f"output-{number}{suffix}" if number else f"output{suffix}")

@@ -1,28 +1,24 @@
-"""One prediction from the command line: inputs in, an audio file out, through Cog's real HTTP server."""
+"""`scripts/predict`: one prediction from the command line, through Cog's HTTP server."""
 
 import argparse
 import contextlib
 import io
 import json
 import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from musicgen_svc.cli.client import Client, FailedError
-from musicgen_svc.cli.cog_log import sentence
 from musicgen_svc.cli.inputs import UsageError, checked_url, request_input
 from musicgen_svc.cli.output import STDOUT, checked_output, fetch, save
+from musicgen_svc.cli.own_server import own_server
 from musicgen_svc.cli.schema_fields import described, fields
+from musicgen_svc.cli.terminal import Progress, note
 from musicgen_svc.errors import InputError, ServiceError
 from musicgen_svc.request import Request
 from musicgen_svc.settings import Settings
@@ -34,10 +30,6 @@ SCHEMA = ROOT / "openapi_schema.json"
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 STAGES = ("load", "condition", "generate", "decode", "write")
-STOP_S = 15.0
-"""How long the server may take to stop; it promises 10 s."""
-REPORT_S = 5.0
-"""How often progress is told where it is not shown on a terminal."""
 
 HELP = """\
 inputs are written name=value:
@@ -59,6 +51,7 @@ exit status:
 
 
 def arguments() -> argparse.Namespace:
+    """Reads the command line. Its help lists the inputs of the schema."""
     try:
         inputs = described(own_schema())
     except FailedError as error:
@@ -82,9 +75,10 @@ def arguments() -> argparse.Namespace:
 
 
 def own_schema() -> Json:
-    """
+    """Reads the schema of this checkout.
+
     Raises:
-        FailedError: the checkout's schema is gone or damaged.
+        FailedError: the file is missing or damaged.
     """
     try:
         schema: Json = json.loads(SCHEMA.read_text())
@@ -93,15 +87,18 @@ def own_schema() -> Json:
     return schema
 
 
-def note(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)
-
-
 def check_request(values: Json, schema: Json | None, max_duration_s: int) -> None:
-    """The service's own rules, where the schema has this service's inputs.
+    """Checks the rules of the service that a schema cannot express.
+
+    A schema with other inputs is that of another service, whose rules are not known here.
+
+    Args:
+        values: the request's input.
+        schema: of the server.
+        max_duration_s: the longest duration that the server accepts.
 
     Raises:
-        UsageError: in the service's words.
+        UsageError: with the service's sentence.
     """
     known = fields(schema)
     if known is None or list(known) != list(fields(own_schema()) or {}):
@@ -119,67 +116,12 @@ def max_duration_s() -> int:
     """The longest duration that a server started from here accepts."""
     try:
         return Settings.from_environment(os.environ).max_duration_s
-    except ServiceError:  # which the server tells, with all else that it needs
+    except ServiceError:  # the server reports wrong settings when it starts
         return Settings.max_duration_s
 
 
-# The server
-
-
-@contextlib.contextmanager
-def own_server() -> Iterator[Client]:
-    """A server on a free loopback port, gone when the block ends, whatever happens.
-
-    Its log is kept, and named, where the block ends with an error whose cause only the log holds.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="musicgen-"))
-    log, keep_log = folder / "server.log", False
-    try:
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "musicgen_svc.cli.serve", "--stop-at-eof"],
-                env=os.environ
-                | {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "console", "COG_MAX_CONCURRENCY": "1"},
-                stdin=subprocess.PIPE,  # closes with us, even if we are killed, and then the server stops
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for us: we stop the server in order
-            )
-        try:
-            yield Client(_await_url(process, log))
-        finally:
-            _stop(process)
-    except FailedError as error:
-        if keep_log := error.in_log:
-            error.add_note(f"The server's log: {log}")
-        raise
-    finally:
-        if not keep_log:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    assert process.stdin
-    process.stdin.close()
-
-
-def _await_url(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    """The URL that the server says it listens on."""
-    while process.poll() is None:
-        if found := re.search(r"http://\S+:\d+", log.read_text(errors="replace")):
-            return found.group()
-        time.sleep(0.05)
-    text = log.read_text(errors="replace")
-    raise FailedError(f"The server did not start: {sentence(text)}", in_log="Traceback" in text)
-
-
 def set_up(client: Client) -> None:
+    """Waits until the server is ready, and shows how long this takes."""
     start = time.monotonic()
     if not sys.stderr.isatty():
         note("Setting up ...")
@@ -189,14 +131,14 @@ def set_up(client: Client) -> None:
 
 
 def predict(client: Client, values: Json, schema: Json | None) -> Json:
-    """One prediction, with a bar from 0 to 100 %."""
-    told = False
+    """Runs one prediction and shows its progress. Returns Cog's reply."""
+    noted = False
 
     def busy() -> None:
-        nonlocal told
-        if not told:
+        nonlocal noted
+        if not noted:
             note("The server is busy; trying again until it is not (Ctrl-C gives up).")
-        told = True
+        noted = True
 
     with Progress() as progress:
         reply = client.predict(values, schema, progress.show, busy)
@@ -204,38 +146,13 @@ def predict(client: Client, values: Json, schema: Json | None) -> Json:
     return reply
 
 
-class Progress:
-    """A bar on a terminal; elsewhere a line now and then, and none before there is progress."""
-
-    def __init__(self) -> None:
-        layout = "{desc:<10}{percentage:3.0f}%|{bar}| {elapsed}"
-        self._bar = tqdm(total=100, bar_format=layout) if sys.stderr.isatty() else None
-        self._percent, self._told_s = 0, -REPORT_S
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.leave = kind is None
-            self._bar.close()
-
-    def show(self, percent: int, stage: str) -> None:
-        if self._bar is not None:
-            self._bar.set_description_str(stage or self._bar.desc, refresh=False)
-            self._bar.update(max(0, percent - self._bar.n))
-            self._bar.refresh()  # also when nothing moved: the clock does
-        elif percent > self._percent and (percent == 100 or time.monotonic() - self._told_s >= REPORT_S):
-            self._percent, self._told_s = percent, time.monotonic()
-            note(f"{stage or 'working':<10}{percent:3d}%")
-
-
 def report(path: Path, reply: Json) -> None:
-    """The path on a line of its own, for scripts; then what the service measured. Where the audio went to
-    standard output, all of this goes to standard error.
+    """Prints the path on a line of its own, for scripts, and then what the service measured.
+
+    If the audio went to standard output, the measurements go to standard error.
 
     Raises:
-        FailedError: standard output is closed. The file is written then.
+        FailedError: standard output is closed. The file is already written.
     """
     metrics = reply.get("metrics") or {}
     facts = []
@@ -258,13 +175,16 @@ def report(path: Path, reply: Json) -> None:
 
 
 def interrupt(*_: object) -> None:
+    """Handles a signal like Ctrl-C."""
     raise KeyboardInterrupt
 
 
 def run(args: argparse.Namespace) -> None:
-    """
+    """Runs the command.
+
     Raises:
-        UsageError, FailedError: with the sentence for the user.
+        UsageError: the command line cannot be used.
+        FailedError: the prediction, the server or the network failed.
     """
     wanted = checked_output(args.output)
     with contextlib.ExitStack() as stack:
@@ -290,11 +210,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    """Runs the command and prints errors. Returns the exit status."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # the name of a file may be any bytes, and is printed as such
+    if isinstance(sys.stdout, io.TextIOWrapper):  # prints any bytes in a file's name unchanged
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
         run(arguments())

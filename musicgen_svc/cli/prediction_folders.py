@@ -1,4 +1,4 @@
-"""The folders that Cog makes for each prediction, named after its id, and never removes."""
+"""Removes the folders that Cog makes for each prediction, named after its id, and never removes itself."""
 
 import shutil
 import tempfile
@@ -8,15 +8,15 @@ from pathlib import Path
 from musicgen_svc.cli.reaper import Reaper
 
 COG_FOLDER = Path("/tmp/coglet/predictions")
-"""Fixed in Cog 0.23.1, whatever TMPDIR says."""
+"""The path is fixed in Cog 0.23.1; TMPDIR does not change it."""
 
 
 class UnusableFolderError(Exception):
-    """Cog cannot make its folders: each prediction would take one of its places for ever."""
+    """Cog cannot make its folders, so that each prediction would occupy one of its slots for ever."""
 
 
 def check(root: Path = COG_FOLDER) -> None:
-    """Makes sure that Cog can make its folders.
+    """Checks that Cog can make its folders.
 
     Raises:
         UnusableFolderError: the folder belongs to another user, or the disk is full.
@@ -33,10 +33,10 @@ def check(root: Path = COG_FOLDER) -> None:
 
 
 class PredictionFolders:
-    """Removes a prediction's folder when Cog has ended it and no request with its id is on its way.
+    """Removes a prediction's folder when Cog has ended the prediction and no request with its id is open.
 
-    Cog reads a prediction's outputs before it says that the prediction has ended. A second prediction may
-    have the same id, but only after the first.
+    Cog reads a prediction's outputs before it logs that the prediction has ended. A second prediction may
+    have the same id, but only after the first has ended.
     """
 
     def __init__(self, reaper: Reaper, root: Path = COG_FOLDER) -> None:
@@ -47,36 +47,37 @@ class PredictionFolders:
         self._requests: Counter[str] = Counter()
 
     def requested(self, id: str) -> None:
-        """A request with this id goes to Cog."""
+        """Notes that a request with this id is sent to Cog."""
         self._requests[id] += 1
 
     def answered(self, id: str) -> None:
-        """It was answered, or its client has hung up."""
+        """Notes that this request was answered, or that its client has closed the connection."""
         self._requests[id] -= 1
         if not self._requests[id]:
             del self._requests[id]
         self._clear(id)
 
     def started(self, id: str) -> None:
-        """Cog has started the prediction. It makes the folder next."""
+        """Notes that Cog has started a prediction, and will make its folder."""
         self._running.add(id)
         if (folder := self._folder(id)) is not None:
             self._reaper.watch_folder(folder)
 
     def finished(self, id: str) -> None:
-        """Cog has ended the prediction."""
+        """Notes that Cog has ended a prediction."""
         self._running.discard(id)
         self._ended.add(id)
         self._clear(id)
 
     def clear(self) -> None:
-        """Removes all that are left: Cog has ended."""
+        """Removes all folders that are left, after Cog has ended."""
         for id in self._running | self._ended:
             self._remove(id)
         self._running.clear()
         self._ended.clear()
 
     def _clear(self, id: str) -> None:
+        """Removes a prediction's folder if nothing needs it."""
         if id not in self._ended or id in self._running or id in self._requests:
             return
         self._ended.discard(id)
@@ -88,6 +89,6 @@ class PredictionFolders:
             self._reaper.forget_folder(folder)
 
     def _folder(self, id: str) -> Path | None:
-        """None: the id leads to another folder. Such an id can only come to Cog past the gate."""
+        """The prediction's folder. None: the id is a path to elsewhere, which the gate would refuse."""
         folder = self._root / id
         return folder if folder.parent == self._root and folder.name not in ("", "..") else None

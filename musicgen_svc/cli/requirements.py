@@ -1,8 +1,8 @@
-"""Prints requirements.txt, Cog's rendering of requirements.lock.
+"""`scripts/lock`: prints requirements.txt, the part of requirements.lock that Cog's image needs.
 
-Cog installs cog and coglet itself, rewrites torch and torchaudio to builds for the image's CUDA
-(so hashes and the nvidia-* pins of the PyPI build would contradict it), and resolves dependencies
-(so audiocraft, whose pins are lifted here, is installed by cog.yaml with --no-deps instead).
+Cog installs cog and coglet itself. It replaces torch and torchaudio by builds for the image's CUDA, which
+hashes and the nvidia-* pins of PyPI's build would contradict. It also resolves dependencies; audiocraft,
+whose pins are overridden in pyproject.toml, is therefore installed by cog.yaml with --no-deps.
 """
 
 import re
@@ -14,7 +14,12 @@ LEFT_TO_COG = re.compile(r"(cog|coglet|audiocraft|triton|nvidia-.*|cuda-.*)$")
 
 
 def runtime_requirements(lock: str, runtime_names: set[str]) -> list[str]:
-    """The lock's pins without hashes, without the dev tools and without what the image brings."""
+    """Selects the lock file's pins that the image needs, without hashes.
+
+    Args:
+        lock: text of requirements.lock.
+        runtime_names: packages that the service needs.
+    """
     pins = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)( ; [^\\\n]*)?", lock, flags=re.MULTILINE)
     return [
         f"{name}=={version}{marker.rstrip()}"
@@ -24,7 +29,7 @@ def runtime_requirements(lock: str, runtime_names: set[str]) -> list[str]:
 
 
 def runtime_names() -> set[str]:
-    """Names of the packages that the service itself needs, dev tools left out."""
+    """Resolves the names of the packages that the service needs, without the development tools."""
     compiled = subprocess.run(
         ["uv", "pip", "compile", "pyproject.toml", "--universal", "--fork-strategy", "fewest", "--quiet",
          "--no-header", "--no-annotate", "--constraint", "requirements.lock"],

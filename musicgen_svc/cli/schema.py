@@ -1,17 +1,16 @@
-"""Writes openapi_schema.json: what `cog build` would make of predict.py, without Cog's Go program.
+"""`scripts/schema`: writes openapi_schema.json, which `cog build` would write for predict.py.
 
-Only the text of predict.py is read, as Cog does it, and only what Cog would understand is accepted:
-anything else stops here, where Cog would drop it without a word. tests/test_predict_source.py holds
-the rules that are a matter of style.
+It is made without Cog's Go program, from the text of predict.py alone.
 """
 
-import ast
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from musicgen_svc.cli.predict_source import OUTPUT_TYPE, InputField, SourceError, read_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "predict.py"
@@ -28,51 +27,19 @@ BOUNDS = {"ge": "minimum", "le": "maximum"}
 REFERENCE = "#/components/schemas/"
 
 
-class SourceError(Exception):
-    """predict.py holds something that Cog's parser does not understand."""
-
-
 def document(source: str, cog_version: str) -> dict[str, Any]:
-    """The OpenAPI 3.0.2 document of the class `Predictor` in `source`.
+    """Makes the OpenAPI 3.0.2 document of the service.
+
+    Args:
+        source: the text of predict.py.
+        cog_version: the version of Cog that the document names.
 
     Raises:
-        SourceError: an input is not written as Cog needs it.
+        SourceError: Cog would not understand an input, or not as it is meant.
     """
-    run = _run_method(ast.parse(source))
-    properties: dict[str, Any] = {}
-    enums: dict[str, Any] = {}
-    parameters = run.args.args[1:]  # without self
-    if len(run.args.defaults) != len(parameters):
-        raise SourceError("every input needs a default: = Input(default=...)")
-    for order, (parameter, default) in enumerate(zip(parameters, run.args.defaults, strict=True)):
-        name = parameter.arg
-        options = _options(name, default)
-        kind, nullable = _annotation(name, parameter.annotation)
-        if options["default"] is None and not nullable:
-            raise SourceError(f"{name}: the default is None and the type is not Optional")
-        field: dict[str, Any] = {
-            "x-order": order,
-            "default": _number(options["default"]),
-            "description": options["description"],
-        }
-        if nullable:
-            field["nullable"] = True
-        for bound in BOUNDS.keys() & options.keys():
-            field[BOUNDS[bound]] = _number(options[bound])
-        if "choices" in options:
-            field["allOf"] = [{"$ref": REFERENCE + name}]
-            enums[name] = {
-                "description": "An enumeration.",
-                "enum": options["choices"],
-                "title": name,
-                **TYPES[kind],
-            }
-        else:
-            field |= {"title": _title(name), **TYPES[kind]}
-        properties[name] = dict(sorted(field.items()))
-    output, optional = _annotation("the output", run.returns)
-    if optional:
-        raise SourceError("the output must not be Optional")
+    inputs = read_inputs(source)
+    properties = {field.name: _property(order, field) for order, field in enumerate(inputs)}
+    enums = {field.name: _enum(field) for field in inputs if "choices" in field.options}
     return {
         "openapi": "3.0.2",
         "info": {"title": "Cog", "version": cog_version},
@@ -80,7 +47,7 @@ def document(source: str, cog_version: str) -> dict[str, Any]:
         "components": {
             "schemas": {
                 "Input": {"properties": properties, "title": "Input", "type": "object"},
-                "Output": {"title": "Output", **TYPES[output]},
+                "Output": {"title": "Output", **TYPES[OUTPUT_TYPE]},
                 **enums,
                 **_envelope(),
             }
@@ -88,61 +55,52 @@ def document(source: str, cog_version: str) -> dict[str, Any]:
     }
 
 
-def _run_method(tree: ast.Module) -> ast.FunctionDef | ast.AsyncFunctionDef:
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == "Predictor":
-            for member in node.body:
-                if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) and member.name == "run":
-                    return member
-    raise SourceError("there is no class Predictor with a method run")
+def _property(order: int, field: InputField) -> dict[str, Any]:
+    """The schema of one input, its keys in alphabetical order as Cog has them."""
+    options = field.options
+    made: dict[str, Any] = {
+        "x-order": order,
+        "default": _number(options["default"]),
+        "description": options["description"],
+    }
+    if field.nullable:
+        made["nullable"] = True
+    for bound in BOUNDS.keys() & options.keys():
+        made[BOUNDS[bound]] = _number(options[bound])
+    if "choices" in options:
+        made["allOf"] = [{"$ref": REFERENCE + field.name}]
+    else:
+        made |= {"title": _title(field.name), **TYPES[field.type]}
+    return dict(sorted(made.items()))
 
 
-def _options(name: str, call: ast.expr) -> dict[str, Any]:
-    """The keyword arguments of an `Input(...)`, each a literal."""
-    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Input"):
-        raise SourceError(f"{name}: the default must be Input(...), imported by that name")
-    if call.args:
-        raise SourceError(f"{name}: Input takes keywords only")
-    options: dict[str, Any] = {}
-    for keyword in call.keywords:
-        if keyword.arg is None:
-            raise SourceError(f"{name}: Input takes no **")
-        try:
-            options[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError:
-            raise SourceError(f"{name}: {keyword.arg} is not a literal") from None
-    if unknown := options.keys() - {"default", "description", "choices", *BOUNDS}:
-        raise SourceError(f"{name}: {', '.join(map(str, unknown))} is not supported here")
-    if missing := {"default", "description"} - options.keys():
-        raise SourceError(f"{name}: {', '.join(missing)} is missing")
-    return options
-
-
-def _annotation(name: str, node: ast.expr | None) -> tuple[str, bool]:
-    """`int` -> ("int", False); `int | None` and `Optional[int]` -> ("int", True)."""
-    text = ast.unparse(node) if node else ""
-    kind = text.removesuffix(" | None")
-    if text.startswith("Optional["):
-        kind = text.removeprefix("Optional[").removesuffix("]")
-    if kind not in TYPES:
-        raise SourceError(f"{name}: the type {text or '(none)'} is not one of {', '.join(TYPES)}")
-    return kind, kind != text
+def _enum(field: InputField) -> dict[str, Any]:
+    """The enumeration that an input with choices refers to."""
+    return {
+        "description": "An enumeration.",
+        "enum": field.options["choices"],
+        "title": field.name,
+        **TYPES[field.type],
+    }
 
 
 def _number(value: Any) -> Any:
-    """1.0 as 1: Cog's JSON knows no difference."""
+    """Turns 1.0 into 1, because Cog writes both as 1."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _title(name: str) -> str:
+    """Turns "top_k" into "Top K"."""
     return " ".join(word[:1].upper() + word[1:] for word in name.split("_"))
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    """A body that is JSON of this schema."""
     return {"application/json": {"schema": schema}}
 
 
 def _response(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """A response whose body is JSON of this schema."""
     return {"description": description, "content": _json(schema)}
 
 
@@ -190,11 +148,12 @@ def _paths() -> dict[str, Any]:
 
 
 def _object(title: str, properties: dict[str, Any]) -> dict[str, Any]:
+    """A schema with named properties."""
     return {"title": title, "type": "object", "properties": properties}
 
 
 def _envelope() -> dict[str, Any]:
-    """What goes around inputs and outputs, the same for every model."""
+    """The schemas of requests, responses and errors, which are the same for every model."""
 
     def text(title: str, **more: str) -> dict[str, str]:
         return {"title": title, "type": "string", **more}
@@ -247,7 +206,7 @@ def _envelope() -> dict[str, Any]:
 
 
 def render() -> str:
-    """The text of openapi_schema.json, from the files in the repository."""
+    """Makes the text of openapi_schema.json from predict.py and cog.yaml."""
     version = yaml.safe_load((ROOT / "cog.yaml").read_text())["build"]["sdk_version"]
     return json.dumps(document(SOURCE.read_text(), version), indent=2, ensure_ascii=False) + "\n"
 

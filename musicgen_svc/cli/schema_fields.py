@@ -1,4 +1,4 @@
-"""The inputs that a Cog schema names: their types, bounds and choices, for checking values and for --help."""
+"""The inputs in a Cog schema: checks values against their types, bounds and choices, and describes them."""
 
 import math
 import textwrap
@@ -8,7 +8,7 @@ Json = dict[str, Any]
 
 
 def fields(schema: Json | None) -> dict[str, Json] | None:
-    """The inputs by name, in their order, with the choices that they refer to; None where there are none."""
+    """Returns the inputs in their order: name -> field, with its choices. None: the schema has no inputs."""
     schemas = (schema or {}).get("components", {}).get("schemas", {})
     properties = schemas.get("Input", {}).get("properties")
     if properties is None:
@@ -18,17 +18,19 @@ def fields(schema: Json | None) -> dict[str, Json] | None:
 
 
 def _resolved(field: Json, schemas: Json) -> Json:
+    """A field with the enumeration that it refers to."""
     references = [part.get("$ref", "") for part in field.get("allOf", [])]
     choices: Json = schemas.get(references[0].rpartition("/")[2], {}) if references else {}
     return choices | field
 
 
 def is_file(field: Json) -> bool:
+    """Whether a field takes a file."""
     return field.get("format") == "uri"
 
 
 def impossible_input(schema: Json | None) -> Json | None:
-    """An `input` that the schema refuses, or None where there is no such thing."""
+    """Makes an `input` that the schema refuses. None: there is no schema, or it refuses nothing for sure."""
     for name, field in (fields(schema) or {}).items():
         if field.get("type") in ("integer", "number", "boolean"):
             return {name: "of another type"}
@@ -36,7 +38,7 @@ def impossible_input(schema: Json | None) -> Json | None:
 
 
 def parsed(text: str, field: Json) -> Any:
-    """`text` as the JSON type of the field, or as it stands where it is not of that type."""
+    """Converts text to the JSON type of a field. Returns the text itself if that is not possible."""
     kind = field.get("type")
     if kind == "boolean" and text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -45,13 +47,13 @@ def parsed(text: str, field: Json) -> Any:
             number = parse(text)
         except ValueError:
             continue
-        if math.isfinite(number):  # JSON has no other numbers
+        if math.isfinite(number):  # JSON has neither NaN nor infinity
             return number
     return text
 
 
 def fits(value: Any, field: Json) -> bool:
-    """Whether the schema allows a value that `parsed` gave. A type that is not known here allows all."""
+    """Whether the schema allows a value that `parsed` returned. An unknown type allows every value."""
     if "enum" in field:
         return value in field["enum"]
     kind = field.get("type")
@@ -65,7 +67,7 @@ def fits(value: Any, field: Json) -> bool:
 
 
 def expectation(field: Json) -> str:
-    """What a field accepts, for people: "a whole number from 1 to 600"."""
+    """Describes what a field accepts, such as "a whole number from 1 to 600"."""
     if "enum" in field:
         return "one of " + ", ".join(map(str, field["enum"]))
     if is_file(field):
@@ -82,7 +84,7 @@ def expectation(field: Json) -> str:
 
 
 def described(schema: Json) -> str:
-    """Every input with what it accepts, its default and its description, at most 79 columns wide."""
+    """Describes every input, its default and what it accepts, in lines of up to 79 columns."""
     lines = []
     for name, field in (fields(schema) or {}).items():
         default = field.get("default")

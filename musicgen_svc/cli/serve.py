@@ -1,4 +1,4 @@
-"""`scripts/serve`: Cog's server in the foreground, supervised, with a readable console."""
+"""`scripts/serve`: runs Cog's server in the foreground, supervised and with a readable log."""
 
 import argparse
 import asyncio
@@ -11,7 +11,7 @@ import threading
 
 from musicgen_svc.cli import prediction_folders
 from musicgen_svc.cli.cog_log import Console
-from musicgen_svc.cli.cog_server import ROOT, place_schema
+from musicgen_svc.cli.cog_server import ROOT, write_schema
 from musicgen_svc.cli.gate import Gate
 from musicgen_svc.cli.supervisor import StopRequest, Supervisor
 
@@ -23,10 +23,10 @@ are not given), and the settings in the README. Ends with 0 when stopped by Ctrl
 
 
 def listener(host: str, port: int) -> socket.socket:
-    """A socket that is bound to an address. Port 0 picks a free one.
+    """Makes a socket that listens on an address. Port 0 is any free port.
 
     Raises:
-        SystemExit: the address cannot be listened on, in one sentence.
+        SystemExit: it cannot, with one sentence.
     """
     try:
         family, kind, _, _, name = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -44,18 +44,28 @@ def listener(host: str, port: int) -> socket.socket:
 
 
 def url(bound: socket.socket) -> str:
-    """Where clients reach a socket."""
+    """The URL by which clients reach a socket."""
     host, port = bound.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def serve(bound: socket.socket, more: list[str], console: Console, stop_at_eof: bool) -> int:
-    """Runs until it is told to stop. Returns the exit status."""
+    """Runs the server until it is told to stop.
+
+    Args:
+        bound: the socket for clients.
+        more: further arguments for Cog.
+        console: for the log.
+        stop_at_eof: whether the end of standard input stops the server.
+
+    Returns:
+        int: the exit status.
+    """
     loop = asyncio.get_running_loop()
     stop = StopRequest()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stop)
-    if stop_at_eof:  # whoever started this process is gone, however that came
+    if stop_at_eof:  # the process that started this one has ended, for whatever reason
 
         def wait() -> None:
             while os.read(sys.stdin.fileno(), 4096):
@@ -69,10 +79,10 @@ async def serve(bound: socket.socket, more: list[str], console: Console, stop_at
 
 
 def arguments() -> argparse.Namespace:
-    """The command line.
+    """Reads the command line.
 
     Raises:
-        SystemExit: it cannot be acted on.
+        SystemExit: it cannot be used.
     """
     parser = argparse.ArgumentParser(
         prog="scripts/serve", description="Runs Cog's server in the foreground.", epilog=HELP,
@@ -93,6 +103,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Runs the command. Returns the exit status."""
     given = arguments()
     bound = listener(given.host, given.port)
     try:
@@ -100,7 +111,7 @@ def main() -> int:
     except prediction_folders.UnusableFolderError as error:
         sys.exit(str(error))
     try:
-        place_schema(ROOT / ".cog")
+        write_schema(ROOT / ".cog")
     except OSError as error:
         sys.exit(
             f"The schema cannot be written to {error.filename} ({error.strerror}): let the owner of {ROOT} "

@@ -1,4 +1,4 @@
-"""Keeps a Cog server running behind the gate: starts it, watches it, and restarts it when it must be."""
+"""Keeps a Cog server running behind the gate: starts it, watches it, and restarts it after a fault."""
 
 import asyncio
 import time
@@ -10,22 +10,23 @@ from musicgen_svc.cli.gate import Gate
 from musicgen_svc.cli.watch import Fault, Observation, Restarts, Watch
 
 OPEN_REQUESTS_S = 5.0
-"""How long running requests may take to end when the server is stopped; Cog itself would wait for ever."""
+"""How long running requests may take to end when the server is stopped. Cog itself would wait for ever."""
 DRAIN_S = 60.0
-"""How long running requests may take to end before a restart that can wait for them."""
+"""How long running requests may take to end before a restart that waits for them."""
 SET_UP_POLL_S, POLL_S = 0.1, 1.0
 SET_UP = ("READY", "BUSY", "UNHEALTHY", "DEFUNCT")
-"""What a server says of its health once it was set up. It may be unwell by then already."""
+"""Health of a server that has been set up, whether it works or not."""
 
 
 class StopRequest:
-    """Whether the server was told to stop. Told once, it gives open requests their time; told twice, none."""
+    """Whether the server was told to stop. After a second call it no longer waits for running requests."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.hurried = asyncio.Event()
 
     def __call__(self) -> None:
+        """Tells the server to stop."""
         (self.hurried if self.asked.is_set() else self.asked).set()
 
 
@@ -33,7 +34,15 @@ class Supervisor:
     """Runs one Cog server after another until it is told to stop."""
 
     def __init__(self, url: str, more: list[str], gate: Gate, console: Console, stop: StopRequest) -> None:
-        """`url`: where clients reach the gate; `more`: arguments for Cog."""
+        """Makes a supervisor.
+
+        Args:
+            url: by which clients reach the gate.
+            more: arguments for Cog.
+            gate: in front of the Cog server.
+            console: for the log.
+            stop: set when the server is told to stop.
+        """
         self._url = url
         self._more = more
         self._gate = gate
@@ -42,11 +51,11 @@ class Supervisor:
         self._restarts = Restarts()
 
     async def run(self) -> int:
-        """Returns when everything is gone. The result is 0 if it was told to stop, else Cog's exit status."""
+        """Runs until no process of Cog's is left. Returns 0 if told to stop, or else Cog's exit status."""
         first = True
         while True:
             server = await CogServer.start(self._more, self._console)
-            self._gate.lead_to(server.port, server.folders)
+            self._gate.relay_to(server.port, server.folders)
             try:
                 fault = await self._serve(server, first)
                 if fault is not None:
@@ -63,9 +72,13 @@ class Supervisor:
             first = False
 
     async def _serve(self, server: CogServer, first: bool) -> Fault | None:
-        """Returns when the server must be restarted. None: it is to stop, or has stopped by itself.
+        """Waits until the server must be restarted.
 
-        What fails in the first set-up would fail again: the server stays up to say so, or has ended.
+        There is no restart after a failure of the first set-up, because the next one would fail too. The
+        server then keeps running, and its health check tells the reason.
+
+        Returns:
+            Fault: why it must be restarted. None: it was told to stop, or has ended by itself.
         """
         watching = asyncio.create_task(self._watch(server, first))
         await _first(watching, server.wait(), self._stop.asked.wait())
@@ -78,7 +91,7 @@ class Supervisor:
         return None
 
     async def _watch(self, server: CogServer, first: bool) -> Fault:
-        """Says how set-up goes and where the server is. Returns with the first fault."""
+        """Reports set-up and the server's URL. Returns at the first fault."""
         start_s = time.monotonic()
         watch = Watch()
         announced = False
@@ -88,7 +101,7 @@ class Supervisor:
                 self._console.say(f"Setting up {self._url} ...")
                 announced = True
                 if first:
-                    self._gate.open()  # Cog itself tells clients that set-up has not ended
+                    self._gate.open()  # Cog itself answers clients that set-up has not ended
             status = (health or {}).get("status")
             if status == "SETUP_FAILED":
                 return await self._failed_set_up(health or {}, first)
@@ -98,13 +111,13 @@ class Supervisor:
                 took_s = time.monotonic() - start_s
                 self._console.say(f"Ready after {took_s:.1f} s: {self._url} (Ctrl-C stops it)")
             if announced:
-                seen = Observation(health, server.places, len(server.log.lost), server.log.running)
+                seen = Observation(health, server.slots, len(server.log.lost), server.log.running)
                 if (fault := watch.fault(time.monotonic(), seen)) is not None:
                     return fault
             await asyncio.sleep(POLL_S if server.was_ready else SET_UP_POLL_S)
 
     async def _failed_set_up(self, health: Json, first: bool) -> Fault:
-        """Says why. In the first set-up the server stays up, else this is a fault."""
+        """Reports why set-up failed. Waits for ever after the first set-up; otherwise returns a fault."""
         reason = sentence(str(health.get("setup", {}).get("logs", "")))
         if not first:
             return Fault(f"its set-up failed: {reason.rstrip('.')}")
@@ -113,7 +126,7 @@ class Supervisor:
         raise AssertionError
 
     async def _prepare_restart(self, server: CogServer, fault: Fault) -> None:
-        """Says why there is a restart, and returns when it is due and, where possible, nothing runs."""
+        """Reports why there is a restart, and waits until it is due and, if possible, no prediction runs."""
         delay_s = self._restarts.delay_s(time.monotonic(), fault)
         when = f" in {delay_s:.0f} s" if delay_s >= 1 else ""
         self._console.say(f"Cog's server is restarted{when}: {fault.reason}.")
@@ -127,7 +140,7 @@ class Supervisor:
 
 
 async def _first(*awaitables: Awaitable[object]) -> None:
-    """Returns when one of them has ended, and the others are cancelled."""
+    """Waits until one of them has ended, and cancels the others."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,25 +1,27 @@
-"""Judges from outside whether a Cog server still serves, and how often it may be restarted."""
+"""Decides whether a Cog server still serves, and how long to wait before a restart."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 SILENT_S = 15.0
-"""How long a server may give no answer, or its worker may not: longer than a busy machine needs."""
-UNWELL_S = 3.0
-"""How long a server may say that it is unwell for another reason, such as a dead worker."""
+"""How long a server or its worker may give no answer. A busy machine needs less."""
+UNHEALTHY_S = 3.0
+"""How long a server may report that it is unhealthy for another reason, such as a dead worker."""
 IDLE_BUSY_S = 30.0
-"""How long a server may say BUSY while no prediction runs."""
+"""How long a server may report BUSY while no prediction runs."""
 INPUT_S = 600.0
-"""How long all places may wait for input files at once: Cog sets no limit to that."""
+"""How long all slots may wait for input files at once. Cog has no limit of its own."""
 
 BACK_OFF_S = 1.0
+"""Wait before the second restart in a row; doubled each time up to LONGEST_BACK_OFF_S."""
 LONGEST_BACK_OFF_S = 60.0
 WELL_S = 600.0
-"""After that long without a fault the next restart does not wait."""
+"""After this time without a fault, the next restart does not wait."""
 RATION_S = 300.0
 LONGEST_RATION_S = 3600.0
-"""Lost places cause a restart at most so often: a client may lose them on purpose."""
+"""Least time between restarts for lost slots, doubled each time up to LONGEST_RATION_S. There is a limit
+because a client can make Cog lose slots on purpose."""
 
 Json = Mapping[str, Any]
 
@@ -31,56 +33,57 @@ class Fault:
     reason: str
     """One sentence without a full stop."""
     drain: bool = False
-    """Whether predictions still run, and are worth waiting for."""
+    """Whether predictions still run, so that the restart waits for them."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What is known of a Cog server at one time."""
+    """What is known about a Cog server at one moment."""
 
     health: Json | None
-    """Its health check; None: no answer."""
-    places: int
+    """The answer of its health check. None: there is none."""
+    slots: int
+    """Predictions that the server runs at once."""
     lost: int
-    """Places that will never take a prediction again."""
+    """Slots that will never run a prediction again."""
     running: Mapping[str, bool]
-    """Predictions that Cog has started and not ended, and whether the service has begun with each."""
+    """Id of each prediction that Cog runs -> whether the service has begun with it."""
 
 
 class Watch:
-    """One Cog server over time."""
+    """Watches one Cog server over time."""
 
     def __init__(self) -> None:
         self._since_s: dict[str, float] = {}
 
     def fault(self, now_s: float, seen: Observation) -> Fault | None:
-        """Takes in an observation.
+        """Adds an observation.
 
         Args:
             now_s: a monotonic clock's time.
             seen: what was observed.
 
         Returns:
-            Fault: what has gone on for too long, if anything has.
+            Fault: a condition that has lasted for too long. None: there is none.
         """
         health = seen.health or {}
         status, error = health.get("status"), str(health.get("user_healthcheck_error") or "")
-        unwell = status in ("UNHEALTHY", "DEFUNCT")
-        slow = unwell and "timed out" in error
+        unhealthy = status in ("UNHEALTHY", "DEFUNCT")
+        slow = unhealthy and "timed out" in error
         busy = status == "BUSY"
         reason = f"its health is {status}" + (f" ({error.rstrip('.')})" if error else "")
         conditions = (
             ("silent", seen.health is None, SILENT_S, Fault("it does not answer")),
             ("slow", slow, SILENT_S, Fault(reason)),
-            ("unwell", unwell and not slow, UNWELL_S, Fault(reason)),
+            ("unhealthy", unhealthy and not slow, UNHEALTHY_S, Fault(reason)),
             ("idle", busy and not seen.running, IDLE_BUSY_S, Fault("it says BUSY, but nothing runs")),
             (
                 "input", busy and bool(seen.running) and not any(seen.running.values()), INPUT_S,
-                Fault("every place waits for an input file that does not arrive"),
+                Fault("every slot waits for an input file that does not arrive"),
             ),
             (
-                "lost", seen.places - seen.lost < (seen.places + 1) // 2, 0.0,
-                Fault(f"{seen.lost} of its {seen.places} places are lost", drain=True),
+                "lost", seen.slots - seen.lost < (seen.slots + 1) // 2, 0.0,
+                Fault(f"{seen.lost} of its {seen.slots} slots are lost", drain=True),
             ),
         )  # fmt: skip
         for name, holds, limit_s, fault in conditions:
@@ -92,7 +95,7 @@ class Watch:
 
 
 class Restarts:
-    """How long to wait before the next restart: longer each time, so that the cure is not the next fault."""
+    """Decides how long to wait before a restart. The wait grows, because restarts interrupt the service."""
 
     def __init__(self) -> None:
         self._back_off_s = self._last_s = 0.0
@@ -100,7 +103,7 @@ class Restarts:
         self._allowed_s = 0.0
 
     def delay_s(self, now_s: float, fault: Fault) -> float:
-        """Seconds from `now_s` until the restart for this fault. It counts as done then."""
+        """Returns the seconds from `now_s` until the restart for this fault, and counts it as done."""
         if fault.drain:
             if now_s > self._allowed_s + LONGEST_RATION_S:
                 self._ration_s = RATION_S

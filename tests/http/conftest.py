@@ -1,15 +1,16 @@
-"""Real Cog servers over the tiny checkpoints, started once and shared."""
+"""Servers that tests share: the service with tiny checkpoints, and a toy service."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import toy
 from server import CogServer
 
 
 @pytest.fixture(scope="session")
 def server(weights: Path) -> Iterator[CogServer]:
-    """`finetuned` is the tiny melody model; of the base models `small` and `melody` are present."""
+    """The service. `finetuned` is the tiny melody model; the base models are `small` and `melody`."""
     with CogServer(
         COG_WEIGHTS=str(weights / "melody"),
         MUSICGEN_WEIGHTS_DIR=str(weights),
@@ -17,4 +18,17 @@ def server(weights: Path) -> Iterator[CogServer]:
         OMP_NUM_THREADS="1",
     ) as running:
         assert running.health()["status"] == "READY", running.log
+        yield running
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout whose service is a toy."""
+    return toy.checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="module")
+def toy_server(checkout: Path) -> Iterator[CogServer]:
+    """A server of the toy service."""
+    with CogServer(root=checkout) as running:
         yield running

@@ -1,7 +1,8 @@
-"""What goes into a request and what comes out of a reply."""
+"""Makes files for requests, and reads replies."""
 
 import base64
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ Samples = npt.NDArray[np.float32]
 
 
 def data_uri(content: bytes, mime: str = "audio/wav") -> str:
+    """A file as a data URI."""
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
@@ -30,12 +32,17 @@ def output(reply: dict[str, Any]) -> bytes:
 
 
 def samples(reply: dict[str, Any]) -> tuple[Samples, int]:
-    """[C, T] and the rate, as libsndfile reads the file: for mp3 without what the gapless header cuts."""
+    """Samples [C, T] and their rate in Hz, without the padding that an mp3's gapless header names."""
     content, rate = soundfile.read(io.BytesIO(output(reply)), dtype="float32", always_2d=True)
     return content.T, rate
 
 
 def sentence(reply: dict[str, Any]) -> str:
-    """The one sentence of a reply that failed, as Cog gives it."""
+    """The error of a reply that failed, which is one sentence."""
     assert reply["code"] == 200 and reply["status"] == "failed", reply
     return str(reply["error"])
+
+
+def percentages(logs: str) -> list[int]:
+    """The percentages that progress bars in a prediction's log show."""
+    return [int(percent) for percent in re.findall(r"(\d+)%\|", logs)]

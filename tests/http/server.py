@@ -1,4 +1,4 @@
-"""A real Cog server for a test: coglet and its worker, started as `scripts/serve` starts them."""
+"""A real Cog server for a test, which `scripts/serve` starts."""
 
 import contextlib
 import os
@@ -20,15 +20,16 @@ import requests
 ROOT = Path(__file__).resolve().parents[2]
 STACKS = Path(__file__).with_name("stacks")
 ANSWER_S = 120.0
-"""How long any answer may take before the server counts as hung: many times the slowest request here."""
+"""How long an answer may take before the test fails: many times the slowest request."""
 FREED_S = 10.0
+"""How long Cog may take to free the slot of a prediction that it has answered."""
 SETTLED = ("READY", "SETUP_FAILED")
 
 Json = dict[str, Any]
 
 
 class CogServer:
-    """Starts on entering, stops on leaving.
+    """A server that runs inside a `with` block.
 
     with CogServer(COG_WEIGHTS=str(weights / "melody")) as server:
         reply = server.predict({"prompt": "a waltz", "duration": 1})
@@ -42,7 +43,15 @@ class CogServer:
         setup_s: float = 240.0,
         **environment: str,
     ) -> None:
-        """`arguments` go to scripts/serve, `environment` beside our own; `root`: the checkout to serve."""
+        """Prepares a server.
+
+        Args:
+            arguments: for scripts/serve.
+            root: the checkout that is served.
+            cwd: where scripts/serve is started.
+            setup_s: how long set-up may take.
+            environment: variables that are set for scripts/serve.
+        """
         self._arguments = arguments
         self._root = root
         self._cwd = cwd
@@ -61,7 +70,7 @@ class CogServer:
             self.process = subprocess.Popen(
                 [
                     sys.executable,
-                    "-P",
+                    "-P",  # as in scripts/serve: the served checkout may not be the current folder
                     "-m",
                     "musicgen_svc.cli.serve",
                     "--stop-at-eof",
@@ -106,13 +115,13 @@ class CogServer:
 
     @property
     def log(self) -> str:
-        """All that the server has shown so far, also after its end."""
+        """Everything that the server has printed so far, also after its end."""
         return self._log.read_text(errors="replace") if self._log.exists() else self._last_log
 
     def request(self, method: str, path: str, json: Any = None, **more: Any) -> requests.Response:
-        """One request. A server that gives no answer is stopped, so that the tests behind fail at once."""
+        """Sends a request. A server that does not answer is stopped, so that the next tests fail at once."""
         with requests.Session() as session:
-            session.trust_env = False  # a proxy does not know our loopback
+            session.trust_env = False  # a proxy cannot reach the loopback device
             try:
                 return session.request(
                     method, self.url + path, json=json, **{"timeout": self.answer_s, **more}
@@ -123,11 +132,11 @@ class CogServer:
                 seen = f"{self.log}\n{self._threads()}"
         self.process.terminate()
         time.sleep(0.5)
-        self.process.terminate()  # told twice, it does not wait for what runs
+        self.process.terminate()  # after the second signal it does not wait for predictions
         raise AssertionError(f"No answer to {method} {path} within {self.answer_s} s:\n{seen}")
 
     def _threads(self) -> str:
-        """What each thread of the server is at: Python's stacks, then what the kernel knows of it."""
+        """Describes what each thread of the server does: Python's stacks, and the kernel's wait channel."""
         pids = [self.process.pid, *descendants(self.process.pid)]
         for pid in pids:
             if (self._stacks / str(pid)).exists():
@@ -144,13 +153,14 @@ class CogServer:
         return "\n".join(shown)
 
     def health(self) -> Json:
+        """The answer of the health check."""
         return self._json(self.request("GET", "/health-check"))
 
     def predict(self, values: Mapping[str, Any], id: str | None = None) -> Json:
-        """The reply's JSON with the HTTP status as `code`.
+        """Runs one prediction. Returns the reply's JSON, with the HTTP status as `code`.
 
-        Cog replies an instant before it frees the prediction's place: a client as quick as a test can
-        be told 409 then, and tries again.
+        Cog replies a moment before it frees the prediction's slot. The next request of a fast client may
+        therefore be answered with 409, and is repeated here.
         """
         method, path = ("PUT", f"/predictions/{id}") if id else ("POST", "/predictions")
         deadline = time.monotonic() + FREED_S
@@ -161,7 +171,7 @@ class CogServer:
         return {"code": response.status_code, **self._json(response)}
 
     def submit(self, values: Mapping[str, Any], id: str) -> "Future[Json]":
-        """`predict` in the background, returned from once the prediction runs or is over."""
+        """Starts `predict` in the background. Returns when the prediction runs or has ended."""
         future: Future[Json] = Future()
 
         def send() -> None:
@@ -176,16 +186,16 @@ class CogServer:
         return future
 
     def state(self, id: str) -> Json | None:
-        """What Cog knows of a prediction that runs, None of another one. Starts nothing."""
+        """The state of a prediction. None: it does not run. Starts nothing, because the input is invalid."""
         response = self.request("PUT", f"/predictions/{id}", {"input": {"duration": 0}})
         return self._json(response) if response.status_code == 202 else None
 
     def cancel(self, id: str) -> int:
-        """The HTTP status: 200, or 404 for a prediction that does not run."""
+        """Cancels a prediction. Returns the HTTP status: 200, or 404 if it does not run."""
         return self.request("POST", f"/predictions/{id}/cancel").status_code
 
     def stop(self, timeout_s: float = 40.0) -> int:
-        """Stops the server if it still runs; its exit status. Twice is once."""
+        """Stops the server if it still runs. Returns its exit status. Idempotent."""
         self.process.terminate()
         try:
             status = self.process.wait(timeout_s)
@@ -209,7 +219,7 @@ class CogServer:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes below one; none where there is no /proc."""
+    """All processes that a process has started, directly or not. Empty if there is no /proc."""
     below: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # a thread that ended meanwhile

@@ -1,7 +1,6 @@
-"""Bad input: what comes back for each row, and then the service answers a good request.
+"""Bad input: each row is answered as expected, and after it the service answers a good request.
 
-Each row says what is expected: a success; 422, which is Cog's own refusal by the schema; or the words that
-the one sentence must hold.
+A row expects a success, or one sentence with certain words. test_serve.py has values that Cog itself refuses.
 """
 
 import http.server
@@ -19,28 +18,31 @@ from server import CogServer
 from sounds import encode, noise, png, tone, wav_that_lies, wav_without_samples, written
 
 FINE = "fine"
-REFUSED = 422
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request and what it must come to."""
+    """One request and its expected answer."""
 
     name: str
     fields: dict[str, Any]
-    expected: str | int | list[str]
+    expected: str | list[str]
+    """FINE, or words of the error."""
 
 
 def text(**fields: Any) -> dict[str, Any]:
+    """A request with a prompt."""
     return {"prompt": "a waltz", "duration": 1} | fields
 
 
 def audio(content: bytes, **fields: Any) -> dict[str, Any]:
+    """A request that sends a file through the codec."""
     coded = {"model_version": "encode-decode", "input_audio": data_uri(content)}
     return coded | fields
 
 
 def float_wav(value: float) -> bytes:
+    """A wav file with one sample of this value."""
     samples = tone(440, 0.5, 32_000)
     samples[0, 100] = value
     return written(samples, 32_000, subtype="FLOAT")
@@ -52,10 +54,8 @@ ROWS = [
     Row("prompt too long", text(prompt="x" * 2001), ["prompt", "2001", "2000"]),
     Row("longest prompt", text(prompt="x " * 1000), FINE),
     Row("prompt with NUL, emoji and right-to-left text", text(prompt="a\x00b 🎵 שלום"), FINE),
-    Row("prompt is a boolean", text(prompt=True), REFUSED),
-    Row("prompt is null", text(prompt=None), REFUSED),
     Row("continuation without audio", text(continuation=True), ["continuation", "input_audio"]),
-    Row("melody on a deaf model", text(model_version="small", input_audio=clip(1)), ["'small'", "'melody'"]),
+    Row("melody for a text model", text(model_version="small", input_audio=clip(1)), ["'small'", "'melody'"]),
     Row("encode-decode without audio", text(model_version="encode-decode"), ["encode-decode", "input_audio"]),
     Row("start after end", audio(encode(tone(440, 4, 8000), 8000, "wav16"), continuation_start=3,
         continuation_end=2), ["continuation_start", "3 s", "2 s", "4.00 s"]),
@@ -80,22 +80,13 @@ ROWS = [
     Row("another scheme", text(input_audio="file:///etc/hostname"), ["input_audio", "URL"]),
     Row("a playlist of other files", audio(b"#EXTM3U\n#EXTINF:1,\n/etc/hostname\n"), ["input_audio"]),
     Row("huge top_k", text(top_k=100_000), FINE),
-    Row("negative top_k", text(top_k=-1), REFUSED),
     Row("top_p 1", text(top_p=1), FINE),
-    Row("top_p above 1", text(top_p=1.01), REFUSED),
     Row("temperature 0", text(temperature=0), FINE),
     Row("tiny temperature", text(temperature=1e-6), FINE),
     Row("temperature 10", text(temperature=10), FINE),
     Row("no guidance", text(classifier_free_guidance=0), FINE),
     Row("most guidance", text(classifier_free_guidance=20), FINE),
-    Row("too much guidance", text(classifier_free_guidance=21), REFUSED),
-    Row("no duration", text(duration=0), REFUSED),
-    Row("too long a duration", text(duration=601), REFUSED),
     Row("a whole float", text(duration=1.0), FINE),
-    Row("a broken float", text(duration=8.5), REFUSED),
-    Row("a string for a number", text(duration="8"), REFUSED),
-    Row("a seed too large", text(seed=2**32), REFUSED),
-    Row("an unknown option", text(model_version="huge"), REFUSED),
     Row("unknown fields", text(nonsense=1, lyrics="la"), FINE),
 ]  # fmt: skip
 
@@ -103,16 +94,14 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_bad_input_is_answered_and_the_next_request_works(server: CogServer, row: Row) -> None:
     check(server, row.fields, row.expected)
-    if row.expected != REFUSED:  # by Cog, and the worker has not heard of it
-        output(server.predict(text(seed=1)))
+    output(server.predict(text(seed=1)))
 
 
-def check(server: CogServer, fields: dict[str, Any], expected: str | int | list[str]) -> None:
+def check(server: CogServer, fields: dict[str, Any], expected: str | list[str]) -> None:
+    """Checks the answer to one request."""
     reply = server.predict(fields)
     if expected == FINE:
         output(reply)
-    elif expected == REFUSED:
-        assert reply["code"] == 422 and reply["detail"][0]["loc"][:2] == ["body", "input"], reply
     else:
         assert isinstance(expected, list)
         error = sentence(reply)
@@ -121,7 +110,7 @@ def check(server: CogServer, fields: dict[str, Any], expected: str | int | list[
 
 
 class _Web(http.server.BaseHTTPRequestHandler):
-    """Answers 404, sends 200 MB, or never says a word, by path."""
+    """Answers 404 for one path, and sends 200 MB for another."""
 
     def do_GET(self) -> None:
         if self.path == "/missing":
@@ -138,6 +127,7 @@ class _Web(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[str]:
+    """The URL of such a server."""
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Web)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}"
@@ -165,7 +155,7 @@ def test_a_url_that_hangs_can_be_cancelled(server: CogServer) -> None:
         silent.settimeout(60)
         fields = text(input_audio=f"http://127.0.0.1:{silent.getsockname()[1]}/clip.wav")
         hanging = server.submit(fields, "hangs")
-        asking, _ = silent.accept()  # cancelled while it starts, Cog's thread for it is lost, and its place
+        asking, _ = silent.accept()  # a cancel before this would cost Cog a thread and a slot
         assert server.cancel("hangs") == 200
         silent.close()
         asking.close()

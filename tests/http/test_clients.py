@@ -1,12 +1,11 @@
-"""Clients of the two services that this one replaces, with the bodies that their pages document."""
+"""Clients of the two services that this one replaces, with the requests that their documentation shows."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from replies import clip, output, samples
-from server import CogServer
+from server import ROOT, CogServer
 
 SHARED_DEFAULTS: dict[str, Any] = {
     "duration": 8, "continuation": False, "continuation_start": 0, "normalization_strategy": "loudness",
@@ -15,7 +14,7 @@ SHARED_DEFAULTS: dict[str, Any] = {
 
 
 def test_a_client_of_8songs_that_sends_every_documented_field(server: CogServer) -> None:
-    """That page has no `model_version`, and its defaults for the optional fields are nothing: left out."""
+    """The page has no `model_version`, and no defaults for the optional fields, which are left out."""
     body = SHARED_DEFAULTS | {"prompt": "a waltz", "multi_band_diffusion": False}
     sound, rate = samples(server.predict(body))
     assert sound.shape == (1, 8 * rate)
@@ -58,7 +57,7 @@ def test_a_documented_model_without_weights_says_how_to_get_them(server: CogServ
 
 def test_the_served_schema_is_the_committed_one(server: CogServer) -> None:
     served = server.request("GET", "/openapi.json").json()
-    committed = json.loads((Path(__file__).parents[2] / "openapi_schema.json").read_text())
+    committed = json.loads((ROOT / "openapi_schema.json").read_text())
     assert served["components"]["schemas"]["Input"] == committed["components"]["schemas"]["Input"]
 
 

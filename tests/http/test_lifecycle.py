@@ -1,9 +1,8 @@
-"""A service, not a script: cancel, limits, faults of the machine, what is left behind, and the end."""
+"""The life of a server: cancel, limits, a full disk or memory, files that are removed, and the end."""
 
 import contextlib
 import json
 import os
-import re
 import resource
 import signal
 import socket
@@ -15,58 +14,39 @@ from typing import Any
 
 import pytest
 import requests
-from replies import clip, data_uri, output, sentence
+from bodies import LONG, SHORT
+from processes import cpu_s, needs_proc, variable, wait_for, worker
+from replies import clip, data_uri, output, percentages, sentence
 from server import CogServer, descendants
 from sounds import encode, tone
-from toy import wait_for
 
-pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes through /proc")
-
-SHORT: dict[str, Any] = {"prompt": "a waltz", "duration": 1, "seed": 1}
-LONG: dict[str, Any] = {"prompt": "a waltz", "duration": 600, "seed": 1}
-
-
-def worker(server: CogServer) -> int:
-    """The process that holds the models: the youngest descendant."""
-    pids = descendants(server.process.pid)
-    return max(pids, key=lambda pid: int(Path(f"/proc/{pid}/statm").read_text().split()[0]))
-
-
-def cpu_s(pid: int) -> float:
-    """CPU time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+pytestmark = needs_proc
 
 
 def check_that_it_idles(pid: int) -> None:
-    """It is soon idle. What LONG asks for is work for a minute or more; a busy machine leaves it a share."""
+    """Checks that a process is idle soon. A request such as LONG would need CPU time for a minute or more."""
     deadline = time.monotonic() + 15
     while True:
         before = cpu_s(pid)
         time.sleep(0.5)
         if cpu_s(pid) - before < 0.05:
             return
-        assert time.monotonic() < deadline, "the device still works on it"
+        assert time.monotonic() < deadline, "the process still works on the request"
 
 
 def temporary_folder(server: CogServer) -> Path:
-    """TMPDIR of the worker: inputs and outputs both lie there."""
-    variables = Path(f"/proc/{worker(server)}/environ").read_bytes().split(b"\0")
-    return Path(next(v for v in variables if v.startswith(b"TMPDIR=")).decode().removeprefix("TMPDIR="))
+    """The worker's folder for temporary files, which has all inputs and outputs."""
+    return Path(variable(worker(server), "TMPDIR"))
 
 
 def files_of(server: CogServer) -> list[str]:
-    """Our outputs, finished or not, that lie in the server's folder. Inputs are Cog's."""
+    """The service's outputs, finished or not, in that folder. Inputs are written by Cog."""
     return [str(path) for path in temporary_folder(server).glob("musicgen-*/*/*")]
-
-
-def percentages(logs: str) -> list[int]:
-    return [int(percent) for percent in re.findall(r"(\d+)%\|", logs)]
 
 
 @contextmanager
 def limited(pid: int, what: int, soft: int) -> Iterator[None]:
-    """A running process under another limit."""
+    """Context manager: changes a limit of a running process."""
     before = resource.prlimit(pid, what)
     resource.prlimit(pid, what, (soft, before[1]))
     try:
@@ -112,15 +92,6 @@ def test_a_client_that_hangs_up_cancels(server: CogServer) -> None:
     wait_for(lambda: server.health()["status"] == "READY", 20)
     check_that_it_idles(worker(server))
     output(server.predict(SHORT))
-
-
-def test_while_one_runs_another_is_told_to_come_back(server: CogServer) -> None:
-    future = server.submit(LONG, "busy")
-    response = server.request("POST", "/predictions", {"input": SHORT})
-    assert response.status_code == 409
-    assert server.health()["status"] == "BUSY"
-    server.cancel("busy")
-    future.result(timeout=20)
 
 
 def test_progress_is_one_bar_that_never_goes_back(server: CogServer) -> None:
@@ -188,7 +159,7 @@ def test_out_of_memory_fails_the_request_and_not_the_service(server: CogServer) 
 
 @pytest.fixture(scope="module")
 def poor(weights: Path) -> Iterator[CogServer]:
-    """Little time, and no ffmpeg."""
+    """A server with low limits for time and duration, and without ffmpeg."""
     with CogServer(
         COG_WEIGHTS=str(weights / "small"), MUSICGEN_WEIGHTS_DIR=str(weights), OMP_NUM_THREADS="1",
         MUSICGEN_MAX_REQUEST_S="5", MUSICGEN_MAX_DURATION_S="500", PATH="/nowhere",
@@ -213,7 +184,7 @@ def test_without_ffmpeg_wav_works_and_mp3_says_why_not(poor: CogServer) -> None:
 
 
 def test_sigterm_during_a_request_leaves_no_process_and_no_file(poor: CogServer) -> None:
-    """The last one with this server: it ends it."""
+    """This test ends the server `poor`, and must be the last one that uses it."""
     output(poor.predict(SHORT))
     pids, folder = [*descendants(poor.process.pid), poor.process.pid], temporary_folder(poor)
     future = poor.submit(SHORT | {"duration": 400}, "open")
@@ -225,9 +196,13 @@ def test_sigterm_during_a_request_leaves_no_process_and_no_file(poor: CogServer)
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids[:-1]))
 
 
-def test_a_setup_that_fails_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_failed_set_up_says_what_is_missing_and_the_server_runs_until_it_is_stopped(
+    tmp_path: Path,
+) -> None:
     with CogServer(COG_WEIGHTS="nowhere", MUSICGEN_WEIGHTS_DIR=str(tmp_path)) as server:
+        wait_for(lambda: "Setup failed: COG_WEIGHTS is 'nowhere'" in server.log)
         health = server.health()
         assert health["status"] == "SETUP_FAILED"
         assert "COG_WEIGHTS is 'nowhere'" in health["setup"]["logs"]
-        wait_for(lambda: "COG_WEIGHTS is 'nowhere'" in server.log)
+        assert server.stop() == 0
+        assert server.log.count("COG_WEIGHTS is 'nowhere'") == 1

@@ -1,4 +1,4 @@
-"""What each mode does, over HTTP: lengths, channels, formats, seeds, tags and decoders."""
+"""Each mode over HTTP: lengths, channels, formats, seeds, tags and decoders."""
 
 import io
 import json
@@ -14,12 +14,14 @@ from replies import clip, output, samples
 from server import CogServer
 
 FRAME = 640
+"""Samples of a frame of the codec."""
 RATE = 32_000
+"""Samples per second."""
 
 
 @pytest.fixture(scope="module")
 def stereo(weights: Path) -> Iterator[CogServer]:
-    """`finetuned` is the tiny stereo model, and there is no base model: encode-decode is stereo too."""
+    """A server with the tiny stereo model and no base model, so that encode-decode is stereo too."""
     with CogServer(
         COG_WEIGHTS=str(weights / "stereo"), MUSICGEN_WEIGHTS_DIR="nowhere", OMP_NUM_THREADS="1"
     ) as running:
@@ -28,6 +30,7 @@ def stereo(weights: Path) -> Iterator[CogServer]:
 
 
 def frames_of(seconds: float) -> int:
+    """The codec's frames of a clip, the last one perhaps incomplete."""
     return -(-round(seconds * RATE) // FRAME)
 
 
@@ -76,7 +79,7 @@ def test_continuation_over_several_windows_is_exactly_as_long_as_asked(server: C
     assert samples(server.predict(fields))[0].shape == (1, 65 * RATE)
 
 
-def test_continuation_opens_with_the_clip_as_the_codec_hears_it(server: CogServer) -> None:
+def test_continuation_begins_with_the_clip_as_the_codec_decodes_it(server: CogServer) -> None:
     fields = {"input_audio": clip(3.0), "normalization_strategy": "clip", "seed": 1}
     coded, _ = samples(server.predict(fields | {"model_version": "encode-decode"}))
     continued, _ = samples(
@@ -124,16 +127,16 @@ def test_multi_band_diffusion_replaces_the_decoder_in_every_mode(
 
 
 class TestStereo:
-    def test_text(self, stereo: CogServer) -> None:
+    def test_text_gives_two_different_channels(self, stereo: CogServer) -> None:
         sound, _ = samples(stereo.predict({"prompt": "a waltz", "duration": 2}))
         assert sound.shape == (2, 2 * RATE)
         assert not np.array_equal(sound[0], sound[1])
 
-    def test_mp3(self, stereo: CogServer) -> None:
+    def test_mp3_has_two_channels(self, stereo: CogServer) -> None:
         sound, _ = samples(stereo.predict({"prompt": "a waltz", "duration": 2, "output_format": "mp3"}))
         assert sound.shape == (2, 2 * RATE)
 
-    def test_continuation_of_stereo_and_of_mono(self, stereo: CogServer) -> None:
+    def test_continuation_of_a_mono_or_a_stereo_clip_is_stereo(self, stereo: CogServer) -> None:
         for channels in (1, 2):
             fields = {"input_audio": clip(1.5, channels=channels), "continuation": True, "duration": 1}
             assert samples(stereo.predict(fields))[0].shape == (2, (75 + 50) * FRAME)
@@ -142,11 +145,11 @@ class TestStereo:
         fields = {"input_audio": clip(1.111, channels=2), "model_version": "encode-decode"}
         assert samples(stereo.predict(fields))[0].shape == (2, round(1.111 * RATE))
 
-    def test_multi_band_diffusion(self, stereo: CogServer) -> None:
+    def test_multi_band_diffusion_gives_two_channels(self, stereo: CogServer) -> None:
         fields = {"prompt": "a waltz", "duration": 1, "multi_band_diffusion": True}
         assert samples(stereo.predict(fields))[0].shape == (2, RATE)
 
-    def test_no_melody(self, stereo: CogServer) -> None:
+    def test_a_melody_is_refused(self, stereo: CogServer) -> None:
         reply = stereo.predict({"input_audio": clip(1.0)})
         assert reply["status"] == "failed" and "'melody'" in reply["error"], reply
 
@@ -158,7 +161,7 @@ class TestSeeds:
             reply = server.predict({"prompt": "x", "duration": 1, "seed": seed, "output_format": format})
             assert reply["metrics"]["seed"] == seed
             assert f"seed: {seed}" in reply["logs"]
-            assert recipe(reply, format)["seed"] == seed
+            assert provenance(reply, format)["seed"] == seed
 
     @pytest.mark.parametrize("fields", [{}, {"seed": -1}])
     def test_a_drawn_seed_reproduces_the_piece(self, server: CogServer, fields: dict[str, Any]) -> None:
@@ -178,8 +181,8 @@ class TestSeeds:
         assert output(server.predict(fields)) == output(server.predict(fields))
 
 
-def recipe(reply: dict[str, Any], format: str) -> dict[str, Any]:
-    """The comment tag: what reproduces the file."""
+def provenance(reply: dict[str, Any], format: str) -> dict[str, Any]:
+    """The provenance in the comment tag: what reproduces the file."""
     if format == "wav":
         with soundfile.SoundFile(io.BytesIO(output(reply))) as file:
             comment = file.comment
@@ -193,7 +196,7 @@ def test_tags_hold_what_reproduces_the_file_and_neither_prompt_nor_time(server: 
     fields = {"prompt": "a secret waltz", "duration": 1, "seed": 4, "top_k": 50, "temperature": 0.5}
     for format in ("wav", "mp3"):
         reply = server.predict(fields | {"output_format": format})
-        tags = recipe(reply, format)
+        tags = provenance(reply, format)
         assert (tags["seed"], tags["top_k"], tags["temperature"], tags["guidance"]) == (4, 50, 0.5, 3)
         assert tags["model"] == "finetuned" and len(tags["model_sha256"]) == 64 and tags["version"]
         assert tags["precision"] == "reference" and "continuation_start" not in tags
@@ -204,14 +207,14 @@ def test_tags_hold_what_reproduces_the_file_and_neither_prompt_nor_time(server: 
 
 def test_tags_hold_the_selection_and_the_codec_where_there_is_no_model(server: CogServer) -> None:
     fields = {"input_audio": clip(3.0), "continuation_start": 1, "continuation_end": 2, "seed": 4}
-    tags = recipe(server.predict(fields | {"model_version": "encode-decode"}), "wav")
+    tags = provenance(server.predict(fields | {"model_version": "encode-decode"}), "wav")
     assert (tags["continuation_start"], tags["continuation_end"]) == (1, 2)
     assert len(tags["codebooks_sha256"]) == 64 and "top_k" not in tags
-    tags = recipe(server.predict(fields | {"continuation": True, "duration": 1}), "wav")
+    tags = provenance(server.predict(fields | {"continuation": True, "duration": 1}), "wav")
     assert (tags["continuation_start"], tags["continuation_end"]) == (1, 2)
 
 
-def test_two_different_melodies_are_heard(server: CogServer) -> None:
+def test_different_melodies_give_different_music(server: CogServer) -> None:
     fields = {"duration": 2, "temperature": 0, "normalization_strategy": "clip"}
     first, _ = samples(server.predict(fields | {"input_audio": clip(2.0, hz=262.0)}))
     second, _ = samples(server.predict(fields | {"input_audio": clip(2.0, hz=370.0)}))

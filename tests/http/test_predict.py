@@ -1,4 +1,4 @@
-"""scripts/predict, end to end over the real coglet, with a toy for the service."""
+"""scripts/predict with a real Cog server and a toy service."""
 
 import os
 import signal
@@ -7,24 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
-import toy
+from processes import needs_proc, processes_with, wait_for
 from server import CogServer
-from toy import needs_proc, processes_with, wait_for
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.checkout(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture
 def temporary(tmp_path: Path) -> Path:
+    """A folder for temporary files."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     return folder
 
 
 def start(checkout: Path, cwd: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    """Starts scripts/predict."""
     own = {name: value for name, value in os.environ.items() if name != "COG_WEIGHTS"}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "musicgen_svc.cli.predict", *arguments],
@@ -41,6 +37,7 @@ def test_one_command_starts_a_server_and_leaves_a_file_and_nothing_else(
     checkout: Path, tmp_path: Path, temporary: Path
 ) -> None:
     (tmp_path / "clip.mp3").write_bytes(b"ID3 of the user's")
+    (tmp_path / "json.py").write_text("raise ImportError('a file of the user is no module')")
     process = start(
         checkout,
         tmp_path,

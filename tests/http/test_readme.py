@@ -1,4 +1,4 @@
-"""The client examples in README and docs run as they are, and the tables say what the code says."""
+"""The client examples in README and docs work unchanged, and their tables agree with the code."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_the_python_example(server: CogServer, tmp_path: Path) -> None:
     assert "'seed': 7" in shown.stdout
 
 
-def test_every_setting_stands_in_the_table_with_its_default() -> None:
+def test_every_setting_is_in_the_table_with_its_default() -> None:
     for field in dataclasses.fields(Settings):
         row = re.search(rf"^\| `{variable(field)}` \| (.*?) \|", SETTINGS, flags=re.MULTILINE)
         assert row, field.name
@@ -55,7 +55,7 @@ def test_every_setting_stands_in_the_table_with_its_default() -> None:
             assert row[1].strip("`") == default, (field.name, row[1])
 
 
-def test_every_input_stands_in_the_table_with_its_default() -> None:
+def test_every_input_is_in_the_table_with_its_default() -> None:
     inputs = json.loads((ROOT / "openapi_schema.json").read_text())["components"]["schemas"]["Input"]
     for name, field in inputs["properties"].items():
         row = re.search(rf"^\| `{name}` \| (.*?) \| (.*?) \|", README, flags=re.MULTILINE)
@@ -73,7 +73,7 @@ def test_the_file_tree_names_every_file() -> None:
 
 
 def is_ignored(path: Path) -> bool:
-    """Whether git leaves it out, such as an output that somebody made here."""
+    """Whether git ignores a file, such as an output of scripts/predict."""
     return not subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT).returncode
 
 

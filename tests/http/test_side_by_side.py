@@ -1,4 +1,4 @@
-"""Several clients at once: each gets what it gets alone, when its own work is done."""
+"""Several clients at once: each gets the same output as alone, and does not wait for the others' ends."""
 
 import re
 import time
@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replies import clip, output
+from bodies import LONG, SHORT
+from replies import clip, output, percentages
 from server import CogServer, Json
-
-SHORT: dict[str, Any] = {"prompt": "a waltz", "duration": 1, "seed": 1}
-LONG: dict[str, Any] = {"prompt": "a waltz", "duration": 600, "seed": 1}
 
 CLIENTS: dict[str, dict[str, Any]] = {
     "text": {"prompt": "rock", "duration": 6, "seed": 11, "temperature": 0.7, "output_format": "mp3"},
@@ -22,12 +20,12 @@ CLIENTS: dict[str, dict[str, Any]] = {
     },
     "greedy": {"prompt": "slow piano", "duration": 4, "seed": 14, "temperature": 0},
 }  # fmt: skip
-SECONDS = {"text": 6, "melody": 3, "continuation": 6, "greedy": 4}
+AUDIO_S = {"text": 6, "melody": 3, "continuation": 6, "greedy": 4}
 
 
 @pytest.fixture(scope="module")
 def four(weights: Path) -> Iterator[CogServer]:
-    """Takes four predictions at once; `finetuned` is the tiny melody model."""
+    """A server that runs four predictions at once. `finetuned` is the tiny melody model."""
     with CogServer(
         COG_WEIGHTS=str(weights / "melody"), MUSICGEN_WEIGHTS_DIR=str(weights), OMP_NUM_THREADS="1",
         COG_MAX_CONCURRENCY="4",
@@ -38,12 +36,12 @@ def four(weights: Path) -> Iterator[CogServer]:
 
 @pytest.fixture(scope="module")
 def alone(four: CogServer) -> dict[str, Json]:
-    """Each client's reply, with nobody beside it."""
+    """The reply to each client when it is alone."""
     return {name: four.predict(fields) for name, fields in CLIENTS.items()}
 
 
 def started(server: CogServer, fields: dict[str, Any], id: str) -> Any:
-    """A prediction that has its place in the queue of its model, and perhaps more."""
+    """Starts a prediction. Returns when it is in the queue of its model, or further."""
     future = server.submit(fields, id)
     while not future.done() and "%|" not in (server.state(id) or {"logs": "%|"})["logs"]:
         time.sleep(0.02)
@@ -51,14 +49,15 @@ def started(server: CogServer, fields: dict[str, Any], id: str) -> Any:
 
 
 def check_that_nothing_of_others_is_in(reply: Json, name: str, alone: Json) -> None:
+    """Checks output, log and metrics of a reply."""
     assert output(reply) == output(alone)
     logs = reply["logs"]
     assert re.findall(r"seed: (\d+)", logs) == [str(CLIENTS[name]["seed"])]
-    seen = [int(percent) for percent in re.findall(r"(\d+)%\|", logs)]
+    seen = percentages(logs)
     assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 100, seen
     assert re.sub(r"\r *\d+%\|[^\r\n]*", "", logs).split("\n") == [f"seed: {CLIENTS[name]['seed']}", "", ""]
     metrics = reply["metrics"]
-    assert metrics["audio_seconds"] == SECONDS[name] and metrics["seed"] == CLIENTS[name]["seed"]
+    assert metrics["audio_seconds"] == AUDIO_S[name] and metrics["seed"] == CLIENTS[name]["seed"]
     assert metrics["steps"] == alone["metrics"]["steps"]
     assert metrics.keys() == alone["metrics"].keys()
 
@@ -80,7 +79,7 @@ def test_one_is_cancelled_and_the_rest_do_not_notice(four: CogServer, alone: dic
         check_that_nothing_of_others_is_in(future.result(timeout=120), name, alone[name])
 
 
-def test_a_fifth_is_told_to_come_back(four: CogServer) -> None:
+def test_a_request_beyond_the_slots_is_refused_with_409(four: CogServer) -> None:
     futures = {f"busy-{index}": started(four, LONG, f"busy-{index}") for index in range(4)}
     assert four.health()["status"] == "BUSY"
     assert four.request("POST", "/predictions", {"input": SHORT}).status_code == 409
@@ -99,7 +98,7 @@ def test_none_waits_for_anothers_end(four: CogServer) -> None:
     assert long.result(timeout=20)["status"] == "canceled"
 
 
-def test_different_models_take_turns_by_request_in_the_order_of_asking(four: CogServer) -> None:
+def test_different_models_are_used_in_the_order_of_the_requests(four: CogServer) -> None:
     asked = {
         "first": SHORT | {"duration": 25},
         "other": SHORT | {"model_version": "small"},
@@ -112,8 +111,8 @@ def test_different_models_take_turns_by_request_in_the_order_of_asking(four: Cog
         futures[name] = started(four, fields, name)
         futures[name].add_done_callback(lambda _, name=name: ended.append(name))
     replies = {name: future.result(timeout=120) for name, future in futures.items()}
-    assert ended[0] == "absent", "what cannot be is said at once"
-    # Nothing is said of "first": its turn ends before its file is written and sent, which may last longer.
+    assert ended[0] == "absent", "a request that cannot succeed must fail at once"
+    # "first" is not compared: its turn ends before its file is written and sent, which may take longer.
     assert ended.index("other") < ended.index("later")
     assert "large" in replies["absent"]["error"]
     for name, content in expected.items():

@@ -1,6 +1,6 @@
-"""The server never stays locked: whatever dies, hangs or is lost is noticed, and the next request is served.
+"""The supervisor notices processes that end or hang and slots that are lost, and the next request is served.
 
-`scripts/soak` runs the same tests on the demo model instead of the toy, with many more attempts.
+`scripts/soak` runs the same tests with the demo model instead of the toy, and with many more attempts.
 """
 
 import contextlib
@@ -19,15 +19,16 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 import toy
+from bodies import LONG
+from processes import cog, needs_proc, processes_with, variable, wait_for, worker
 from replies import clip
-from server import ROOT, CogServer, descendants
-from toy import needs_proc, processes_with, wait_for
+from server import ROOT, CogServer
 
-COG_FOLDER = Path("/tmp/coglet/predictions")
+from musicgen_svc.cli.prediction_folders import COG_FOLDER
+
 SOAK = bool(os.environ.get("MUSICGEN_SOAK"))
 HANG_UPS, CANCELS = (1000, 300) if SOAK else (60, 40)
-PLACES = 4
-LONG = {"prompt": "ode to joy", "duration": 600}
+SLOTS = 4
 RESTART_S = 60
 
 pytestmark = [needs_proc, pytest.mark.timeout(3000 if SOAK else 300)]
@@ -42,22 +43,24 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(checkout: Path) -> Iterator[CogServer]:
-    with CogServer(root=checkout, COG_MAX_CONCURRENCY=str(PLACES)) as running:
+    with CogServer(root=checkout, COG_MAX_CONCURRENCY=str(SLOTS)) as running:
+        wait_for(lambda: "Ready after" in running.log)  # the supervisor logs it after Cog says READY
         yield running
 
 
 @pytest.fixture(scope="module")
 def right(server: CogServer) -> list[str]:
-    """What the requests `good(0)`, `good(1)` ... give when nothing has happened yet."""
-    return [server.predict(good(number))["output"] for number in range(PLACES)]
+    """Outputs of the requests `good(0)`, `good(1)` ... of a fresh server."""
+    return [server.predict(good(number))["output"] for number in range(SLOTS)]
 
 
 def good(number: int) -> dict[str, object]:
+    """A request that succeeds."""
     return {"prompt": f"ode to joy on a harp {number}", "duration": 1, "seed": number}
 
 
 def check_that_it_serves(server: CogServer, right: list[str], within_s: float = 10) -> None:
-    """A request gets its right bytes within this time, and so do as many at once as there are places."""
+    """Checks that a request gets its right output in time, and so do as many at once as there are slots."""
     deadline = time.monotonic() + within_s
     while True:
         with contextlib.suppress(requests.RequestException):
@@ -65,33 +68,16 @@ def check_that_it_serves(server: CogServer, right: list[str], within_s: float = 
                 break
         assert time.monotonic() < deadline, server.log
         time.sleep(0.2)
-    answers = [server.submit(good(number), f"good-{number}") for number in range(PLACES)]
+    answers = [server.submit(good(number), f"good-{number}") for number in range(SLOTS)]
     assert [answer.result(60).get("output") for answer in answers] == right
 
 
 def await_restart(server: CogServer, before: int) -> None:
-    """Returns when the server has become ready more often than it had `before`."""
+    """Waits until the server has become ready again."""
     deadline = time.monotonic() + RESTART_S
     while server.log.count("Ready after") == before:
         assert time.monotonic() < deadline, server.log
         time.sleep(0.05)
-
-
-def process(server: CogServer, argument: str) -> int:
-    """The server's process with this on its command line."""
-    for pid in descendants(server.process.pid):
-        with contextlib.suppress(OSError):
-            if argument in Path(f"/proc/{pid}/cmdline").read_text():
-                return pid
-    raise AssertionError(f"no process with {argument}")
-
-
-def worker(server: CogServer) -> int:
-    return process(server, "_run_worker")
-
-
-def cog(server: CogServer) -> int:
-    return process(server, "cog.server.http")
 
 
 def message(method: str, target: str, body: object) -> bytes:
@@ -102,7 +88,7 @@ def message(method: str, target: str, body: object) -> bytes:
 
 
 def send(server: CogServer, content: bytes) -> socket.socket:
-    """A connection to the server on which this was sent."""
+    """Opens a connection to the server and sends this."""
     address = urlsplit(server.url)
     client = socket.create_connection((address.hostname or "", address.port or 0), timeout=30)
     client.sendall(content)
@@ -131,20 +117,19 @@ def test_a_process_that_is_stopped_is_replaced(
     check_that_it_serves(server, right)
 
 
-def test_lost_places_are_found_again_when_most_are_lost_and_nothing_runs(
+def test_lost_slots_are_restored_when_most_are_lost_and_nothing_runs(
     server: CogServer, right: list[str]
 ) -> None:
-    """Past the gate, where nothing refuses an id, a client can still make Cog lose its places."""
+    """A client that does not go through the gate can still make Cog lose its slots."""
     before = server.log.count("Ready after")
-    variables = Path(f"/proc/{worker(server)}/environ").read_bytes().split(b"\0")
-    port = int(next(v for v in variables if v.startswith(b"PORT=")).removeprefix(b"PORT="))
+    port = int(variable(worker(server), "PORT"))
     running = server.submit(LONG, "runs-on")
-    for number in range(PLACES - 1):
+    for number in range(SLOTS - 1):
         with socket.create_connection(("127.0.0.1", port)) as client:
             id = "x" * 300 + str(number)
             client.sendall(message("PUT", f"/predictions/{id}", {"input": good(0)}))
             assert b"File name too long" in client.recv(9999)
-    wait_for(lambda: "of its 4 places are lost" in server.log)
+    wait_for(lambda: "of its 4 slots are lost" in server.log)
     assert server.log.count("Ready after") == before
     server.cancel("runs-on")
     assert running.result(30)["status"] == "canceled"
@@ -187,7 +172,7 @@ def test_an_id_that_cog_cannot_bear_is_refused(server: CogServer, id: str) -> No
 
 
 def test_a_thousand_long_ids_cost_other_clients_no_request(server: CogServer, right: list[str]) -> None:
-    """In the URL, and in the body, where Cog takes one too."""
+    """The ids are in the URL, and in the body, where Cog accepts one too."""
     restarts = server.log.count("is restarted")
     refused = []
 
@@ -219,7 +204,7 @@ def test_an_id_that_is_a_name_is_the_clients_own(server: CogServer) -> None:
 
 
 def test_hanging_up_at_any_time_locks_nothing(server: CogServer, right: list[str]) -> None:
-    """Within milliseconds; with a clip, for which Cog starts threads; and before all of it was sent."""
+    """Clients hang up within milliseconds, some before all was sent. Cog starts threads for the clip."""
     draw = random.Random(1)
     fields = {"model_version": "encode-decode", "input_audio": clip(0.3)}
     content = message("POST", "/predictions", {"input": fields})
@@ -230,7 +215,7 @@ def test_hanging_up_at_any_time_locks_nothing(server: CogServer, right: list[str
 
 
 def test_a_cancel_at_any_time_leaves_nothing_running(server: CogServer, right: list[str]) -> None:
-    """Cog gives some of them up although they run on. These end by themselves."""
+    """Cog reports some of them as cancelled although they run on. These end by themselves."""
     draw = random.Random(2)
 
     def start(id: str, answers: list[requests.Response]) -> None:

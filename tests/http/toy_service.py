@@ -1,4 +1,4 @@
-"""Stands in for musicgen_svc/service.py in toy.py's checkout; the prompt says what happens."""
+"""Replaces musicgen_svc/service.py in the checkout of toy.py. The prompt decides what happens."""
 
 import asyncio
 import os
@@ -15,6 +15,8 @@ from musicgen_svc.settings import Settings
 
 
 class Service:
+    """Has the interface of the real service."""
+
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._healthy = True
@@ -63,15 +65,15 @@ class Service:
             stuck = threading.Lock()
             stuck.acquire()
             stuck.acquire()
-        if prompt == "slow":  # with a child, and deaf to everything but SIGKILL
+        if prompt == "slow":  # starts a child process, and ends only by SIGKILL
             subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
             (folder / "half-written").touch()
             for percent in range(101):
                 print(
                     f"\r{percent:3d}%|##        | generate [00:01<00:09]", end="", file=sys.stderr, flush=True
                 )
-                await asyncio.sleep(0.2 if percent < 20 else 60)  # nobody is to see its end
-        if fields["duration"] == 600:  # as long as anybody waits for it
+                await asyncio.sleep(0.2 if percent < 20 else 60)  # no test waits for its end
+        if fields["duration"] == 600:  # until the client gives up
             while not given_up():
                 await asyncio.sleep(0.05)
         record_metric("running", self._running)

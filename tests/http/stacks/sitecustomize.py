@@ -1,4 +1,4 @@
-"""On the path of every Python that a server under test consists of: SIGUSR1 writes down its stacks."""
+"""Makes each Python process of a server under test write its threads' stacks to a file on SIGUSR1."""
 
 import faulthandler
 import os
@@ -6,6 +6,6 @@ import signal
 from pathlib import Path
 
 if folder := os.environ.get("STACKS_FOLDER"):
-    # A file of its own: Cog reads what the worker writes to stderr, and a worker that hangs may be why.
-    file = Path(folder, str(os.getpid())).open("w")  # noqa: SIM115 (the handler needs it as long as it lives)
+    # Not to stderr, because Cog reads the worker's stderr and may itself be the process that hangs.
+    file = Path(folder, str(os.getpid())).open("w")  # noqa: SIM115 (the handler needs it open)
     faulthandler.register(signal.SIGUSR1, file)

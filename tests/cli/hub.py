@@ -1,6 +1,6 @@
-"""A local server that speaks what a download needs of the Hugging Face hub's protocol, and fails on demand.
+"""A local server with the part of the Hugging Face hub's protocol that a download needs. It fails on demand.
 
-Like the hub, it answers for a large file with a redirect to another host, and for a small one by itself.
+Like the hub, it redirects requests for large files to another host, and sends small files itself.
 """
 
 import hashlib
@@ -18,11 +18,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 LARGE = 1000
-"""Files of so many bytes are in large file storage."""
+"""Files of at least this many bytes are in large file storage."""
 
 
 @dataclass(frozen=True)
 class Request:
+    """A request that the hub has received."""
+
     method: str
     path: str
     token: str | None
@@ -30,14 +32,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Failure:
-    """How one answer ends after so many bytes: `close`, `reset`, or `stall` for as long as the hub lives."""
+    """How one answer fails."""
 
     after: int
+    """Bytes that are sent before."""
     how: str
+    """`close`, `reset`, or `stall` until the hub is closed."""
 
 
 class Hub(ThreadingHTTPServer):
-    """`files[repository][name]` is published; everything else here makes it misbehave."""
+    """Publishes `files[repository][name]`. The other attributes make it fail."""
 
     daemon_threads = True
 
@@ -46,21 +50,22 @@ class Hub(ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.files: dict[str, dict[str, bytes]] = {}
         self.refuses: dict[str, int] = {}
-        """Repository -> status."""
+        """Repository -> HTTP status with which it is refused."""
         self.token: str | None = None
-        """If set, whoever does not send it is answered with 401."""
+        """If set, a request without this token is answered with 401."""
         self.babbles = False
-        """Whether it answers about models as no hub does."""
+        """Whether questions about models are answered with other JSON than a hub's."""
         self.damaged: set[str] = set()
-        """Names of files whose last byte arrives flipped."""
+        """Names of files whose last byte is sent wrong."""
         self.failures: dict[str, list[Failure]] = {}
-        """Name of a file -> how its next answers end; then they are whole."""
+        """Name of a file -> how its next answers fail. Later answers are complete."""
         self.requests: list[Request] = []
         self.transfers: list[tuple[str, int]] = []
         """Name of a file, and the byte at which a transfer of it began."""
         self.closed = threading.Event()
 
     def revision(self, repository: str) -> str:
+        """The present commit of a repository."""
         contents = [(name, _git_sha1(content)) for name, content in self.files[repository].items()]
         return hashlib.sha1(repr(sorted(contents)).encode()).hexdigest()
 
@@ -69,11 +74,12 @@ class Hub(ThreadingHTTPServer):
         return [start for file, start in self.transfers if file == name]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is none of the server's errors."""
+        """Prints nothing, because a client that closes its connection is no error here."""
 
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
+    """Context manager: a hub that answers."""
     hub = Hub()
     thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

@@ -1,24 +1,21 @@
-"""openapi_schema.json is what Cog would emit for predict.py, and says what the contract says."""
+"""openapi_schema.json is what Cog would write for predict.py, and agrees with the contract."""
 
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from jsonschema import Draft7Validator
 
 from musicgen_svc.cli import schema
+from tests.cli.repository import ROOT, SCHEMA
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = json.loads((ROOT / "openapi_schema.json").read_text())
-SCHEMAS = DOCUMENT["components"]["schemas"]
-INPUT = Draft7Validator({"$ref": "#/components/schemas/Input", **DOCUMENT})
+SCHEMAS = SCHEMA["components"]["schemas"]
+INPUT = Draft7Validator({"$ref": "#/components/schemas/Input", **SCHEMA})
 
 Json = dict[str, Any]
 
-# As Cog 0.23.1 writes them; descriptions are compared with nothing.
+# As Cog 0.23.1 writes them, without the descriptions.
 FIELDS: Json = {
     "model_version": {"allOf": [{"$ref": "#/components/schemas/model_version"}], "default": "finetuned"},
     "prompt": {"default": None, "nullable": True, "title": "Prompt", "type": "string"},
@@ -110,18 +107,18 @@ def references(node: object) -> Iterator[str]:
 
 
 def test_the_document_is_sound_openapi() -> None:
-    assert DOCUMENT["openapi"] == "3.0.2"
-    assert DOCUMENT["info"] == {"title": "Cog", "version": "0.23.1"}
-    assert set(DOCUMENT["paths"]) == {
+    assert SCHEMA["openapi"] == "3.0.2"
+    assert SCHEMA["info"] == {"title": "Cog", "version": "0.23.1"}
+    assert set(SCHEMA["paths"]) == {
         "/", "/health-check", "/predictions", "/predictions/{prediction_id}/cancel",
     }  # fmt: skip
-    for reference in references(DOCUMENT):
+    for reference in references(SCHEMA):
         assert reference.removeprefix("#/components/schemas/") in SCHEMAS
     for own in SCHEMAS.values():
         Draft7Validator.check_schema(own)
-    operations = [operation for path in DOCUMENT["paths"].values() for operation in path.values()]
+    operations = [operation for path in SCHEMA["paths"].values() for operation in path.values()]
     assert len({operation["operationId"] for operation in operations}) == len(operations)
-    for path, methods in DOCUMENT["paths"].items():
+    for path, methods in SCHEMA["paths"].items():
         for operation in methods.values():
             assert operation["responses"]["200"]["description"]
             declared = {parameter["name"] for parameter in operation.get("parameters", [])}
@@ -150,7 +147,7 @@ def test_the_defaults_are_valid() -> None:
     [
         ("model_version", "huge"),
         ("prompt", True),
-        ("prompt", None),  # Cog: an omitted field is null, an explicit null is none
+        ("prompt", None),  # a field may be left out, but an explicit null is refused
         ("duration", 0),
         ("duration", 601),
         ("duration", 8.5),

@@ -1,4 +1,4 @@
-"""The gate relays whatever is no fault, as it is, and gives up what its clients give up."""
+"""The gate relays valid requests unchanged, and closes the connection to Cog when a client closes its own."""
 
 import asyncio
 import socket
@@ -15,7 +15,7 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 
 class Setting:
-    """A gate in front of a server that a test writes."""
+    """A gate in front of a server whose answers a test defines."""
 
     def __init__(self) -> None:
         self.gate = Gate()
@@ -24,7 +24,7 @@ class Setting:
         self._reaper = Reaper()
 
     async def start(self, handler: Handler, folder: Path) -> int:
-        """The gate's port."""
+        """Starts the server and the gate. Returns the gate's port."""
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             self.heads.append(await reader.readuntil(b"\r\n\r\n"))
@@ -35,13 +35,13 @@ class Setting:
         behind = await asyncio.start_server(connected, "127.0.0.1", 0)
         listener = socket.create_server(("127.0.0.1", 0))
         self._open = [behind, await self.gate.listen(listener)]
-        self.gate.lead_to(behind.sockets[0].getsockname()[1], PredictionFolders(self._reaper, folder))
+        self.gate.relay_to(behind.sockets[0].getsockname()[1], PredictionFolders(self._reaper, folder))
         self.gate.open()
         port: int = listener.getsockname()[1]
         return port
 
     async def stop(self) -> None:
-        """Returns when every connection is closed."""
+        """Stops both, and waits until every connection is closed."""
         for server in self._open:
             server.close()
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
@@ -50,6 +50,8 @@ class Setting:
 
 
 def run(test: Callable[[Setting], Awaitable[None]]) -> None:
+    """Runs a test that is a coroutine."""
+
     async def main() -> None:
         async with asyncio.timeout(60):
             setting = Setting()
@@ -65,6 +67,7 @@ async def answer_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
 
 
 async def ask(port: int, content: bytes) -> bytes:
+    """Sends bytes to a port, and returns the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(content)
     answer = await reader.read()
@@ -152,7 +155,7 @@ def test_a_client_that_hangs_up_hangs_up_on_cog(tmp_path: Path) -> None:
 
 
 def test_a_second_request_on_the_same_connection_is_not_relayed(tmp_path: Path) -> None:
-    """The gate has looked at the first alone."""
+    """The gate has checked the first request only."""
 
     async def test(setting: Setting) -> None:
         port = await setting.start(answer_all, tmp_path)

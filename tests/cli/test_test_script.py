@@ -1,4 +1,4 @@
-"""scripts/test, with a stand-in for Python: it runs every test file once, and no failure gets lost."""
+"""scripts/test, with a stand-in for Python: it runs every test file once, and fails if any folder fails."""
 
 import shutil
 import subprocess
@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.cli.repository import ROOT
+
 FILES = ["tests/test_a.py", "tests/test_b.py", "tests/http/test_c.py", "tests/deep/down/test_d.py"]
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>runs
 echo "report of $*"
+[[ $* != *empty* ]] || exit 5
 [[ $* != *broken* ]]
 """
 
@@ -52,6 +54,14 @@ def test_a_failure_anywhere_fails_it_and_keeps_nothing_from_running(checkout: Pa
     status, runs, _ = run(checkout)
     assert status != 0
     assert len([file for called in runs for file in called.split()[2:]]) == len(FILES) + 1
+
+
+def test_a_folder_without_any_test_fails_it(checkout: Path) -> None:
+    """Such as one whose file has no test function: pytest's status is 5."""
+    (checkout / "tests" / "empty").mkdir()
+    (checkout / "tests" / "empty" / "test_empty.py").touch()
+    assert run(checkout)[0] != 0
+    assert run(checkout, "empty")[0] == 5
 
 
 def test_arguments_go_to_pytest_as_they_are(checkout: Path) -> None:

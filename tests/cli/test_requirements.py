@@ -1,10 +1,11 @@
-"""requirements.lock and requirements.txt: one set of versions, nothing that cannot be had, no hosts."""
+"""requirements.lock and requirements.txt: one set of versions, which can be installed, and no hosts."""
 
 import re
 import tomllib
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import musicgen_svc
+from tests.cli.repository import ROOT
+
 LOCK = (ROOT / "requirements.lock").read_text()
 IMAGE = (ROOT / "requirements.txt").read_text()
 LEFT_OUT = {"xformers", "torchvision", "torchtext", "gradio", "spacy"}
@@ -43,6 +44,13 @@ def test_what_we_declare_is_locked_with_hashes() -> None:
 
 def test_nothing_of_audiocrafts_old_stack_is_installed() -> None:
     assert not LEFT_OUT & (pins(LOCK).keys() | pins(IMAGE).keys())
+
+
+def test_the_version_of_the_service_is_written_once() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert pyproject["project"]["dynamic"] == ["version"]
+    assert pyproject["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "musicgen_svc.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", musicgen_svc.__version__)
 
 
 def test_no_host_is_named() -> None:

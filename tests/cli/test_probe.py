@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from musicgen_svc.runtime.output_files import WorkFolder
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.cli.repository import ROOT
 
 
 class Health(BaseHTTPRequestHandler):

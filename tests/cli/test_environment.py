@@ -1,7 +1,7 @@
-"""Environments lie side by side, and none goes while it is used: scripts/_env and cli/environment.py.
+"""scripts/_env and cli/environment.py: environments lie side by side, and none is removed while it is used.
 
-`uv` is a stand-in that makes an environment of one link to this test's own Python. It creates and never
-deletes, and refuses every folder that is not in the test's own checkout.
+`uv` is replaced by a script that makes an environment of one link to this test's own Python. The script never
+deletes anything, and refuses every folder that is not in the test's own checkout.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.cli.repository import ROOT
+
 BASE = str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
 UV = """#!/usr/bin/env bash
 set -eu
@@ -57,7 +58,7 @@ class Checkout:
         (self.folder / "requirements.lock").write_text(content)
 
     def start(self, then: str = "", **variables: str) -> "subprocess.Popen[str]":
-        """A script that asks for the environment, prints its Python, and does `then`."""
+        """Starts a script that prepares the environment, prints its Python, and runs `then`."""
         own = {"PATH": f"{Path(BASE).parent}:{os.environ['PATH']}", "HOME": os.fspath(self.folder)}
         return subprocess.Popen(
             ["bash", "-euc", SHOW, self.folder, then],
@@ -66,14 +67,14 @@ class Checkout:
         )  # fmt: skip
 
     def run(self, **variables: str) -> tuple[int, str, str]:
-        """Exit status, the environment's name, standard error."""
+        """Runs such a script. Returns its exit status, the environment's name and standard error."""
         process = self.start(**variables)
         out, err = process.communicate(timeout=60)
         return process.returncode, Path(out.strip() or "/none/bin/python").parents[1].name, err
 
     @contextlib.contextmanager
     def running(self, **variables: str) -> Iterator[Path]:
-        """A program that runs in the environment for the length of the block; the environment's folder."""
+        """Context manager: a program runs in the environment. Gives the environment's folder."""
         process = self.start('exec "$PYTHON" -c "input()"', **variables)
         assert process.stdout
         try:
@@ -83,21 +84,23 @@ class Checkout:
         assert process.returncode == 0
 
     def names(self) -> list[str]:
-        """Environments that are there, whole or not."""
+        """Names of all environments, complete or not."""
         return sorted(path.name for path in (self.folder / ".venvs").iterdir() if path.is_dir())
 
     def calls(self) -> list[str]:
+        """Arguments of each call of uv."""
         log = self.folder / "uv.log"
         return log.read_text().splitlines() if log.exists() else []
 
     def state(self) -> list[tuple[str, int]]:
-        """Every path below, and when it was last written."""
+        """Every path in the checkout, and when it was last written."""
         paths = [self.folder, *self.folder.rglob("*")]
         return sorted((os.fspath(path), path.lstat().st_mtime_ns) for path in paths)
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
+    """A checkout whose path has a space."""
     return Checkout(tmp_path / "check out")
 
 
@@ -187,7 +190,7 @@ def test_a_process_without_a_lock_keeps_its_environment_too(checkout: Checkout) 
 
 
 def old_layout(checkout: Checkout, lock_hash: str) -> Path:
-    """.venv as a folder, as earlier versions made it."""
+    """Makes .venv as a folder, as earlier versions did."""
     folder = checkout.folder / ".venv"
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to(BASE)
@@ -196,6 +199,7 @@ def old_layout(checkout: Checkout, lock_hash: str) -> Path:
 
 
 def first_hash(checkout: Checkout) -> str:
+    """The hash of the lock file."""
     shown = subprocess.run(
         ["bash", "-euc", 'source "$0/scripts/_env"; lock_hash', checkout.folder],
         capture_output=True, text=True, check=True,

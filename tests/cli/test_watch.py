@@ -1,4 +1,4 @@
-"""When a Cog server counts as one that no longer serves, and how soon it is restarted then."""
+"""When a Cog server no longer serves, and how soon it is restarted."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from musicgen_svc.cli.watch import (
     LONGEST_RATION_S,
     RATION_S,
     SILENT_S,
-    UNWELL_S,
+    UNHEALTHY_S,
     WELL_S,
     Fault,
     Observation,
@@ -25,8 +25,8 @@ DEAD = {"status": "UNHEALTHY", "user_healthcheck_error": "Healthcheck error: hea
 SLOW = {"status": "UNHEALTHY", "user_healthcheck_error": "healthcheck timed out"}
 
 
-def seen(health: Any, lost: int = 0, places: int = 4, **running: bool) -> Observation:
-    return Observation(health, places, lost, running)
+def seen(health: Any, lost: int = 0, slots: int = 4, **running: bool) -> Observation:
+    return Observation(health, slots, lost, running)
 
 
 @pytest.mark.parametrize(
@@ -34,12 +34,12 @@ def seen(health: Any, lost: int = 0, places: int = 4, **running: bool) -> Observ
     [
         (seen(None), SILENT_S, "it does not answer"),
         (seen(SLOW), SILENT_S, "its health is UNHEALTHY (healthcheck timed out)"),
-        (seen(DEAD), UNWELL_S, "channel closed)"),
-        (seen({"status": "DEFUNCT"}), UNWELL_S, "its health is DEFUNCT"),
+        (seen(DEAD), UNHEALTHY_S, "channel closed)"),
+        (seen({"status": "DEFUNCT"}), UNHEALTHY_S, "its health is DEFUNCT"),
         (seen(BUSY), IDLE_BUSY_S, "nothing runs"),
         (seen(BUSY, a=False, b=False), INPUT_S, "input file"),
-        (seen(READY, lost=3), 0.0, "3 of its 4 places are lost"),
-        (seen(READY, lost=1, places=1), 0.0, "1 of its 1 places are lost"),
+        (seen(READY, lost=3), 0.0, "3 of its 4 slots are lost"),
+        (seen(READY, lost=1, slots=1), 0.0, "1 of its 1 slots are lost"),
     ],
 )
 def test_a_fault_is_what_lasts_and_an_interruption_starts_anew(
@@ -58,7 +58,7 @@ def test_a_fault_is_what_lasts_and_an_interruption_starts_anew(
 @pytest.mark.parametrize(
     "observation",
     [
-        seen(READY), seen(BUSY, a=True, b=False), seen(READY, lost=2), seen(READY, lost=0, places=1),
+        seen(READY), seen(BUSY, a=True, b=False), seen(READY, lost=2), seen(READY, lost=0, slots=1),
         seen({"status": "STARTING"}),
     ],
 )  # fmt: skip
@@ -76,9 +76,9 @@ def test_a_crash_is_restarted_at_once_and_one_after_the_other_ever_later() -> No
     assert restarts.delay_s(now_s + WELL_S, Fault("it crashed")) == 0
 
 
-def test_lost_places_restart_at_most_so_often() -> None:
-    """Else whoever can lose them on purpose restarts the server at will."""
-    restarts, now_s, lost = Restarts(), 10_000.0, Fault("places are lost", drain=True)
+def test_lost_slots_restart_at_most_so_often() -> None:
+    """Otherwise a client that makes Cog lose slots on purpose could restart the server at any time."""
+    restarts, now_s, lost = Restarts(), 10_000.0, Fault("slots are lost", drain=True)
     gaps = []
     for _ in range(6):
         gaps.append(restarts.delay_s(now_s, lost))

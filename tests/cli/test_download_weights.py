@@ -14,25 +14,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub import Failure, Hub, running_hub
 from huggingface_hub import close_session, constants
 
 from musicgen_svc.cli import download_weights
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.weights.catalog import read_catalog
 from musicgen_svc.weights.lock_file import LOCK_FILE, check_sizes, read_lock
+from tests.cli.hub import Failure, Hub, running_hub
+from tests.cli.repository import ROOT
 
 MODULE = "musicgen_svc.cli.download_weights"
 CHUNK = 2**14
 IN_CHUNKS = f"import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = {CHUNK}"
-"""huggingface_hub reads 10 MiB before it writes, which would make for large tests."""
+"""Makes huggingface_hub write after each CHUNK bytes, not after 10 MiB, so that test files can be small."""
 T5 = {"config.json": b"{}", "model.safetensors": b"t5" * 1000, "spiece.model": b"s", "tokenizer.json": b"{ }"}
 SMALL = {"state_dict.bin": b"lm" * 3000, "compression_state_dict.bin": b"codec" * 500, "README.md": b"#"}
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A hub with one model, and this process as if it had started with HF_ENDPOINT naming that hub."""
+    """A hub with one model. huggingface_hub in this process uses it, as if HF_ENDPOINT had named it."""
     with running_hub() as hub:
         hub.files = {"facebook/musicgen-small": dict(SMALL), "google-t5/t5-base": dict(T5)}
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -58,7 +59,7 @@ def long_file(hub: Hub) -> bytes:
 
 
 def command(folder: Path, *arguments: str, before: str = "") -> list[str]:
-    """The script's command line. `before` runs in its process first."""
+    """The command line of the script. `before`: Python that runs in the same process first."""
     start = ["-m", MODULE]
     if before:
         start = ["-c", f"{before}\nimport runpy; runpy.run_module({MODULE!r}, run_name='__main__')"]
@@ -72,7 +73,7 @@ def environment(endpoint: str, folder: Path, **extra: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HOME": str(folder.parent / "home"),
         "HF_HUB_CACHE": str(folder.parent / "home"),
-        "PYTHONPATH": str(download_weights.ROOT),
+        "PYTHONPATH": str(ROOT),
         **extra,
     }
 
@@ -80,7 +81,7 @@ def environment(endpoint: str, folder: Path, **extra: str) -> dict[str, str]:
 def run(
     hub: Hub, folder: Path, *arguments: str, before: str = "", **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """The script in a process of its own."""
+    """Runs the script as a process."""
     return subprocess.run(
         command(folder, *arguments, before=before),
         env=environment(hub.endpoint, folder, **extra),
@@ -92,26 +93,30 @@ def run(
 
 
 def one_sentence(stderr: str) -> str:
-    """What a failed run leaves on stderr."""
+    """Checks that standard error is one sentence, and returns it."""
     assert re.fullmatch(r"[^\n]+\.\n", stderr), stderr
     return stderr.strip()
 
 
 def downloaded(folder: Path, *arguments: str) -> None:
+    """Downloads `small` in this process."""
     assert download_weights.main([*arguments, "small", "--weights-dir", str(folder)]) == 0
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs the command in this process, where it must fail. Returns its sentence."""
     assert download_weights.main([*(arguments or ["small"]), "--weights-dir", str(folder)]) == 1
     return one_sentence(capsys.readouterr().err)
 
 
 def arrived(folder: Path, name: str) -> dict[str, bytes]:
-    place = folder / name
-    return {path.name: path.read_bytes() for path in place.iterdir()} if place.is_dir() else {}
+    """The files of a source: name -> content."""
+    source = folder / name
+    return {path.name: path.read_bytes() for path in source.iterdir()} if source.is_dir() else {}
 
 
 def partial(folder: Path) -> Path:
+    """The language model's partial file."""
     (path,) = (folder / ".partial" / "small").glob("state_dict.bin.*")
     return path
 
@@ -161,7 +166,7 @@ def test_a_cut_connection_resumes_within_the_run(hub: Hub, folder: Path) -> None
 
 
 def resumes(hub: Hub, folder: Path, content: bytes) -> None:
-    """Nothing was taken for complete, and the next run fetches the rest of `content` alone."""
+    """Checks that nothing counts as complete, and that the next run fetches only the rest of `content`."""
     assert arrived(folder, "small") == {}
     assert "small" not in read_lock(folder)
     part = partial(folder).read_bytes()
@@ -213,7 +218,7 @@ def test_a_full_disk_ends_the_run_and_the_next_one_resumes(hub: Hub, folder: Pat
     resumes(hub, folder, content)
 
 
-def test_what_does_not_fit_is_not_begun(
+def test_files_that_do_not_fit_on_the_disk_are_not_downloaded(
     hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = shutil.disk_usage(folder.parent)
@@ -267,7 +272,7 @@ def test_a_file_that_the_repository_lacks_is_named(
     assert "has no compression_state_dict.bin" in refused(folder, capsys)
 
 
-def test_a_hub_that_is_none_is_named(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_is_no_hub_is_named(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.babbles = True
     assert "does not answer as a Hugging Face hub does" in refused(folder, capsys)
 
@@ -296,7 +301,7 @@ def test_the_library_s_own_client_fills_the_same_folder(
     assert "HEAD" in {r.method for r in hub.requests}, "hf_hub_download was not called"
 
 
-def test_files_that_lie_there_already_are_read_and_recorded_not_fetched(hub: Hub, folder: Path) -> None:
+def test_files_that_are_there_already_are_read_and_recorded_not_fetched(hub: Hub, folder: Path) -> None:
     for name, content in SMALL.items():
         (folder / "small").mkdir(parents=True, exist_ok=True)
         (folder / "small" / name).write_bytes(content)
@@ -394,7 +399,7 @@ def test_two_downloads_do_not_share_a_folder(folder: Path, capsys: pytest.Captur
         pass
 
 
-def test_what_was_begun_of_another_revision_is_removed(hub: Hub, folder: Path) -> None:
+def test_partial_files_of_another_revision_are_removed(hub: Hub, folder: Path) -> None:
     stale = folder / ".partial" / "small" / "state_dict.bin.0123456789abcdef"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"older")

@@ -1,4 +1,4 @@
-"""scripts/_env: what it sets, and which Python it takes where the packages are there already."""
+"""scripts/_env: the variables that it sets, and the Python that it uses with MUSICGEN_NO_VENV."""
 
 import os
 import shutil
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from tests.cli.repository import ROOT
+
 PYTHON = """#!/usr/bin/env bash
-# Stands for Python: says that there is no GPU.
+# Replaces Python, and fails as if there were no GPU.
 echo "$0 $PYTHONPATH" >&2
 exit 7
 """
@@ -43,7 +44,9 @@ def test_gpu_check_runs_with_the_machines_own_python(
 
 
 @pytest.mark.parametrize("wanted", [None, "0"])
-def test_tensors_lie_in_large_pages_as_in_the_image_if_nobody_says_otherwise(wanted: str | None) -> None:
+def test_tensors_use_large_pages_as_in_the_image_unless_the_variable_is_set(
+    wanted: str | None,
+) -> None:
     script = 'source "$0"; environment; echo "$THP_MEM_ALLOC_ENABLE"'
     said = subprocess.run(
         ["bash", "-euc", script, ROOT / "scripts" / "_env"],
@@ -56,8 +59,15 @@ def test_tensors_lie_in_large_pages_as_in_the_image_if_nobody_says_otherwise(wan
     assert said == (wanted or image["THP_MEM_ALLOC_ENABLE"])
 
 
-def test_a_search_path_for_folders_does_not_lead_elsewhere(tmp_path: Path) -> None:
-    """`cd` says where it went, if CDPATH brought it there."""
+def test_scripts_that_run_in_the_users_folder_import_nothing_from_it() -> None:
+    for path in (ROOT / "scripts").iterdir():
+        text = path.read_text()
+        if '"$PYTHON" ' in text and path.name != "_env" and '\ncd "$ROOT"\n' not in text:
+            assert '"$PYTHON" -P -m ' in text, path.name
+
+
+def test_cdpath_does_not_change_the_root(tmp_path: Path) -> None:
+    """`cd` prints the folder that it has found through CDPATH."""
     said = subprocess.run(
         ["bash", "-euc", 'source scripts/_env; echo "$ROOT"'], cwd=ROOT,
         env={"PATH": os.environ["PATH"], "CDPATH": f"{tmp_path}:."},
