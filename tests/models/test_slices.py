@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_codec import encodec, noise
+from random_encodec import encodec, noise
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
