@@ -212,7 +212,7 @@ def _read_clip(request: Request, codec: Codec, tick: Tick) -> torch.Tensor | Non
         start_s=request.start_s,
         end_s=request.end_s,
         tick=tick,
-    ).samples
+    )
 
 
 def _write(request: Request, sound: Sound, progress: Progress, folder: Path) -> Result:
