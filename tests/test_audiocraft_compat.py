@@ -55,7 +55,7 @@ import num2words
 from musicgen_svc import audiocraft_compat as compat
 
 facts = {
-    "there": [n for n in compat.PUT_OFF if n in sys.modules and n != "num2words"],
+    "there": [n for n in compat.DELAYED if n in sys.modules and n != "num2words"],
     "kept": sys.modules["num2words"] is num2words,
 }
 from musicgen_svc.service import Service
@@ -78,7 +78,7 @@ facts |= {
     "transformers": encodec.HFEncodecModel.from_pretrained == transformers.EncodecModel.from_pretrained,
     "num2words": conditioners.num2words(21),
     "flashy": utils.flashy.distrib.world_size(),
-    "types": sorted({type(sys.modules[n]).__module__ for n in compat.PUT_OFF}),
+    "types": sorted({type(sys.modules[n]).__module__ for n in compat.DELAYED}),
 }
 import audiocraft, audiocraft.data, audiocraft.models
 from audiocraft.models import MultiBandDiffusion, MusicGen, builders

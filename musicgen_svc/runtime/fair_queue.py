@@ -58,10 +58,10 @@ class Turn:
 
 
 class FairQueue:
-    """A queue that admits at most `at_once` holders at a time, all of one group, in the order of asking.
+    """A queue that admits at most `at_once` holders at a time, all of one group, in order of arrival.
 
-    The holders are at the head of the queue, and all of them belong to the group of the first one. A thread of
-    another group waits until all threads before it have left, and every later thread waits behind it.
+    The holders are at the head of the queue, and all of them belong to the group of the first one. A thread
+    of another group waits until all threads before it have left, and every later thread waits behind it.
     """
 
     def __init__(self, at_once: int) -> None:

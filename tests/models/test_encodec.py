@@ -76,8 +76,8 @@ def test_chunks_together_are_one_pass(model: CompressionModel) -> None:
 
 def test_one_pass_needs_what_the_lstm_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the test above: an LSTM that began anew in every chunk would not pass it."""
-    remember = chunked_encodec._remember
-    monkeypatch.setattr(chunked_encodec, "_remember", lambda layer, x, state: remember(layer, x, None))
+    run_lstm = chunked_encodec._run_lstm
+    monkeypatch.setattr(chunked_encodec, "_run_lstm", lambda layer, x, state: run_lstm(layer, x, None))
     model = encodec()
     wav = noise(20.0)
     tokens, samples = one_pass(model, wav)
@@ -103,7 +103,6 @@ def test_every_chunk_sees_its_full_receptive_field(seanet: dict[str, Any]) -> No
     model = encodec(**seanet)
     for net, channels in [(model.encoder, 1), (model.decoder, 8)]:
         stack = ChunkedStack(net.model)
-        assert stack.cuttable
         x = noise(3.0, channels)[None, :, : 150 * stack.rate_in - stack.rate_in // 8]
         whole = net(x)
         for chunk in (70, 50):
@@ -125,12 +124,16 @@ def test_what_is_not_understood_takes_one_pass(seanet: dict[str, Any]) -> None:
     assert torch.equal(codec.decode(tokens), samples)
 
 
-def test_two_lstms_or_one_that_looks_back_in_time_are_not_cut() -> None:
+@torch.no_grad()
+def test_two_lstms_or_one_that_also_runs_backwards_take_one_pass() -> None:
+    def pieces(layers: list[nn.Module]) -> int:
+        return len(list(ChunkedStack(layers).run(noise(3.0)[None], chunk=50)))
+
     layers = list(encodec().encoder.model)
-    assert ChunkedStack(layers).cuttable
-    assert not ChunkedStack([*layers, layers[-3]]).cuttable
-    layers[-3].lstm = nn.LSTM(64, 32, bidirectional=True)
-    assert not ChunkedStack(layers).cuttable
+    assert pieces(layers) == 3
+    assert pieces([*layers[:-2], layers[-3], *layers[-2:]]) == 1
+    layers[-3].lstm = nn.LSTM(64, 32, 2, bidirectional=True)
+    assert pieces(layers) == 1
 
 
 def test_latents_are_the_quantizers_and_belong_to_their_channel(model: CompressionModel) -> None:
