@@ -105,7 +105,7 @@ class _DelayedPackage(ModuleType):
 
 @contextmanager
 def _delayed_imports() -> Iterator[None]:
-    """Context manager in which importing audiocraft runs no `__init__` of `PACKAGES` and imports no `DELAYED`."""
+    """Context manager in which importing audiocraft runs no `__init__` and imports none of `DELAYED`."""
     if "audiocraft" not in sys.modules:
         for name in PACKAGES:
             spec = importlib.util.find_spec(name)

@@ -1,4 +1,4 @@
-"""Any file -> samples: pitch, level, length and place of what comes out; what is refused, and how."""
+"""Reading a clip: the pitch, level, length and position of the samples, and the errors of refused files."""
 
 import os
 import tracemalloc
@@ -31,7 +31,7 @@ RATE = 32_000
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[..., torch.Tensor]:
-    """Reads bytes from a file without a suffix, as Cog leaves it."""
+    """Reads bytes from a file without a suffix, as Cog may write it."""
 
     def from_bytes(content: bytes, **options: object) -> torch.Tensor:
         path = tmp_path / "clip"
@@ -41,14 +41,14 @@ def read(tmp_path: Path) -> Callable[..., torch.Tensor]:
     return from_bytes
 
 
-# Samples by which the encoder's padding is longer or shorter where the format says nothing of it.
+# The largest number of padding samples in formats that do not state it.
 PADDING = {kind: 3 * 1024 for kind in ("aac", "latm", "aac-flv", "aac-ts", "wma")}
 PADDING |= {kind: 3 * 1152 for kind in ("mp2", "mp2-mpeg", "mp3-mkv", "mp3-avi")}
 PADDING |= {kind: 1536 for kind in ("ac3", "ac3-ts", "eac3")} | {"ogg": 1024, "caf-alac": 4096}
 
 
 def rates(kind: str) -> list[int]:
-    """Those that the format can hold, from 8 to 192 kHz."""
+    """Returns sample rates that a format supports, from 8 to 192 kHz."""
     if kind in ("opus", "webm"):
         return [8_000, 16_000, 48_000]
     if kind in ("mp2", "mp2-mpeg", "ac3", "ac3-ts", "eac3"):
@@ -77,12 +77,12 @@ def test_every_format_keeps_pitch_level_and_length(
 
 
 @pytest.mark.parametrize("kind", ["mp3", "m4a", "opus", "webm", "ogg", "flac", "wav16"])
-def test_sound_stays_where_it_was(read: Callable[..., torch.Tensor], kind: str) -> None:
-    """Encoder delay is gone: what begins after half a second still does."""
+def test_sound_keeps_its_position(read: Callable[..., torch.Tensor], kind: str) -> None:
+    """Encoder delay is removed: a tone that begins after 0.5 s still begins there."""
     sound = tone(440, 1, 48_000)
     sound[:, :24_000] = 0
-    heard = np.abs(read(encode(sound, 48_000, kind)).numpy()[0]) > 0.25
-    assert heard.argmax() / RATE == pytest.approx(0.5, abs=0.005)
+    audible = np.abs(read(encode(sound, 48_000, kind)).numpy()[0]) > 0.25
+    assert audible.argmax() / RATE == pytest.approx(0.5, abs=0.005)
 
 
 def test_left_and_right_stay_apart_and_mono_is_their_mean(read: Callable[..., torch.Tensor]) -> None:
@@ -94,7 +94,7 @@ def test_left_and_right_stay_apart_and_mono_is_their_mean(read: Callable[..., to
     np.testing.assert_allclose(mono[0], stereo.mean(0), atol=1e-6)
 
 
-def test_stereo_from_mono_is_both_sides_alike(read: Callable[..., torch.Tensor]) -> None:
+def test_stereo_from_mono_has_two_equal_channels(read: Callable[..., torch.Tensor]) -> None:
     left, right = read(encode(tone(440, 0.5, 44_100), 44_100, "wav16"), channels=2)
     assert left.equal(right)
     assert level_at(left[None].numpy(), RATE, 440) == pytest.approx(0.5, abs=1e-3)
@@ -109,7 +109,7 @@ def test_stereo_from_mono_is_both_sides_alike(read: Callable[..., torch.Tensor])
 def test_surround_is_mixed_by_the_standard_matrix(
     read: Callable[..., torch.Tensor], kind: str, speaker: int, left: float, right: float
 ) -> None:
-    """ITU-R BS.775: centre and surrounds at -3 dB; scaled so that six full speakers do not clip."""
+    """ITU-R BS.775 mixes centre and surrounds at -3 dB; the sum is scaled so that it does not clip."""
     sound = np.zeros((6, 24_000), np.float32)
     sound[speaker] = tone(100, 0.5, 48_000)
     samples = read(encode(sound, 48_000, kind, layout="5.1"), channels=2).numpy()
@@ -125,18 +125,18 @@ def test_channels_in_no_stated_order_are_mixed_too(read: Callable[..., torch.Ten
 
 
 @pytest.mark.parametrize("name", ["clip.mp3", "clip.txt", "clip.m3u8", "clip.flac", "concat:clip"])
-def test_the_name_says_nothing(tmp_path: Path, name: str) -> None:
+def test_the_name_of_a_file_has_no_effect(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(encode(tone(440, 0.5, 44_100), 44_100, "flac"))
     samples = read_clip(path, sample_rate=RATE, channels=1).numpy()
     assert loudest_hz(samples, RATE) == pytest.approx(440, abs=2)
     path.write_bytes(np.random.default_rng(0).bytes(100_000))
-    with pytest.raises(AudioError, match="is not audio"):  # by its name, a flac with no samples
+    with pytest.raises(AudioError, match="is not audio"):  # by its name it would be a flac without samples
         read_clip(path, sample_rate=RATE, channels=1)
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 32_000, 44_100, 192_000])
-def test_resampling_in_pieces_is_resampling_at_once(read: Callable[..., torch.Tensor], rate: int) -> None:
+def test_resampling_in_blocks_equals_resampling_at_once(read: Callable[..., torch.Tensor], rate: int) -> None:
     sound = noise(3.3, rate, channels=2)
     samples = read(encode(sound, rate, "wavf32"), channels=2).numpy()
     expected = sound.T if rate == RATE else soxr.resample(sound.T, rate, RATE, "HQ")
@@ -184,7 +184,7 @@ def test_a_start_behind_the_end_is_refused_with_the_length(
         read(encode(noise(3, 32_000), 32_000, "wav16"), start_s=start_s, end_s=end_s)
 
 
-def test_a_file_that_cannot_be_read_on_ends_there() -> None:
+def test_a_file_ends_where_it_cannot_be_read_any_further() -> None:
     class BreaksOff:
         def demux(self, stream: object) -> Iterator[object]:
             yield from (1, 2)
@@ -227,7 +227,9 @@ def test_a_stream_that_begins_later_does_not_end_the_one_that_is_read() -> None:
     ],
     ids=["hls", "hls to a server", "concat", "dash", "sdp", "ffmetadata"],
 )
-def test_a_playlist_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, playlist: str) -> None:
+def test_a_playlist_opens_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, playlist: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.wav").write_bytes(encode(tone(440, 1, 44_100), 44_100, "wav16"))
     for name in ("clip", "clip.m3u8", "clip.ffconcat", "clip.mpd"):
@@ -236,7 +238,7 @@ def test_a_playlist_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             read_clip(Path(name), sample_rate=RATE, channels=1)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
     for name, word in (("pipe", "regular file"), (".", "regular file"), ("absent", "No such file")):
         with pytest.raises(AudioError, match=word):
@@ -261,7 +263,7 @@ def test_a_hundred_megabytes_are_the_default_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("claimed", [16_000, 0, 2**32 - 1])
 def test_length_is_limited_by_what_is_decoded(read: Callable[..., torch.Tensor], claimed: int) -> None:
-    """The header's word counts for nothing, nor does a selection that would be short enough."""
+    """Neither the length in the header nor a short selection changes the limit."""
     sound = tone(440, 3, 8_000)
     claimed = claimed or 2 * sound.shape[1]
     content = wav_that_lies(sound, 8_000, claimed)
@@ -276,7 +278,7 @@ def test_fifteen_minutes_are_the_default_limit(read: Callable[..., torch.Tensor]
         read(wav_that_lies(np.zeros((1, 901 * 8_000), np.float32), 8_000, 0))
 
 
-def test_progress_never_goes_back_and_ends_at_the_end(
+def test_progress_only_rises_and_reaches_the_total(
     read: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("musicgen_svc.audio.decoding.TICK_S", 0)
@@ -307,8 +309,8 @@ def test_a_raising_tick_ends_the_reading_and_leaks_nothing(
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_memory_follows_the_result_not_the_source(read: Callable[..., torch.Tensor]) -> None:
-    """A second of source at a time, whatever is thrown away or mixed down."""
+def test_memory_grows_with_the_result_and_not_with_the_source(read: Callable[..., torch.Tensor]) -> None:
+    """A second of the source is in memory at a time, however much is cut off or mixed down."""
     sound: Samples = np.zeros((8, 192_000 * 10), np.float32)
     content = encode(sound, 192_000, "wav16", layout="7.1")
     decoded = sound.nbytes

@@ -17,7 +17,7 @@ SEANET = {
 
 
 def encodec(renormalize: bool = False, **seanet: Any) -> EncodecModel:
-    """A small random EnCodec whose tokens differ from frame to frame and whose LSTM remembers seconds."""
+    """Makes a small random EnCodec whose tokens vary and whose LSTM has a memory of seconds."""
     from audiocraft.modules import SEANetDecoder, SEANetEncoder
     from audiocraft.quantization import ResidualVectorQuantizer
 
@@ -42,7 +42,7 @@ def encodec(renormalize: bool = False, **seanet: Any) -> EncodecModel:
 
 
 def remember_for_seconds(lstm: nn.LSTM) -> None:
-    """Raises the forget gates' bias, so that a cell keeps 99.3 % of itself per frame."""
+    """Raises the bias of the forget gates, so that a cell keeps 99.3 % of its value per frame."""
     size = lstm.hidden_size
     with torch.no_grad():
         for layer in range(lstm.num_layers):
@@ -52,7 +52,7 @@ def remember_for_seconds(lstm: nn.LSTM) -> None:
 
 @torch.no_grad()
 def spread_codebooks(model: EncodecModel) -> None:
-    """Entries taken from what the encoder makes of noise: every token gets used."""
+    """Takes the entries of the codebooks from encoded noise, so that all tokens occur."""
     residual = model.encoder(noise(10.0, model.channels)[None])
     for layer in model.quantizer.vq.layers:
         layer.codebook.copy_(residual[0, :, torch.randperm(residual.shape[-1])[:64]].T)
@@ -60,7 +60,7 @@ def spread_codebooks(model: EncodecModel) -> None:
 
 
 def in_transformers(model: EncodecModel, **config: Any) -> HFEncodecCompressionModel:
-    """The same codec, the same weights, as transformers spells it."""
+    """Makes the same codec with the same weights as a model of transformers."""
     from transformers import EncodecConfig
     from transformers import EncodecModel as TransformersEncodec
 
@@ -82,7 +82,7 @@ def in_transformers(model: EncodecModel, **config: Any) -> HFEncodecCompressionM
 
 
 def noise(seconds: float, channels: int = 1, seed: int = 1) -> Tensor:
-    """Noise that swells and fades: [C, T]."""
+    """Makes noise that swells and fades: [C, T]."""
     generator = torch.Generator().manual_seed(seed)
     wav = torch.randn(channels, round(seconds * RATE_HZ), generator=generator)
     swell = torch.sin(torch.arange(wav.shape[1]) * (2 * math.pi / RATE_HZ / 7.0))
