@@ -45,6 +45,7 @@ class WeightsError(ServiceError):
 
     @property
     def for_client(self) -> str:
+        """The sentence for the client, which names no folder of the server."""
         return self._for_client
 
     def renamed(self, folder: Path, name: Path) -> "WeightsError":

@@ -9,7 +9,7 @@
 
 Differences from audiocraft:
 
-- `loudness` bends what lies above a knee instead of clipping it.
+- `loudness` limits samples above a knee softly instead of clipping them.
 - Silence stays silence; no level is divided by zero.
 - A constant offset, which is inaudible, does not count as sound and is not amplified.
 - A clip shorter than a gating block is measured as one block.

@@ -5,8 +5,8 @@ This is the only module that knows pydub. What it guards against:
 - pydub looks for ffmpeg on import, and warns. Here it is told which ffmpeg to run: the system's, else the one
   that imageio-ffmpeg brings.
 - pydub leaves its temporary files behind, open, when an encoding fails. So its `NamedTemporaryFile` is
-  replaced when the first mp3 is encoded; from then on an encoding's files lie in its own scratch folder and
-  are closed at its end.
+  replaced when the first mp3 is encoded; from then on the files of an encoding are in its own scratch
+  folder and are closed at its end.
 - pydub gives no access to the ffmpeg process. To stop it early, its input is truncated.
 """
 
@@ -112,7 +112,7 @@ def _truncate_files(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Scratch:
-    """Where the temporary files of one encoding lie, and what closes them."""
+    """The folder of the temporary files of one encoding, and what closes them."""
 
     folder: Path
     opened: ExitStack
@@ -150,6 +150,7 @@ def _find_ffmpeg() -> str:
 
 
 def _no_ffmpeg(name: str) -> GenerationError:
+    """Returns the error for a missing ffmpeg with this name or path."""
     return GenerationError(
         f"output_format is mp3 but ffmpeg was not found on the server ({Path(name).name}); "
         "install it, or ask for wav."

@@ -195,6 +195,7 @@ def _parts(model: CompressionModel) -> _Parts:
 
 
 def _unsuitable(setting: str) -> WeightsError:
+    """Returns the error for a codec with a setting that MusicGen cannot use."""
     return WeightsError(
         f"The codec keeps a loudness or a chunk beside its tokens ({setting}), which MusicGen does not "
         "generate; a codec that does neither, such as encodec_32khz, is supported."

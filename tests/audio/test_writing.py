@@ -291,6 +291,16 @@ def test_a_raising_tick_ends_the_writing_at_once_and_leaves_nothing(tmp_path: Pa
     assert threading.active_count() == threads
 
 
+def test_importing_the_service_changes_nothing_in_pydub() -> None:
+    check = """
+import tempfile
+import musicgen_svc.audio.writing
+import pydub.audio_segment
+assert pydub.audio_segment.NamedTemporaryFile is tempfile.NamedTemporaryFile
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", check], check=True)
+
+
 def test_mp3s_that_are_written_at_once_do_not_mix(tmp_path: Path) -> None:
     def write(hz: int) -> None:
         write_audio(torch.from_numpy(tone(hz, 2, RATE)), RATE, tmp_path / f"{hz}.mp3", {"title": str(hz)})

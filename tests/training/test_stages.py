@@ -99,7 +99,7 @@ class TestData:
         song = encoded_song(codec, 0, "harp")
         assert song.tokens.shape == (4, 2 * LONG_FRAMES)
         assert song.starts[0] == 0 and (song.starts.diff() > 0).all()
-        assert len(song.starts) == len(song.begins) == len(song.ends)
+        assert len(song.starts) == len(song.first_tokens) == len(song.last_tokens)
 
     def test_every_batch_has_the_lengths_that_it_states(self, sampler, text):
         shares = Shares(1.0, 1.0, 1.0)
