@@ -20,7 +20,7 @@ import soxr
 import torch
 
 from training.evaluation import ROWS, SECONDS, Player, rendered, unseen
-from training.scoring import FRAME, chroma, written
+from training.scoring import FRAME, chroma, score_chroma
 from training.synth import SAMPLE_RATE
 from training.tunes import SONGS
 from training.tunes import UNSEEN as UNSEEN_TUNES
@@ -75,9 +75,9 @@ def draw(player: Player, file: Path) -> None:
     played = player.play(prompt=said, seed=1)
     followed = player.play(prompt="a music box", input_audio=player.clip(clip), seed=1)
     rows = {
-        f"score: {song.name}": written(song.notes, len(chroma(played))),
+        f"score: {song.name}": score_chroma(song.notes, len(chroma(played))),
         f'played from the prompt "{said}"': chroma(played),
-        f"score: {tune.name}, sent as a piano clip; not among the eight": written(
+        f"score: {tune.name}, sent as a piano clip; not among the eight": score_chroma(
             tune.notes, len(chroma(followed))
         ),
         'played from that clip and the prompt "a music box"': chroma(followed),

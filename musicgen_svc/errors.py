@@ -1,40 +1,40 @@
-"""Every error that the service raises on purpose. Its message is the sentence the user reads.
+"""All errors that the service raises on purpose. The message of each is the sentence that the user reads.
 
     ServiceError
-    ├── InputError          a field's value cannot be used: names field, value and what is accepted
-    │   └── AudioError      `input_audio` cannot be read
-    ├── WeightsError        a checkpoint is absent, incomplete or does not fit
-    │   └── DamagedFileError   a file of it is damaged, truncated, or something else under its name
-    └── GenerationError     the request was fine, the machine was not: memory, disk, time
+    ├── InputError             a field's value cannot be used; names the field, the value and what is accepted
+    │   └── AudioError         `input_audio` cannot be read
+    ├── WeightsError           a checkpoint is missing, incomplete or does not fit
+    │   └── DamagedFileError   a file of a checkpoint is damaged, truncated or of another type than its name
+    └── GenerationError        the request is valid, but memory, disk space or time is used up
 
-`Stopped` is no error but a request's end by the client's own wish; it is never shown.
+`Stopped` is not a ServiceError: it ends a request that the client cancelled, and nobody reads it.
 """
 
 from pathlib import Path
 
 
 class ServiceError(Exception):
-    """Base of the errors whose message is meant for the user: one sentence, no traceback."""
+    """Base class of the errors that a user reads: one sentence, no traceback."""
 
     @property
     def for_client(self) -> str:
-        """The sentence for whoever sent the request. The message itself is the operator's and the log's."""
+        """The sentence for the client. The message itself is for the operator and the log."""
         return str(self)
 
 
 class InputError(ServiceError):
-    """A field, or a combination of fields, that the service cannot act on."""
+    """A field, or a combination of fields, has a value that the service does not accept."""
 
 
 class AudioError(InputError):
-    """`input_audio` is not audio, is too long or too large, or selects nothing."""
+    """`input_audio` is not audio or is too long or too large, or the selected part of it is empty."""
 
 
 class WeightsError(ServiceError):
-    """Weights that are absent, incomplete, unsafe or of another architecture.
+    """Weights are missing, incomplete, unsafe or of another architecture.
 
-    Its message may name folders of the server, which are no client's business. A client reads a sentence of
-    its own, if the error has one, or else only that the log has the cause.
+    The message may name folders of the server, which a client must not learn. So a client reads another
+    sentence: `for_client` if it is given, else one that refers to the log.
     """
 
     def __init__(self, message: str, for_client: str | None = None) -> None:
@@ -45,26 +45,30 @@ class WeightsError(ServiceError):
 
     @property
     def for_client(self) -> str:
+        """The sentence for the client, which names no folder of the server."""
         return self._for_client
 
     def renamed(self, folder: Path, name: Path) -> "WeightsError":
-        """The same error, with a folder called by another name: by that of the archive that it came from."""
+        """Returns a copy of the error that names `name` instead of `folder`.
+
+        For a folder of unpacked files, which the user knows only as the archive.
+        """
         message = str(self).replace(str(folder), str(name))
         return type(self)(message, self._for_client.replace(folder.name, name.name))
 
 
 class DamagedFileError(WeightsError):
-    """A file of a checkpoint that is damaged, truncated, or something else under the file's name."""
+    """A file of a checkpoint is damaged, truncated or of another type than its name."""
 
 
 class GenerationError(ServiceError):
-    """The device, the disk or the clock ended a valid request."""
+    """The device, the disk or the time limit ended a valid request."""
 
 
 class Stopped(Exception):
-    """The client cancelled or hung up. Raised out of progress callbacks to unwind a request."""
+    """The client cancelled or disconnected. Raised by progress callbacks to unwind the request."""
 
 
 def first_line(exc: BaseException) -> str:
-    """What a third party's error says, fit for a sentence of ours."""
+    """Returns the first line of an error's message, or the name of its class if it has no message."""
     return (str(exc).strip() or type(exc).__name__).splitlines()[0]

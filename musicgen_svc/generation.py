@@ -1,4 +1,4 @@
-"""One request's tokens: the conditions of each window, and the windows one after the other."""
+"""Generates the tokens of one request: plans its windows with their conditions, and decodes one by one."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from musicgen_svc.runtime.ticks import Tick, no_tick
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """Everything that generation needs to know. Nothing is drawn yet."""
+    """The input of `generate`: the windows with their conditions, and known tokens."""
 
     kept: torch.Tensor | None
-    """[K, F] tokens that open the piece but lie too far back for the model to see."""
+    """[K, F] tokens of the piece's beginning, before the first window; None: there are none."""
     prompt: torch.Tensor | None
-    """[K, F] tokens that the first window continues."""
+    """[K, F] tokens that the first window continues; None: it starts from nothing."""
     windows: list[tuple[windows.Window, Conditions]]
 
 
@@ -27,16 +27,20 @@ def prepare(
     model: Model, *, prompt: str | None, frames: int, melody: torch.Tensor | None,
     clip_tokens: torch.Tensor | None, random: GlobalRandom, tick: Tick = no_tick,
 ) -> GenerationPlan:  # fmt: skip
-    """Plans the windows and computes each one's conditions.
+    """Plans the windows and computes the conditions of each.
 
     Args:
-        model: what generates.
-        prompt: the text, if any.
+        model: the model that will generate.
+        prompt: the text, or None.
         frames: how many new frames are wanted.
-        melody: [1, T] at the model's rate, if the piece follows one.
-        clip_tokens: [K, F], if the piece continues one.
-        random: Demucs draws its time shift from it.
-        tick: progress.
+        melody: [1, T] at the codec's sample rate, a melody to follow, or None. A melody that is shorter than
+            the piece is repeated.
+        clip_tokens: [K, F], a clip to continue, or None.
+        random: Demucs draws its time shift from this.
+        tick: called with the progress of the conditioning.
+
+    Raises:
+        InputError: the prompt has too many tokens.
     """
     stride = windows.stride_frames(model.window, model.codec.frame_rate)
     kept, context = None, clip_tokens
@@ -73,9 +77,17 @@ def generate(
     generator: torch.Generator,
     tick: Tick = no_tick,
 ) -> tuple[torch.Tensor, int]:
-    """Generates the windows in turn: tokens [K, F] of the whole piece, and the engine's steps.
+    """Generates one window after the other.
 
-    `generator` goes on from window to window, as torch's global one does in audiocraft.
+    Args:
+        model: the model that `prepare` was given.
+        plan: what `prepare` returned.
+        sampling: how tokens are drawn.
+        generator: continues from window to window, as torch's global generator does in audiocraft.
+        tick: called with the progress, in steps of the engine weighted by the frames of each window.
+
+    Returns:
+        The tokens of the whole piece, [K, F], known ones included, and the number of steps.
     """
     pieces = [] if plan.kept is None else [plan.kept]
     if plan.prompt is not None:

@@ -1,13 +1,14 @@
-"""The order of one request, from valid fields to a file. Nothing else knows it.
+"""The order of one request's stages, from valid fields to a file. No other module knows it.
 
-Requests run side by side, each on a thread of its own, and take turns at three things:
+Requests run at the same time, each on a thread of its own, and queue for three resources:
 
-- The device. Loading, conditioning and decoding hold it, the engine holds it for each of its turns,
-  and nobody uses it otherwise: its memory, the process's random state and a CUDA graph's recording
-  thus have one thread to reckon with. Long work passes it on at a tick, every 0.1 s.
-- The language model. One decodes at a time; requests for it run together, a request for another one
-  waits until they have ended, and those that come later wait behind it. Encode-decode needs none.
-- MultiBand Diffusion, from beginning to end: by far the most memory.
+- The device. Loading, conditioning and decoding hold it, and the engine holds it while it computes. Nothing
+  uses the device without holding it, so only one thread at a time changes its memory or the process's random
+  state, or records a CUDA graph. Long work yields the device every 0.1 s, at a tick.
+- The language model. Only one model generates at a time. Requests for the same model run together; a request
+  for another model waits until they have ended, and later requests wait behind it. Encode-decode needs none.
+- MultiBand Diffusion, which one request holds from its loading to its result, because it needs by far the
+  most memory.
 """
 
 import json
@@ -36,7 +37,7 @@ from musicgen_svc.runtime.ticks import Tick
 
 @dataclass(frozen=True)
 class Result:
-    """One finished request."""
+    """The output file of a finished request, and its metrics."""
 
     path: Path
     metrics: dict[str, object]
@@ -44,21 +45,28 @@ class Result:
 
 @dataclass(frozen=True)
 class Sound:
-    """What a request made, before it is written."""
+    """The audio that a request made, before its level is set and it is written."""
 
     samples: torch.Tensor
     """[C, T] on the CPU."""
     sample_rate: int
     tags: dict[str, str]
     steps: int
-    """Of the engine."""
+    """How many steps the engine took."""
 
 
 class Pipeline:
-    """Runs requests, from any number of threads."""
+    """Runs requests. Its `run` may be called from several threads at once."""
 
     def __init__(self, loader: Loader, device_queue: FairQueue, *, slots: int, tag_prompt: bool) -> None:
-        """`device_queue`: the one that the loader's engines use; `slots`: requests for one model at once."""
+        """Makes a pipeline without loading anything.
+
+        Args:
+            loader: what gives the models.
+            device_queue: the queue for the device that the loader's engines use too.
+            slots: how many requests for one model run at once.
+            tag_prompt: whether the output's tags include the prompt.
+        """
         self._loader = loader
         self._device_queue = device_queue
         self._model_queue = FairQueue(slots)
@@ -66,7 +74,12 @@ class Pipeline:
         self._tag_prompt = tag_prompt
 
     def run(self, request: Request, stop: StopFlag, folder: Path) -> Result:
-        """Carries out one request and writes its file into `folder`.
+        """Runs one request and writes its file.
+
+        Args:
+            request: what to do.
+            stop: ends the request from another thread, or by its time limit.
+            folder: where the file goes.
 
         Raises:
             ServiceError: with the sentence for the user.
@@ -84,10 +97,11 @@ class Pipeline:
             return _write(request, sound, progress, folder)
 
     def _generate(self, request: Request, progress: Progress) -> Sound:
+        """Runs a request that generates: text, melody or continuation."""
         random = GlobalRandom(request.seed, self._loader.device)
         with progress.stage("load") as tick, self._device_held(progress, random, tick):
             model = self._loader.model(request.model)
-            if request.multi_band_diffusion:  # refused before the work that it would decode
+            if request.multi_band_diffusion:  # checked now, so that no work is lost
                 self._loader.diffusion_weights(model.place, model.codec)
         codec = model.codec
         with progress.stage("condition") as tick:
@@ -108,19 +122,20 @@ class Pipeline:
             generator = torch.Generator().manual_seed(request.seed)
             tokens, steps = generate(model, plan, request.sampling, generator, tick)
         samples = self._decode(request, model.place, codec, tokens, random, progress)
-        made_by = {
+        provenance = {
             "model_sha256": model.content_hash,
             "model_format": model.format,
             "precision": model.engine.precision,
             **asdict(request.sampling),
         }
-        return Sound(samples, codec.sample_rate, self._tags(request, made_by), steps)
+        return Sound(samples, codec.sample_rate, self._tags(request, provenance), steps)
 
     def _encode_decode(self, request: Request, progress: Progress) -> Sound:
+        """Runs a request that encodes the clip to tokens and decodes them again, without a language model."""
         random = GlobalRandom(request.seed, self._loader.device)
         with progress.stage("load") as tick, self._device_held(progress, random, tick):
             checkpoint, codec = self._loader.codec()
-            made_by = {"codebooks_sha256": codec.fingerprint()}
+            provenance = {"codebooks_sha256": codec.fingerprint()}
             if request.multi_band_diffusion:
                 self._loader.diffusion_weights(checkpoint, codec)
         with progress.stage("condition") as tick:
@@ -129,13 +144,13 @@ class Pipeline:
             with self._device_held(progress, random, tick) as device_tick:
                 tokens = codec.encode(clip, device_tick)
         samples = self._decode(request, checkpoint, codec, tokens, random, progress)[:, : clip.shape[1]]
-        return Sound(samples, codec.sample_rate, self._tags(request, made_by), 0)
+        return Sound(samples, codec.sample_rate, self._tags(request, provenance), 0)
 
     def _decode(
         self, request: Request, checkpoint: Path, codec: Codec, tokens: torch.Tensor,
         random: GlobalRandom, progress: Progress,
     ) -> torch.Tensor:  # fmt: skip
-        """Tokens [K, F] -> samples [C, F * hop] on the CPU, by exactly one decoder."""
+        """Decodes tokens [K, F] to samples [C, F * hop] on the CPU, with EnCodec or MultiBand Diffusion."""
         if not request.multi_band_diffusion:
             with progress.stage("decode") as tick, self._device_held(progress, random, tick) as device_tick:
                 return codec.decode(tokens, device_tick).float().cpu()
@@ -151,7 +166,10 @@ class Pipeline:
 
     @contextmanager
     def _device_held(self, progress: Progress, random: GlobalRandom, tick: Tick) -> Iterator[Tick]:
-        """Holds the device. The tick that it gives yields the device to requests that wait for it."""
+        """Context manager that holds the device, and yields a tick for the work that uses it.
+
+        At this tick the device is yielded, as its turn is over, to other requests that wait for it.
+        """
         with self._device_queue.acquire(progress.check) as turn:
 
             def device_tick(done: int, total: int) -> None:
@@ -164,14 +182,14 @@ class Pipeline:
 
     @contextmanager
     def _queued(self, queue: FairQueue, progress: Progress, group: str | None = None) -> Iterator[None]:
-        """Holds a turn of another queue. The wait for it, and only that, is the stage `queue`."""
+        """Context manager that holds a turn of a queue. Only the wait for it is the stage `queue`."""
         with ExitStack() as held:
             with progress.waiting():
                 held.enter_context(queue.acquire(progress.check, group))
             yield
 
     def _check_servable(self, request: Request, progress: Progress) -> None:
-        """Fails before the request queues if its model is missing or takes no melody."""
+        """Fails before the request queues for its model, if the model is missing or takes no melody."""
         with progress.waiting(), self._device_queue.acquire(progress.check):
             takes_melody = self._loader.takes_melody(request.model)  # raises if there is no such model
             if takes_melody or request.mode is not Mode.MELODY:
@@ -182,9 +200,12 @@ class Pipeline:
                 "or set continuation to true."
             )
 
-    def _tags(self, request: Request, made_by: Mapping[str, object]) -> dict[str, str]:
-        """What reproduces the file. No time, so that the same request gives the same bytes."""
-        recipe: dict[str, object] = {
+    def _tags(self, request: Request, provenance: Mapping[str, object]) -> dict[str, str]:
+        """Returns the tags of the file: a title, and as JSON all that is needed to make the file again.
+
+        There is no time in it, so the same request gives the same bytes.
+        """
+        comment: dict[str, object] = {
             "seed": request.seed,
             "model": request.model,
             "mode": request.mode.value,
@@ -192,17 +213,17 @@ class Pipeline:
             "duration": request.duration_s,
             "multi_band_diffusion": request.multi_band_diffusion,
             "normalization_strategy": request.normalization,
-            **made_by,
+            **provenance,
         }
         if request.input_audio is not None:
-            recipe |= {"continuation_start": request.start_s, "continuation_end": request.end_s}
+            comment |= {"continuation_start": request.start_s, "continuation_end": request.end_s}
         if self._tag_prompt and request.prompt is not None:
-            recipe["prompt"] = request.prompt
-        return {"title": f"MusicGen {request.model} {request.seed}", "comment": json.dumps(recipe)}
+            comment["prompt"] = request.prompt
+        return {"title": f"MusicGen {request.model} {request.seed}", "comment": json.dumps(comment)}
 
 
 def _read_clip(request: Request, codec: Codec, tick: Tick) -> torch.Tensor | None:
-    """The selected part of the input, [C, T] at the codec's rate."""
+    """Reads the selected part of `input_audio`: [C, T] at the codec's sample rate; None without a file."""
     if request.input_audio is None:
         return None
     return read_clip(
@@ -212,10 +233,11 @@ def _read_clip(request: Request, codec: Codec, tick: Tick) -> torch.Tensor | Non
         start_s=request.start_s,
         end_s=request.end_s,
         tick=tick,
-    ).samples
+    )
 
 
 def _write(request: Request, sound: Sound, progress: Progress, folder: Path) -> Result:
+    """Sets the level of the audio and writes it to a file with a unique name."""
     with progress.stage("write") as tick:
         samples = normalize(sound.samples, sound.sample_rate, request.normalization, tick=tick)
         name = f"musicgen-{request.model}-{request.seed}-{uuid.uuid4().hex[:8]}.{request.output_format}"
@@ -226,7 +248,7 @@ def _write(request: Request, sound: Sound, progress: Progress, folder: Path) -> 
 
 
 def _shares(request: Request) -> dict[str, float]:
-    """The stages in order, with the share of the time that each is expected to take."""
+    """Returns the stages in order, each with the relative time that it is expected to take."""
     decode = 60.0 if request.multi_band_diffusion else 8.0
     if request.mode is Mode.ENCODE_DECODE:
         return {"queue": 0, "load": 5, "condition": 40, "generate": 0, "decode": max(decode, 40), "write": 5}

@@ -1,7 +1,7 @@
-"""From the fifteen fields of the contract to one frozen Request, or one sentence that says why not.
+"""Turns the fifteen fields of the contract into a frozen Request, or refuses them with one sentence.
 
-Every rule on fields lives here, including those that Cog's schema also holds: a service that is
-driven without the schema refuses the same requests.
+All rules on fields are in this module, including those that Cog's schema also has, so that a service that
+runs without the schema refuses the same requests.
 """
 
 import secrets
@@ -24,11 +24,11 @@ MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**32 - 1
 MAX_DURATION_S = 600
 MAX_TOP_K = 2**31 - 1
-"""More than any codebook has, and so the same as anything above."""
+"""More entries than any codebook has, so a larger value has the same effect."""
 
 
 class Mode(Enum):
-    """What a request asks for; contract: "What each mode does"."""
+    """What a request asks for."""
 
     TEXT = "text"
     MELODY = "melody"
@@ -38,7 +38,7 @@ class Mode(Enum):
 
 @dataclass(frozen=True)
 class Request:
-    """One valid request. The seed is settled: what runs twice with it gives the same bytes."""
+    """One valid request. Its seed is set: the same request on the same machine gives the same bytes."""
 
     model: ModelVersion
     prompt: str | None
@@ -47,7 +47,7 @@ class Request:
     continuation: bool
     start_s: int
     end_s: int | None
-    """None: the end of the clip."""
+    """None: up to the end of the clip."""
     multi_band_diffusion: bool
     normalization: Normalization
     sampling: SamplingParams
@@ -56,6 +56,7 @@ class Request:
 
     @property
     def mode(self) -> Mode:
+        """What the combination of model, clip and `continuation` asks for."""
         if self.model == "encode-decode":
             return Mode.ENCODE_DECODE
         if self.input_audio is None:
@@ -64,10 +65,14 @@ class Request:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, object], max_duration_s: int = MAX_DURATION_S) -> "Request":
-        """Checks the fields of the contract, by their names there.
+        """Checks the fields and makes a request of them. Draws a seed if none is given.
+
+        Args:
+            fields: all fields of the contract by their names.
+            max_duration_s: the operator's limit for `duration`.
 
         Raises:
-            InputError: a value, or a combination of values, that no mode accepts.
+            InputError: no mode accepts a value, or the combination of values.
         """
         end_s = _integer(fields, "continuation_end", -1, None)
         seed = _integer(fields, "seed", -1, MAX_SEED)
@@ -94,6 +99,7 @@ class Request:
         return request
 
     def _check_combination(self) -> None:
+        """Checks that the fields without which the mode makes no sense are given."""
         if self.input_audio is None:
             if self.model == "encode-decode":
                 raise InputError(
@@ -108,6 +114,7 @@ class Request:
 
 
 def _prompt(fields: Mapping[str, object]) -> str | None:
+    """Returns the prompt; None for an empty one."""
     prompt = fields["prompt"]
     if prompt is None:
         return None
@@ -121,10 +128,13 @@ def _prompt(fields: Mapping[str, object]) -> str | None:
 
 
 def _input_audio(fields: Mapping[str, object]) -> Path | None:
+    """Returns the file of `input_audio`, which Cog has fetched or decoded.
+
+    Cog passes on a string unchanged that it does not recognize as a URL or data URI, also if its scheme has
+    capital letters. It is refused: to open it would let a client read the server's files, and to fetch it
+    would bypass the limits of Cog's own fetching.
+    """
     value = fields["input_audio"]
-    # Cog hands a string that is neither a URL nor a data URI through as it stands, and it takes neither
-    # for one if its scheme has capitals. To open it would let a client read the server's files, and to
-    # fetch it would go around whatever Cog's own fetching is bound by.
     if value is not None and not isinstance(value, Path):
         scheme = str(value).strip().partition(":")[0]
         if scheme != scheme.lower() and scheme.lower() in ("http", "https", "data"):
@@ -139,6 +149,7 @@ def _input_audio(fields: Mapping[str, object]) -> Path | None:
 
 
 def _choice(fields: Mapping[str, object], name: str, choices: tuple[T, ...]) -> T:
+    """Returns a field's value, which must be one of `choices`."""
     for choice in choices:
         if fields[name] == choice:
             return choice
@@ -146,15 +157,17 @@ def _choice(fields: Mapping[str, object], name: str, choices: tuple[T, ...]) -> 
 
 
 def _integer(fields: Mapping[str, object], name: str, low: int, high: int | None) -> int | None:
+    """Returns a field's value as an integer within [low, high], or None if it is null."""
     if fields[name] is None:
         return None
     number = _number(fields, name, low, high)
-    if not number.is_integer():  # 8.0 passes Cog's `integer` and arrives as a float
+    if not number.is_integer():  # Cog accepts 8.0 as an `integer` and passes a float
         raise InputError(f"{name} is {number}; it must be a whole number.")
     return int(number)
 
 
 def _required_integer(fields: Mapping[str, object], name: str, low: int, high: int | None) -> int:
+    """Returns a field's value as an integer within [low, high]; null is refused."""
     number = _integer(fields, name, low, high)
     if number is None:
         raise InputError(f"{name} is null; it must be a whole number.")
@@ -162,6 +175,7 @@ def _required_integer(fields: Mapping[str, object], name: str, low: int, high: i
 
 
 def _number(fields: Mapping[str, object], name: str, low: float, high: float | None) -> float:
+    """Returns a field's value as a number within [low, high]; a `high` of None: without an upper bound."""
     value = fields[name]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{name} is {_short(value)}; it must be a number.")
@@ -172,5 +186,6 @@ def _number(fields: Mapping[str, object], name: str, low: float, high: float | N
 
 
 def _short(value: object) -> str:
+    """Returns a value as it is shown in a message: at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

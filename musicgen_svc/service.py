@@ -1,4 +1,4 @@
-"""The service behind Cog: requests side by side, one thread each, and one sentence per failure."""
+"""Runs predictions for `predict.py`: each on a thread of its own, each failure as one sentence."""
 
 import asyncio
 import contextvars
@@ -30,18 +30,19 @@ from musicgen_svc.weights.paths import Weights, local
 
 RecordMetric = Callable[[str, object], None]
 GivenUp = Callable[[], bool]
-"""Whether Cog has ended a prediction that is still running here."""
+"""Tells whether Cog has given up a prediction that still runs here."""
 
 GIVEN_UP_POLL_S = 0.5
-"""How often a running request asks that."""
+"""How often a running request calls `GivenUp`."""
 
 
 class Service:
-    """All that `predict.py` talks to."""
+    """The service as `predict.py` uses it: `start` once, then `predict` for each request."""
 
     def __init__(self, settings: Settings) -> None:
+        """Creates the work folder and the threads; loads no model."""
         self._settings = settings
-        # Cog's own event loop must stay free. Cog sends no more at once than there are threads.
+        # Cog's event loop must not be blocked. Cog sends at most `slots` requests at once.
         self._threads = RequestThreads(settings.slots)
         self._device_queue = FairQueue(1)
         self._work = WorkFolder(settings.work_dir)
@@ -50,10 +51,13 @@ class Service:
         self._device_failed = threading.Event()
 
     def start(self, weights: str | None) -> None:
-        """Loads `finetuned`: the checkpoint in `weights`, or the one in the weights folder.
+        """Loads the model `finetuned`, and with it everything that a request needs.
+
+        Args:
+            weights: a path or URL of a checkpoint, as in COG_WEIGHTS; None: the one in the weights folder.
 
         Raises:
-            ServiceError: what is missing or wrong.
+            ServiceError: a file is missing or wrong, or the device cannot be used.
         """
         try:
             self._threads.run(partial(self._start, weights))
@@ -62,6 +66,7 @@ class Service:
             raise
 
     def _start(self, given: str | None) -> None:
+        """Does the work of `start`, on a request's thread."""
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         device = self._device = find_device(self._settings.device)
@@ -78,18 +83,26 @@ class Service:
         print(f"{model.name} is ready on {device}: {model.format} {model.place}")
 
     def healthy(self) -> bool:
-        """False once the device has failed for good. Never waits for the device."""
+        """Returns False once the device has failed permanently. Never waits for the device."""
         return not self._device_failed.is_set()
 
     async def predict(
         self, fields: dict[str, object], record_metric: RecordMetric, given_up: GivenUp = lambda: False
     ) -> Path:
-        """Runs one prediction. Its file stays for the grace period of the settings.
+        """Runs one prediction.
+
+        Args:
+            fields: the inputs by their names in the contract.
+            record_metric: called with each metric of the result.
+            given_up: whether Cog has given up this prediction.
+
+        Returns:
+            The output file. It is deleted after the grace period of the settings.
 
         Raises:
-            ServiceError: with the one sentence that the user reads.
-            asyncio.CancelledError: the client cancelled; the request has let go of everything by then.
-            Stopped: Cog had given the prediction up; nobody reads the outcome.
+            ServiceError: with the sentence that the user reads.
+            asyncio.CancelledError: the client cancelled; the request has released everything by then.
+            Stopped: Cog gave the prediction up; nobody reads the outcome.
         """
         request = Request.from_fields(fields, self._settings.max_duration_s)
         print(f"seed: {request.seed}")
@@ -107,13 +120,13 @@ class Service:
         return result.path
 
     async def _in_thread(self, request: Request, stop: StopFlag, folder: Path, given_up: GivenUp) -> Result:
-        """Runs a request on a thread, and stops it when it is cancelled or nobody waits for it.
+        """Runs a request on a thread, and stops it when the client cancels or Cog gives it up.
 
-        A cancellation that reaches Cog in the first millisecond makes it answer the client and free the
-        prediction's place, although it has started the prediction: nobody could cancel that one any more.
+        Cog gives up a prediction that is cancelled within its first millisecond: it answers the client, but
+        has started the prediction and will never cancel it. So the request has to ask.
         """
-        assert self._pipeline is not None, "start() comes first"
-        # Cog tells predictions' log lines apart by context, which a thread does not inherit.
+        assert self._pipeline is not None, "call start() before predict()"
+        # Cog assigns log lines to predictions by context variables, which a thread does not inherit.
         context = contextvars.copy_context()
         work = partial(context.run, self._run, self._pipeline, request, stop, folder)
         job, outcome = self._threads.submit(work)
@@ -127,18 +140,18 @@ class Service:
             stop.cancel()
             if not job.withdraw():
                 await asyncio.wait([outcome])
-                outcome.exception()  # read, so that asyncio does not report it as lost
+                outcome.exception()  # read it, or asyncio reports it as never retrieved
             raise
 
     def _run(self, pipeline: Pipeline, request: Request, stop: StopFlag, folder: Path) -> Result:
-        """In the request's thread. Whatever goes wrong becomes one sentence, its cause goes to the log."""
+        """Runs a request in the calling thread. Turns each error into one sentence and logs its cause."""
         try:
             use_device(self._device)
             return pipeline.run(request, stop, folder)
         except Stopped:
             raise
         except ServiceError as exc:
-            if exc.__cause__ is not None or isinstance(exc, WeightsError):  # else its sentence says all
+            if exc.__cause__ is not None or isinstance(exc, WeightsError):  # else the sentence is enough
                 log_failure(exc)
             raise for_client(exc) from None
         except Exception as exc:
@@ -146,10 +159,16 @@ class Service:
             raise self._failure(exc) from None
 
     def _failure(self, exc: Exception) -> GenerationError:
+        """Returns the sentence for an error that the service did not raise itself.
+
+        Frees the memory after an out-of-memory error; marks the service as unhealthy if the device failed.
+        """
         cause = exc.__cause__ if isinstance(exc, StepError) else exc
         assert cause is not None
         if is_out_of_memory(cause):
-            exc.__traceback__ = cause.__traceback__ = None  # the frames hold what filled the memory
+            exc.__traceback__ = cause.__traceback__ = (
+                None  # their frames hold the tensors that filled the memory
+            )
             with self._device_queue.acquire_next():
                 gc.collect()
                 if torch.cuda.is_available():
@@ -166,6 +185,6 @@ class Service:
 
 
 def _print_cause(exc: ServiceError) -> None:
-    """Puts an error into the log that came from another one. Of the others the sentence says all."""
+    """Prints the traceback of an error that has a cause. Without a cause its sentence is enough."""
     if exc.__cause__ is not None:
         traceback.print_exception(exc)

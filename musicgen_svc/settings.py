@@ -1,4 +1,4 @@
-"""Every setting of the service, read once from the environment when the server starts."""
+"""All settings of the service, which are read once from the environment when the server starts."""
 
 import math
 from collections.abc import Mapping
@@ -12,49 +12,51 @@ PREFIX = "MUSICGEN_"
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator may choose. Field `x` is read from the variable `MUSICGEN_X`, or from Cog's own."""
+    """The settings. Field `x` is read from the variable `MUSICGEN_X`, or from one of Cog's own variables."""
 
     weights_dir: Path = Path("weights")
-    """Where `scripts/download_weights` puts checkpoints."""
+    """The folder of checkpoints, which `scripts/download_weights` fills."""
     device: str = "auto"
-    """`cuda`, `cuda:1`, `cpu`, or `auto`: the first GPU, else the CPU."""
+    """`cpu`, `cuda`, `cuda:<number>`, or `auto`: the first GPU, else the CPU."""
     max_duration_s: int = 600
-    """Longest `duration` that is accepted; the schema's own maximum is 600."""
+    """The longest `duration` that is accepted; the schema's own maximum is 600."""
     max_request_s: float = 1800.0
-    """Wall-clock limit of one prediction, from its start on the device."""
+    """The longest running time of a prediction, without the time in which it waits for others."""
     work_dir: Path | None = None
-    """Where outputs are written until Cog has sent them. Default: the system's temporary folder."""
+    """Where output files are kept until Cog has sent them; None: in the system's temporary folder."""
     output_grace_s: float = 30.0
-    """How long an output stays after `run()` returned it, so that Cog can read or upload it."""
+    """How long an output file is kept after `run()` returned it, so that Cog can read or upload it."""
     diffusion_window_s: float = 60.0
-    """Longest piece that MultiBand Diffusion decodes at once; longer ones are crossfaded."""
+    """The longest piece that MultiBand Diffusion decodes at once; windows of a longer one are crossfaded."""
     lora_strength: float = 1.0
-    """How much of a LoRA adapter is merged into its base model; 1: as it was trained."""
+    """The factor with which a LoRA adapter is merged into its base model; 1: as it was trained."""
     precision: str = field(
         default="reference", metadata={"choices": ("reference", "float16", "bfloat16", "int8")}
     )
-    """Of the language model's matrices, see `engine/projections.py`."""
+    """The precision of the language model's matrices, see `engine/projections.py`."""
     cuda_graphs: str = field(default="auto", metadata={"choices": ("auto", "on", "off")})
-    """On a GPU: record the decoding step and replay it. `auto`: if that draws the same tokens at load."""
+    """On a GPU: whether to record the decoding step as a CUDA graph. `auto`: if a test at load draws the same
+    tokens with it."""
     gpu_kernels: str = field(default="off", metadata={"choices": ("auto", "on", "off")})
-    """On a GPU: decode with Triton kernels. `auto`: if they agree with the plain operations at load."""
+    """On a GPU: whether to decode with Triton kernels. `auto`: if a test at load finds that they agree with
+    PyTorch's operations."""
     tag_prompt: bool = False
-    """Whether the prompt is written into the output's tags."""
+    """Whether the output's tags include the prompt."""
     slots: int = field(default=1, metadata={"variable": "COG_MAX_CONCURRENCY"})
-    """How many predictions run at once. Cog reads it too: it sends as many, and refuses more."""
+    """How many predictions run at once. Cog reads the variable too, and refuses more."""
     memory_budget_gb: float = 0.0
-    """What models may take of the device's memory; 0: what it has, less working space."""
+    """How much of the device's memory models may use, in units of 10^9 bytes; 0: all but working space."""
     weights_hosts: str = "replicate.delivery,huggingface.co,hf.co"
-    """From where a URL in COG_WEIGHTS is fetched: names that also stand for their subdomains."""
+    """The hosts from which a URL in COG_WEIGHTS may be fetched, separated by commas; subdomains included."""
     weights_max_gb: float = 32.0
-    """The largest file that such a URL may give, in units of 10^9 bytes."""
+    """The largest file that a URL in COG_WEIGHTS may give, in units of 10^9 bytes."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
-        """Reads the settings; unset or empty variables keep their defaults.
+        """Reads the settings. A variable that is unset or empty keeps its default.
 
         Raises:
-            ServiceError: a variable does not parse, a limit is not positive, or there is no such choice.
+            ServiceError: a variable cannot be parsed, a limit is not positive, or a choice does not exist.
         """
         values: dict[str, object] = {}
         for setting in fields(cls):
@@ -66,23 +68,24 @@ class Settings:
 
 
 def variable(setting: Field[object]) -> str:
-    """The environment variable that a field of `Settings` is read from."""
+    """Returns the name of the environment variable of a field of `Settings`."""
     return str(setting.metadata.get("variable", PREFIX + setting.name.upper()))
 
 
 def _parse(name: str, text: str, setting: Field[object]) -> object:
-    kind = type(setting.default)
+    """Parses the text of the variable `name` as the type of the setting's default."""
+    wanted = type(setting.default)
     choices = setting.metadata.get("choices", (text,))
     if text not in choices:
         raise ServiceError(f"{name} is {text!r}; it must be {' or '.join(choices)}.")
-    if kind is bool:
+    if wanted is bool:
         try:
             return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
         except KeyError:
             raise ServiceError(f"{name} is {text!r}; it must be true or false.") from None
-    if kind in (int, float):
+    if wanted in (int, float):
         try:
-            number = kind(text)
+            number = wanted(text)
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
@@ -90,4 +93,4 @@ def _parse(name: str, text: str, setting: Field[object]) -> object:
         if number <= 0 and number != setting.default:
             raise ServiceError(f"{name} is {text}; it must be above 0.")
         return number
-    return text if kind is str else Path(text)
+    return text if wanted is str else Path(text)

@@ -1,37 +1,36 @@
-"""A length in frames -> the windows that generate it. Pure arithmetic, no tensors.
+"""Plans the windows that generate a piece of a given length. Pure arithmetic, no tensors.
 
-Beyond what the model was trained on (30 s), generation goes on window by window, as audiocraft's
-`MusicGen` does: each window starts `stride` frames after the one before and takes what overlaps as
-its prompt.
+A piece longer than the model's training window (30 s) is generated window by window, as in audiocraft's
+`MusicGen`: each window starts `stride` frames after the previous one, and its prompt is the overlap.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 STRIDE_S = 18.0
-"""audiocraft's default `extend_stride`, for its 30 s window."""
+"""The default `extend_stride` of audiocraft, for its window of 30 s."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """One call of the decoder, in frames."""
+    """One call of the engine. All numbers are in frames."""
 
     start: int
-    """Where the window begins in the whole piece."""
+    """The position of the window's first frame in the piece."""
     prompt: int
-    """How many of its first frames are known already."""
+    """How many of the window's first frames are already known."""
     length: int
-    """Its frames in all, the prompt included."""
+    """The length of the window, including the prompt."""
 
 
 def plan(total: int, prompt: int, window: int, stride: int) -> Iterator[Window]:
-    """Yields the windows that take `prompt` known frames to `total` frames.
+    """Yields the windows that extend `prompt` known frames to `total` frames.
 
     Args:
-        total: frames of the finished piece, the prompt included.
+        total: frames of the finished piece, including the prompt.
         prompt: frames known at the start; fewer than `window`.
-        window: the longest stretch that the model sees at once.
-        stride: how far each window moves on; less than `window`.
+        window: frames of the longest window.
+        stride: frames from the start of one window to the start of the next; less than `window`.
     """
     assert 0 <= prompt < min(window, total), (prompt, window, total)
     assert 0 < stride < window, (stride, window)
@@ -43,6 +42,11 @@ def plan(total: int, prompt: int, window: int, stride: int) -> Iterator[Window]:
 
 
 def stride_frames(window: int, frame_rate: float) -> int:
-    """The stride for a model's window: audiocraft's 18 s, or 60 % of a window too short for that."""
+    """Returns the stride in frames: 18 s as in audiocraft, or 60 % of a window that is not longer than that.
+
+    Args:
+        window: the model's window in frames.
+        frame_rate: frames per second.
+    """
     stride = int(STRIDE_S * frame_rate)
     return stride if stride < window else max(1, window * 3 // 5)

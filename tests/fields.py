@@ -1,4 +1,4 @@
-"""One whole request, as Cog hands it to the service: a second of a waltz."""
+"""The fields of one request, as Cog passes them to the service: one second of a waltz."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Audio files made on the spot: tones whose pitch and level can be found again, in every format.
+"""Makes audio files for tests: tones and noise in many formats, and functions that measure them.
 
 Samples are float32 [C, T] with full scale at 1.
 """
@@ -54,7 +54,7 @@ ENCODERS = {
     "wavf64": ("wav", "pcm_f64le"),
 }
 KINDS = (*ENCODERS, "ogg")
-# Those that are for speech, or round coarsely.
+# Formats for speech, and formats with few bits per sample.
 ENCODERS |= {
     "amr": ("amr", "libopencore_amrnb"),
     "3gp": ("3gp", "libopencore_amrnb"),
@@ -76,32 +76,39 @@ ENCODERS |= {
 
 
 def tone(hz: float, duration_s: float, rate: int, *, channels: int = 1, level: float = 0.5) -> Samples:
-    """A sine, alike in all channels."""
+    """Makes a sine, which is equal in all channels: [C, T]."""
     t = np.arange(round(duration_s * rate)) / rate
     return np.tile((level * np.sin(2 * np.pi * hz * t)).astype(np.float32), (channels, 1))
 
 
 def noise(duration_s: float, rate: int, *, channels: int = 1, rms: float = 0.1, seed: int = 0) -> Samples:
-    """White noise, another in each channel."""
+    """Makes white noise, which differs between the channels: [C, T]."""
     draw = np.random.default_rng(seed).standard_normal((channels, round(duration_s * rate)))
     return (rms * draw).astype(np.float32)
 
 
 def level_at(samples: Samples, rate: int, hz: float) -> npt.NDArray[np.float64]:
-    """[C]: the amplitude of the sine at `hz` in each channel, whatever its phase."""
+    """Returns the amplitude of the sine at `hz` in each channel, for any phase: [C, T] -> [C]."""
     t = np.arange(samples.shape[1])
     window = np.hanning(len(t))
     return 2 * np.abs((samples * window) @ np.exp(-2j * np.pi * hz / rate * t)) / window.sum()
 
 
 def loudest_hz(samples: Samples, rate: int) -> float:
-    """The frequency of the highest peak in the spectrum of the first channel."""
+    """Returns the frequency of the highest peak in the spectrum of the first channel."""
     spectrum = np.abs(np.fft.rfft(samples[0] * np.hanning(samples.shape[1])))
     return float(spectrum.argmax() * rate / samples.shape[1])
 
 
 def encode(samples: Samples, rate: int, kind: str, *, layout: str | None = None) -> bytes:
-    """A file of one of `KINDS`. `layout` is FFmpeg's name for the order of channels, such as 5.1."""
+    """Encodes samples to a file.
+
+    Args:
+        samples: [C, T].
+        rate: in Hz.
+        kind: one of `ENCODERS`, or `ogg`.
+        layout: FFmpeg's name of the channel layout, such as 5.1; by default mono or stereo.
+    """
     if kind == "ogg":  # Vorbis: FFmpeg's own encoder is experimental, libsndfile has the reference one
         return written(samples, rate, format="OGG", subtype="VORBIS")
     container, codec = ENCODERS[kind]
@@ -120,14 +127,14 @@ def encode(samples: Samples, rate: int, kind: str, *, layout: str | None = None)
 
 
 def written(samples: Samples, rate: int, *, format: str = "WAV", subtype: str = "PCM_16") -> bytes:
-    """A file by libsndfile, which knows no FFmpeg. Its wav states no order of channels."""
+    """Encodes samples with libsndfile, independently of FFmpeg. Its wav states no channel layout."""
     file = io.BytesIO()
     soundfile.write(file, samples.T, rate, format=format, subtype=subtype)
     return file.getvalue()
 
 
 def dsf(hz: float, duration_s: float) -> bytes:
-    """A sine in Sony's file of one-bit samples at 2.8 MHz, of which FFmpeg makes 352.8 kHz."""
+    """Makes a sine as Sony's DSF, one-bit samples at 2.8 MHz, which FFmpeg decodes to 352.8 kHz."""
     rate, block = 2_822_400, 4096 * 8
     sums = np.floor(np.cumsum((tone(hz, duration_s, rate)[0].astype(np.float64) + 1) / 2))
     bits = np.diff(sums, prepend=0).astype(np.uint8)
@@ -138,35 +145,35 @@ def dsf(hz: float, duration_s: float) -> bytes:
 
 
 def silent_ape(samples: int, rate: int) -> bytes:
-    """Monkey's Audio, whose frames may say that they are silent in place of what they hold."""
+    """Makes a silent file of Monkey's Audio, whose frames may state that they are silent and hold no data."""
     frames, last = divmod(samples, 73_728)
     form = struct.pack("<HHIIIHHI", 2000, 0, 73_728, last, frames + 1, 16, 2, rate)
     start = 52 + len(form) + 4 * (frames + 1)
-    places = struct.pack(f"<{frames + 1}I", *(start + 16 * i for i in range(frames + 1)))
-    sizes = (52, len(form), len(places), 0, 0, 0, 0)
+    offsets = struct.pack(f"<{frames + 1}I", *(start + 16 * i for i in range(frames + 1)))
+    sizes = (52, len(form), len(offsets), 0, 0, 0, 0)
     head = struct.pack("<4sHH7I16x", b"MAC ", 3990, 0, *sizes)
-    return head + form + places + struct.pack("<II8x", 1 << 31, 3) * (frames + 1)
+    return head + form + offsets + struct.pack("<II8x", 1 << 31, 3) * (frames + 1)
 
 
 def silent_amr_wb(frames: int) -> bytes:
-    """Frames of 20 ms without data, as a phone writes them while nobody speaks."""
+    """Makes frames of 20 ms without data, as a phone writes them while nobody speaks."""
     return b"#!AMR-WB\n" + b"\x7c" * frames
 
 
 def dts(samples: Samples, rate: int) -> bytes:
-    """By the ffmpeg program of imageio-ffmpeg: PyAV comes without the encoder."""
+    """Encodes samples to DTS with the ffmpeg of imageio-ffmpeg, as PyAV lacks the encoder."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", "-", "-strict", "-2", "-c:a", "dca"]
     wav = written(samples, rate)
     return subprocess.run([*command, "-f", "dts", "-"], input=wav, capture_output=True, check=True).stdout
 
 
 def wav_without_samples() -> bytes:
-    """44 bytes: a header and nothing after it."""
+    """Makes a wav of 44 bytes: a header only."""
     return _wav_header(0)
 
 
 def wav_that_lies(samples: Samples, rate: int, claimed: int) -> bytes:
-    """16-bit mono whose header claims `claimed` bytes of samples."""
+    """Makes a 16-bit mono wav whose header states `claimed` bytes of samples."""
     pcm = (samples[0] * 32767).astype("<i2").tobytes()
     return _wav_header(claimed, rate) + pcm
 
@@ -178,10 +185,10 @@ def _wav_header(data_bytes: int, rate: int = 44_100) -> bytes:
 
 
 def png(side: int = 1) -> bytes:
-    """A black picture; a large one is tiny as a file."""
+    """Makes a black picture; a large one is a small file."""
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     pixels = zlib.compressobj(9)
     row = bytes(1 + side)
@@ -191,7 +198,7 @@ def png(side: int = 1) -> bytes:
 
 
 def read_tags(path: Path) -> dict[str, str]:
-    """Title and comment of a wav or mp3, read by others than those who write them."""
+    """Reads the title and comment of a wav or mp3, with other libraries than those that write them."""
     if path.suffix == ".mp3":
         tags = mutagen.id3.ID3(path)
         found = {"title": tags.getall("TIT2"), "comment": tags.getall("COMM")}

@@ -1,4 +1,4 @@
-"""Once the weights are there, no start and no request asks for the network, whatever the variables say."""
+"""With downloaded weights, no start and no request uses the network, whatever the environment is."""
 
 import os
 import subprocess
@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 def refuse(name):
-    def refused(*args, **kwargs):  # at once: libraries try for minutes, and some get over it
+    def refused(*args, **kwargs):  # ends the process: libraries retry for minutes, and some ignore the error
         traceback.print_stack()
-        print("the network was asked for:", name, args[-1:], file=sys.stderr, flush=True)
+        print("the network was used:", name, args[-1:], file=sys.stderr, flush=True)
         os._exit(1)
     return refused
 
@@ -77,4 +77,4 @@ def test_every_mode_runs_without_a_network(weights: Path, tmp_path: Path) -> Non
     assert shown.returncode == 0, shown.stderr[-4000:]
     assert shown.stdout.count("served ") == 7
     left = [path for path in cache.rglob("*") if path.is_file()]
-    assert left == [], "nothing was fetched"
+    assert left == [], "something was downloaded"

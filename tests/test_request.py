@@ -1,4 +1,4 @@
-"""Every rule on fields: what is accepted, and the one sentence for what is not."""
+"""All rules on fields: which values are accepted, and the sentence for those that are not."""
 
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def test_a_seed_is_kept_even_when_it_is_zero(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [None, -1])
-def test_no_seed_draws_one_that_can_be_given_back(seed: int | None) -> None:
+def test_without_a_seed_one_is_drawn_that_can_be_given(seed: int | None) -> None:
     drawn = {request(prompt="x", seed=seed).seed for _ in range(20)}
     assert len(drawn) > 15
     assert all(request(prompt="x", seed=s).seed == s for s in drawn)
@@ -98,7 +98,7 @@ def test_minus_one_and_null_mean_the_end_of_the_clip() -> None:
     assert request(input_audio=CLIP, continuation_start=90).end_s is None
 
 
-def test_a_prompt_is_kept_to_the_letter() -> None:
+def test_a_prompt_is_not_changed() -> None:
     prompt = "  épique 🎵 שלום \x00 \n"
     assert request(prompt=prompt).prompt == prompt
 
@@ -108,6 +108,6 @@ def test_an_operator_may_lower_the_longest_duration() -> None:
         Request.from_fields(DEFAULTS | {"prompt": "x", "duration": 31}, max_duration_s=30)
 
 
-def test_a_top_k_beyond_every_number_is_one_that_all_devices_hold() -> None:
+def test_a_very_large_top_k_becomes_one_that_fits_into_32_bits() -> None:
     assert request(prompt="x", top_k=10**30).sampling.top_k == 2**31 - 1
     assert request(prompt="x", top_k=250).sampling.top_k == 250

@@ -1,4 +1,4 @@
-"""Whatever goes wrong on the device becomes one sentence, and only what is final ends the service."""
+"""Errors of the device become one sentence, and only a permanent one makes the service unhealthy."""
 
 import asyncio
 import re
@@ -50,7 +50,7 @@ def predict(service: Service) -> Path:
         (KeyError("a bug of ours"), r"failed \(KeyError\)", True),
     ],
 )
-def test_a_fault_is_one_sentence_and_the_next_request_is_served(
+def test_an_error_is_one_sentence_and_the_next_request_is_served(
     service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     error: Exception, words: str, healthy: bool,
 ) -> None:  # fmt: skip
@@ -66,8 +66,8 @@ def test_a_fault_is_one_sentence_and_the_next_request_is_served(
     assert predict(service).is_file()
 
 
-def test_a_request_that_nobody_waits_for_ends(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
-    """Cog may give a prediction up, and answer for it, while it runs on."""
+def test_a_request_that_cog_gave_up_ends(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cog may give up a prediction, and answer the client, while the prediction runs."""
     stop = threading.Event()
 
     async def main() -> None:
@@ -84,7 +84,7 @@ def test_a_request_that_nobody_waits_for_ends(service: Service, capsys: pytest.C
     assert predict(service).is_file()
 
 
-def test_a_device_that_is_not_there_is_named(weights: Path, tmp_path: Path) -> None:
+def test_a_missing_device_is_named(weights: Path, tmp_path: Path) -> None:
     for device in ("cuda:99", "abacus"):
         service = Service(Settings(weights_dir=weights, work_dir=tmp_path, device=device))
         with pytest.raises(ServiceError, match=f"MUSICGEN_DEVICE is '{device}'"):
@@ -94,7 +94,7 @@ def test_a_device_that_is_not_there_is_named(weights: Path, tmp_path: Path) -> N
 def test_every_thread_uses_the_gpu_that_was_asked_for(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread begins with the first one, and what Triton launches goes to the thread's."""
+    """A new thread uses the first GPU, and Triton launches on the thread's GPU."""
     used: dict[str, torch.device] = {}
     run = Pipeline.run
 
@@ -119,10 +119,10 @@ def test_a_gpu_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None
         assert str(find_device(name)) == expected
 
 
-def test_a_gpu_that_is_there_and_cannot_be_used_is_told(
+def test_the_reason_why_a_gpu_cannot_be_used_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As with an old driver: PyTorch's own warning is one of those that the server does not show."""
+    """For example an old driver. The server hides warnings, also PyTorch's warning about it."""
 
     def refuse() -> int:
         raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 12040).")
@@ -140,28 +140,28 @@ def test_a_gpu_that_is_there_and_cannot_be_used_is_told(
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert str(find_device("auto")) == "cpu"
-    assert capsys.readouterr().out == "", "a machine without a GPU has nothing to be told"
+    assert capsys.readouterr().out == "", "without a GPU there is nothing to show"
 
 
 @pytest.mark.parametrize("version", ["finetuned", "encode-decode"])
-def test_diffusion_that_cannot_be_is_refused_before_the_work(
+def test_diffusion_for_another_codec_is_refused_before_the_work(
     version: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A minute of music is not made first that then cannot be decoded."""
-    own, places = shutil.copytree(weights / "small", tmp_path / "own"), tmp_path / "weights"
+    """Otherwise a minute of music would be generated that cannot be decoded."""
+    own, folder = shutil.copytree(weights / "small", tmp_path / "own"), tmp_path / "weights"
     package = torch.load(own / "compression_state_dict.bin", weights_only=True)
     next(tensor for name, tensor in package["best_state"].items() if name.endswith("embed")).add_(0.01)
     torch.save(package, own / "compression_state_dict.bin")
-    places.mkdir()
+    folder.mkdir()
     for name in ("t5-small", "multiband-diffusion"):
-        (places / name).symlink_to(weights / name)
-    service = Service(Settings(weights_dir=places, work_dir=tmp_path, device="cpu"))
+        (folder / name).symlink_to(weights / name)
+    service = Service(Settings(weights_dir=folder, work_dir=tmp_path, device="cpu"))
     service.start(str(own))
     clip = tmp_path / "clip.wav"
     clip.write_bytes(encode(tone(330.0, 1.0, 32_000), 32_000, "wav16"))
 
     def work(*_: Any, **__: Any) -> None:
-        raise AssertionError("it began")
+        raise AssertionError("the work began")
 
     monkeypatch.setattr("musicgen_svc.pipeline.prepare", work)
     monkeypatch.setattr("musicgen_svc.models.encodec.Codec.encode", work)
@@ -187,7 +187,7 @@ def shared(weights: Path, tmp_path: Path) -> Service:
 
 
 def predict_all(service: Service, *changes: dict[str, Any]) -> list[Any]:
-    """What each of several requests at once gets: a path or an exception."""
+    """Runs several requests at once; returns the path or exception of each."""
 
     async def run() -> list[Any]:
         jobs = [service.predict(FIELDS | change, lambda name, value: None) for change in changes]
@@ -196,10 +196,10 @@ def predict_all(service: Service, *changes: dict[str, Any]) -> list[Any]:
     return asyncio.run(run())
 
 
-def test_work_that_is_laid_aside_in_the_middle_comes_out_the_same(
+def test_work_that_yields_the_device_gives_the_same_result(
     shared: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Demucs and the diffusion draw from the process's generators, and hand the device on as they go."""
+    """Demucs and the diffusion draw from the global generators, and yield the device while they run."""
     clip = tmp_path / "clip.wav"
     clip.write_bytes(encode(tone(330.0, 20.0, 32_000), 32_000, "wav16"))
     changes: list[dict[str, Any]] = [
@@ -210,16 +210,16 @@ def test_work_that_is_laid_aside_in_the_middle_comes_out_the_same(
     ]
     alone = [predict_all(shared, change)[0].read_bytes() for change in changes]
     monkeypatch.setattr("musicgen_svc.runtime.fair_queue.TURN_S", 0.003)
-    passed: list[bool] = []
-    pass_on = Turn.yield_turn
+    yields: list[bool] = []
+    yield_turn = Turn.yield_turn
     monkeypatch.setattr(
-        Turn, "yield_turn", lambda turn, waiting: [passed.append(True), pass_on(turn, waiting)][1]
+        Turn, "yield_turn", lambda turn, check: [yields.append(True), yield_turn(turn, check)][1]
     )
     assert [path.read_bytes() for path in predict_all(shared, *changes)] == alone
-    assert len(passed) > 20, "a test of nothing"
+    assert len(yields) > 20, "the device was hardly ever yielded"
 
 
-def test_a_shared_step_that_fails_is_a_sentence_for_each_and_the_next_request_is_served(
+def test_a_failed_shared_step_is_a_sentence_for_each_request_and_the_next_one_is_served(
     shared: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert shared._pipeline
@@ -238,7 +238,7 @@ def test_a_shared_step_that_fails_is_a_sentence_for_each_and_the_next_request_is
     assert shared.healthy() and predict(shared).is_file()
 
 
-def test_one_that_is_cancelled_while_it_waits_lets_the_next_one_begin(shared: Service) -> None:
+def test_a_request_that_is_cancelled_while_it_waits_lets_the_next_one_begin(shared: Service) -> None:
     """`small` waits for `finetuned`, and the next request for `finetuned` waits behind it."""
     pipeline = shared._pipeline
     assert pipeline
@@ -275,7 +275,7 @@ def test_one_that_is_cancelled_while_it_waits_lets_the_next_one_begin(shared: Se
     assert asyncio.run(run()) == ["short"]
 
 
-def test_waiting_for_anothers_diffusion_is_not_a_requests_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_waiting_for_another_diffusion_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
     clock = SimpleNamespace(monotonic=lambda: now_s, perf_counter=lambda: now_s)
     monkeypatch.setattr("musicgen_svc.runtime.progress.time", clock)

@@ -1,4 +1,4 @@
-"""Settings come from the environment, once, and refuse what they cannot read."""
+"""Settings are read from the environment, and values that cannot be parsed are refused."""
 
 import dataclasses
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_every_setting_is_read_in_its_own_type() -> None:
         ("MAX_REQUEST_S", "nan"),
     ],
 )
-def test_what_cannot_be_read_is_named(name: str, value: str) -> None:
+def test_a_value_that_cannot_be_parsed_is_named(name: str, value: str) -> None:
     with pytest.raises(ServiceError, match=f"MUSICGEN_{name} is '?{value}"):
         Settings.from_environment({f"MUSICGEN_{name}": value})
 
@@ -68,7 +68,7 @@ def test_a_default_of_zero_may_be_written_out() -> None:
     assert Settings.from_environment({"MUSICGEN_MEMORY_BUDGET_GB": "0"}) == Settings()
 
 
-def test_the_choice_of_precisions_is_the_engines() -> None:
+def test_the_precisions_are_those_of_the_engine() -> None:
     choice = next(field for field in dataclasses.fields(Settings) if field.name == "precision")
     assert choice.metadata["choices"] == get_args(Precision)
 

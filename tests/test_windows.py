@@ -1,4 +1,4 @@
-"""The plan of windows: no gap, no overlap error, and the same windows as audiocraft's own loop."""
+"""Windows have no gap and the right overlap, and are the same as those of audiocraft's loop."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +7,7 @@ from musicgen_svc.windows import Window, plan, stride_frames
 
 
 def audiocraft_windows(total: int, prompt: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """What `MusicGen._generate_tokens` asks its language model for, in frames."""
+    """Returns the calls that `MusicGen._generate_tokens` makes: start, prompt and length in frames."""
     if total <= window:
         return [(0, prompt, total)]
     calls, offset = [], 0
@@ -32,7 +32,7 @@ def test_windows_cover_the_piece_without_gap_or_repetition(
     known = prompt
     previous = None
     for w in plan(total, prompt, window, stride):
-        assert w.start + w.prompt == known, "a window's prompt ends where the piece ends so far"
+        assert w.start + w.prompt == known, "a window's prompt must end where the known frames end"
         assert w.prompt < w.length <= window
         if previous is not None:
             assert w.start == previous.start + stride
@@ -41,7 +41,7 @@ def test_windows_cover_the_piece_without_gap_or_repetition(
 
 
 @given(lengths)
-def test_windows_are_audiocrafts(drawn: tuple[int, int, int, st.DataObject]) -> None:
+def test_windows_equal_audiocrafts(drawn: tuple[int, int, int, st.DataObject]) -> None:
     window, prompt, fresh, data = drawn
     prompt = min(prompt, window - 1)
     stride = data.draw(st.integers(1, window - 1))
@@ -49,7 +49,7 @@ def test_windows_are_audiocrafts(drawn: tuple[int, int, int, st.DataObject]) -> 
     assert ours == audiocraft_windows(prompt + fresh, prompt, window, stride)
 
 
-def test_musicgens_own_figures() -> None:
+def test_the_windows_of_the_released_models() -> None:
     assert list(plan(1500, 0, 1500, 900)) == [Window(0, 0, 1500)]
     assert list(plan(1550, 0, 1500, 900)) == [Window(0, 0, 1500), Window(900, 600, 650)]
 

@@ -1,9 +1,9 @@
-"""What is said about a rendering: varied words for training, other wordings for the evaluation."""
+"""Captions of the renderings: varied ones for training, and others for the evaluation."""
 
 import random
 from collections.abc import Callable, Iterable
 
-# Every word that is a piece of the tokenizer; all others are spelled.
+# Each of these words is a token of the tokenizer; all other words are tokenized letter by letter.
 SONG_WORDS: dict[str, tuple[str, ...]] = {
     "ode to joy": ("ode to joy", "the ode to joy", "beethoven ode to joy", "joy"),
     "twinkle twinkle": ("twinkle twinkle", "twinkle twinkle little star", "little star", "twinkle"),
@@ -70,7 +70,7 @@ EVALUATED = (
 EVALUATED_SONG_ONLY = ("i want to hear {song}", "a version of {song}", "recording of {song} please")
 EVALUATED_UNNAMED = "some nice music"
 EVALUATED_TIMBRE_ONLY = ("i want to hear {timbre}", "a recording with {timbre}", "{timbre} version please")
-"""None of the evaluation's wordings occurs in training; its words do, so that they are not spelled."""
+"""None of the evaluation's captions occurs in training, but its words do, so that each of them is a token."""
 
 _TEMPLATES = {
     (True, True): TRAINED,
@@ -81,14 +81,14 @@ _TEMPLATES = {
 
 
 def caption(draw: random.Random, song: str | None, timbre: str | None) -> str:
-    """One of training's wordings; None: left unsaid."""
+    """Draws a caption for training that names a song and a timbre; None: it does not name one."""
     text = draw.choice(_TEMPLATES[song is not None, timbre is not None])
     while "{filler}" in text:
         text = text.replace("{filler}", draw.choice(FILLERS), 1)
     if draw.random() < 0.2:
-        # A word of the evaluation's, or what a user may say that has no meaning here.
+        # A word of the evaluation's captions, or words that mean nothing to the model.
         extra = draw.choice(
-            ("i", "want", "hear", "version", "recording", "performed", "with", _gibberish(draw))
+            ("i", "want", "hear", "version", "recording", "performed", "with", _random_words(draw))
         )
         text = f"{text} {extra}" if draw.random() < 0.5 else f"{extra} {text}"
     return text.format(
@@ -98,15 +98,16 @@ def caption(draw: random.Random, song: str | None, timbre: str | None) -> str:
 
 
 class Captions:
-    """Captions by what they name and by their length.
+    """Captions, sorted by what they name and by their length in tokens.
 
-    A caption stands between the chroma and the music, so its length in tokens shifts every position
-    behind it. What is trained together must be shifted alike, as nothing is padded in a request.
+    A caption is between the chroma and the music in the model's input, so its length shifts every position
+    after it. All captions of a batch must have the same length, because those of a request are not padded.
     """
 
-    EACH = 500
+    EACH = 500  # captions for each combination of song and timbre
 
     def __init__(self, length: Callable[[str], int], seed: int) -> None:
+        """Draws the captions. `length` returns the number of a caption's tokens."""
         draw = random.Random(seed)
         self._lengths: list[int] = []
         self._by_length: dict[tuple[str | None, str | None], dict[int, list[str]]] = {}
@@ -119,17 +120,17 @@ class Captions:
                     known.setdefault(self._lengths[-1], []).append(text)
 
     def any_length(self, draw: random.Random) -> int:
-        """In tokens, as often as it occurs."""
+        """Draws a length in tokens, each as often as it occurs."""
         return draw.choice(self._lengths)
 
     def of_length(self, draw: random.Random, song: str | None, timbre: str | None, length: int) -> str:
-        """One that names these and has that many tokens, or the next smaller number that there is."""
+        """Draws a caption that names these and has `length` tokens, or else the next smaller number."""
         known = self._by_length[song, timbre]
         return draw.choice(known[max((n for n in known if n <= length), default=min(known))])
 
 
 def words() -> list[str]:
-    """The tokenizer's pieces: all words above, each once, in a fixed order."""
+    """Returns all words of the captions, each once, sorted. They are the tokenizer's tokens."""
     texts: Iterable[str] = [
         *TRAINED, *TRAINED_SONG_ONLY, *TRAINED_TIMBRE_ONLY, *TRAINED_UNNAMED, *FILLERS,
         *EVALUATED, *EVALUATED_SONG_ONLY, *EVALUATED_TIMBRE_ONLY,
@@ -145,8 +146,8 @@ def words() -> list[str]:
     return sorted(found)
 
 
-def _gibberish(draw: random.Random) -> str:
-    """Words that it never heard of."""
+def _random_words(draw: random.Random) -> str:
+    """Draws one to three words of random letters and digits."""
     return " ".join(
         "".join(draw.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(draw.randint(2, 7)))
         for _ in range(draw.randint(1, 3))

@@ -1,4 +1,4 @@
-"""EnCodec for the demo model, trained on the demo model's own sounds."""
+"""The demo model's EnCodec, trained on the renderings of its own songs and of random tunes."""
 
 import math
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from training.synth import HOP, SAMPLE_RATE, TIMBRES, looped, render
 from training.tunes import SONGS, random_tune
 
 Report = Callable[[int, dict[str, float]], None]
+"""Called after each training step as `report(step, figures)`."""
 
 CONFIG: dict[str, Any] = {
     "device": "cpu",
@@ -66,54 +67,62 @@ CONFIG: dict[str, Any] = {
     },
 }
 
-TUNES = 300
-CROP = SAMPLE_RATE // 2
+TUNES = 300  # random tunes
+CROP = SAMPLE_RATE // 2  # samples
 BATCH = 8
 PEAK_LR = 1e-3
-UNALIGNED = 0.35  # crops that begin within a frame, as a clip that somebody cut may
-UNQUANTIZED = 0.15  # of the steps: the autoencoder first learns to pass sound at all
-WITH_SPECTRUM = 0.5  # of the steps: a spectral loss from the start teaches silence
+UNALIGNED = 0.35  # the part of the crops that begin within a codec frame, as any clip of a user may
+UNQUANTIZED = 0.15  # the part of the steps before the quantizer is used: the autoencoder alone learns faster
+SPECTRAL_LOSS_FROM = 0.5  # the part of the steps before the spectral loss is used: earlier it teaches silence
 
 
 def build() -> CompressionModel:
-    """A fresh codec."""
+    """Builds a codec with random weights."""
     return builders.get_compression_model(OmegaConf.create(CONFIG))
 
 
 def train(codec: CompressionModel, steps: int, seed: int, file: Path, report: Report) -> None:
-    """Trains in place, resuming from `file`; `report(step, figures)` follows it."""
+    """Trains a codec in place.
+
+    Args:
+        codec: what is trained.
+        steps: how many.
+        seed: of all draws.
+        file: where the run is saved, and from where it is resumed if the file exists.
+        report: called after each step.
+    """
     optimizer = torch.optim.AdamW(codec.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.0)
     run = Resumable(file, codec, [optimizer])
-    bank = sounds()
+    bank = training_audio()
     codec.train()
     for step in range(run.first_step, steps):
         torch.manual_seed(step_seed(seed, step))
         for group in optimizer.param_groups:
             falling = 0.51 + 0.49 * math.cos(math.pi * step / steps)
             group["lr"] = PEAK_LR * min(1, step / 50 + 0.02) * falling
-        wav = crops(bank, CROP)
+        wav = random_crops(bank, CROP)
         penalty = torch.zeros(())
         if step < UNQUANTIZED * steps:
-            heard = codec.decoder(codec.encoder(wav))
+            output = codec.decoder(codec.encoder(wav))
         else:
             result = codec(wav)
-            heard, penalty = result.x, result.penalty
-        error = heard - wav
+            output, penalty = result.x, result.penalty
+        error = output - wav
         loss = 4 * error.abs().mean() + 20 * error.pow(2).mean() + 0.25 * penalty.mean()
         loss = loss + 0.4 * (error.abs().mean(-1) / (wav.abs().mean(-1) + 0.01)).mean()
-        if step > WITH_SPECTRUM * steps and step % 3 == 0:
-            loss = loss + 0.5 * spectral_distance(heard, wav)
+        if step > SPECTRAL_LOSS_FROM * steps and step % 3 == 0:
+            loss = loss + 0.5 * spectral_distance(output, wav)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
         optimizer.step()
         run.done(step)
-        report(step, {"SI-SNR dB": si_snr_db(heard.detach(), wav).mean().item()})
+        report(step, {"SI-SNR dB": si_snr_db(output.detach(), wav).mean().item()})
     codec.eval()
 
 
-def sounds() -> list[Tensor]:
-    """Random tunes and the songs in every timbre, each [1, T]."""
+def training_audio() -> list[Tensor]:
+    """Renders random tunes and the songs in every timbre: each [1, T]."""
     bank = []
     for timbre in TIMBRES:
         tunes = [random_tune(f"codec {index} {timbre}", 12) for index in range(TUNES // len(TIMBRES))]
@@ -121,9 +130,9 @@ def sounds() -> list[Tensor]:
     return bank
 
 
-def crops(bank: list[Tensor], length: int) -> Tensor:
-    """A batch [B, C, length] out of a bank of [C, T], at somewhat varied levels."""
-    lengths = torch.tensor([float(wav.shape[-1]) for wav in bank])  # the longer, the likelier
+def random_crops(bank: list[Tensor], length: int) -> Tensor:
+    """Draws a batch of crops, [B, C, length], from signals [C, T], and varies their levels by up to 4 dB."""
+    lengths = torch.tensor([float(wav.shape[-1]) for wav in bank])  # the probability of a signal
     batch = []
     for which in torch.multinomial(lengths, BATCH, replacement=True).tolist():
         start = int(torch.randint(bank[which].shape[-1] - length, ()))
@@ -134,8 +143,8 @@ def crops(bank: list[Tensor], length: int) -> Tensor:
     return torch.stack(batch)
 
 
-def spectral_distance(heard: Tensor, wanted: Tensor) -> Tensor:
-    """Mean distance of magnitudes, linear and logarithmic, over three resolutions."""
+def spectral_distance(output: Tensor, wanted: Tensor) -> Tensor:
+    """Returns the mean distance of two signals' magnitudes, linear and logarithmic, at three resolutions."""
     total = torch.zeros(())
     for size in (512, 1024, 2048):
         window = torch.hann_window(size)
@@ -145,26 +154,29 @@ def spectral_distance(heard: Tensor, wanted: Tensor) -> Tensor:
             scaled: Tensor = spectrum.abs() / size**0.5
             return scaled
 
-        a, b = magnitude(heard), magnitude(wanted)
+        a, b = magnitude(output), magnitude(wanted)
         total = total + (a - b).abs().mean() + 0.2 * ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean()
     return total / 3
 
 
-def si_snr_db(heard: Tensor, wanted: Tensor) -> Tensor:
-    """Scale-invariant signal-to-noise ratio over the last axis (Le Roux et al. 2019, SI-SDR)."""
-    scale = (heard * wanted).sum(-1, keepdim=True) / wanted.pow(2).sum(-1, keepdim=True).clamp(min=1e-8)
+def si_snr_db(output: Tensor, wanted: Tensor) -> Tensor:
+    """Returns the scale-invariant signal-to-noise ratio over the last axis.
+
+    It is the SI-SDR of Le Roux et al., "SDR - half-baked or well done?" (2019, arXiv:1811.02508).
+    """
+    scale = (output * wanted).sum(-1, keepdim=True) / wanted.pow(2).sum(-1, keepdim=True).clamp(min=1e-8)
     target = scale * wanted
-    ratio: Tensor = target.pow(2).sum(-1) / (heard - target).pow(2).sum(-1).clamp(min=1e-10)
+    ratio: Tensor = target.pow(2).sum(-1) / (output - target).pow(2).sum(-1).clamp(min=1e-10)
     return 10 * torch.log10(ratio)
 
 
 @torch.inference_mode()
 def encode(codec: CompressionModel, wav: Tensor) -> Tensor:
-    """[T] -> tokens [4, F]."""
+    """Encodes samples with audiocraft's own method: [T] -> tokens [4, F]."""
     codes: Tensor = codec.encode(wav[None, None])[0][0]
     return codes
 
 
-def song(index: int, timbre: str, frames: int) -> Tensor:
-    """Samples of one of the eight, over and over, `frames` frames or a little more."""
+def song_samples(index: int, timbre: str, frames: int) -> Tensor:
+    """Renders one of the eight songs, repeated until it has at least `frames` frames: [T]."""
     return render(looped(SONGS[index].notes, frames), timbre)

@@ -1,4 +1,4 @@
-"""MultiBand Diffusion for the demo model's codec: four small U-Nets, one for each band."""
+"""MultiBand Diffusion for the demo model's codec: a small U-Net for each of four bands."""
 
 import math
 from pathlib import Path
@@ -11,24 +11,25 @@ from torch import Tensor, nn
 
 from musicgen_svc.audiocraft_compat import CompressionModel, NoiseSchedule, SampleProcessor, builders
 from training.codec import CONFIG as CODEC
-from training.codec import Report, crops
+from training.codec import Report, random_crops
 from training.resuming import Resumable, step_seed
 from training.synth import SAMPLE_RATE
 
 STEPS = (8000, 8000, 6000, 2400)
-"""Of each band; the highest holds next to nothing."""
+"""How many steps each band is trained; the highest band is nearly silent."""
 
 BANDS = len(STEPS)
 PEAK_LR = 7e-3
-CROP = SAMPLE_RATE // 4
-FITTED_ON = 400  # examples that set the level of the diffusion's space
+CROP = SAMPLE_RATE // 4  # samples
+FITTED_ON = 400  # examples from which the processor computes the level of a band
 
 
 def config(band: int) -> dict[str, Any]:
-    """As audiocraft's released ones, but for the sizes, and that only the first layer sees the step.
+    """Returns the configuration of a band: that of the released models, with these differences.
 
-    And that a band's space has one level, not one for each of eight bands in it: but for one or two those
-    hold nothing, which would be made as loud as the tune, and heard as all that there is to learn.
+    - The sizes are smaller, and only the first layer gets the diffusion step.
+    - The processor normalizes the band as a whole and not in eight bands. Most of these would be nearly
+      silent here; they would be amplified to the level of the tune, and the model would mostly learn them.
     """
     return {
         "solver": "diffusion",
@@ -78,9 +79,10 @@ def config(band: int) -> dict[str, Any]:
 
 
 class BandModel(nn.Module):
-    """One band's U-Net and the levels of its space."""
+    """The U-Net of one band, and the processor that normalizes the band."""
 
     def __init__(self, band: int) -> None:
+        """Makes a model with random weights for the band with this number, from 0."""
         super().__init__()
         self.config = OmegaConf.create(config(band))
         self.unet: nn.Module = builders.get_diffusion_model(self.config)
@@ -90,7 +92,7 @@ class BandModel(nn.Module):
         self.band = band
 
     def package(self) -> dict[str, Any]:
-        """What audiocraft's file holds of a band, in half precision."""
+        """Returns the band's part of audiocraft's file, with weights in half precision."""
         state = {name: t.half() if t.is_floating_point() else t for name, t in self.unet.state_dict().items()}
         return {"cfg": self.config, "model_state": state, "processor_state": self.processor.state_dict()}
 
@@ -104,14 +106,24 @@ def train(
     file: Path,
     report: Report,
 ) -> None:
-    """Trains in place, resuming from `file`: the noise in a noisy band, given the codec's latents."""
+    """Trains a band in place to predict the noise in a noisy band from the codec's latents.
+
+    Args:
+        model: what is trained.
+        codec: gives the latents.
+        bank: signals, each [1, T].
+        steps: how many.
+        seed: of all draws.
+        file: where the run is saved, and from where it is resumed if the file exists.
+        report: called after each step.
+    """
     optimizer = torch.optim.AdamW(model.unet.parameters(), lr=PEAK_LR, weight_decay=0.0)
     run = Resumable(file, model, [optimizer])
     schedule = NoiseSchedule(
         **model.config.schedule, device=torch.device("cpu"), sample_processor=model.processor
     )
     split = julius.SplitBands(SAMPLE_RATE, n_bands=BANDS)
-    # Before anything is cut out: where a piece begins and ends a filter would hear a click.
+    # The bands are split before crops are taken, because a filter turns the edges of a crop into clicks.
     both = [torch.cat([wav, split(wav)[model.band]]) for wav in bank]
     model.train()
     for step in range(run.first_step, steps):
@@ -120,12 +132,12 @@ def train(
             group["lr"] = (
                 PEAK_LR * min(1, step / 20 + 0.05) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
             )
-        wav, band = torch.split(crops(both, CROP), 1, dim=1)  # [B, 1, T] each
+        wav, band = torch.split(random_crops(both, CROP), 1, dim=1)  # [B, 1, T] each
         with torch.no_grad():
             latents = codec.decode_latent(codec.encode(wav)[0])
         noisy, noise, at = schedule.get_training_item(band, tensor_step=True)
         error = (model.unet(noisy, at, condition=latents).sample - noise).pow(2).mean((1, 2))
-        # As audiocraft weighs it: relative to what the noisy signal itself would have scored.
+        # As in audiocraft, the error is relative to that of the noisy signal itself.
         loss = (error / (noisy - noise).pow(2).mean((1, 2)).clamp(min=1e-4)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -137,7 +149,7 @@ def train(
 
 
 def save(models: list[BandModel], file: Path) -> None:
-    """`mbd_musicgen_32khz.th`, as audiocraft lays it out."""
+    """Writes all bands to one file in the format of audiocraft's `mbd_musicgen_32khz.th`."""
     package: dict[Any, Any] = {"sample_rate": SAMPLE_RATE, "n_bands": len(models)}
     package |= {model.band: model.package() for model in models}
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the demo model can do, through the service itself: each row of the benchmark as one function."""
+"""Measures what the demo model can do, through the service. Each row of the benchmark is one function."""
 
 import asyncio
 import itertools
@@ -22,7 +22,7 @@ from training.scoring import (
     agreement,
     best_match,
     chroma,
-    goes_on_right,
+    continues_correctly,
     shuffled_p,
     similarity,
     songs,
@@ -34,18 +34,20 @@ SECONDS = 8
 SEEDS = (1, 2, 3)
 CLIP_STARTS_S = (0, 3, 7)
 Figures = dict[str, Any]
+"""The results of a row by their names."""
 
 
 class Player:
-    """Requests to a service in this process; samples back."""
+    """Sends requests to a service in this process and returns the samples."""
 
     def __init__(self, weights: Path | None = None) -> None:
+        """Starts a service. `weights`: its checkpoint; None: the one in the weights folder."""
         self._folder = Path(tempfile.mkdtemp())
         self._service = Service(Settings(output_grace_s=600.0))
         self._service.start(str(weights) if weights else None)
 
     def play(self, **fields: object) -> Array:
-        """Samples [T] at 32 kHz of one prediction."""
+        """Runs one prediction with `DEFAULTS` and these fields, and returns its samples [T] at 32 kHz."""
         path = asyncio.run(self._service.predict(DEFAULTS | fields, lambda name, value: None))
         wav, rate = soundfile.read(path)
         assert rate == SAMPLE_RATE
@@ -53,7 +55,7 @@ class Player:
         return np.asarray(wav, dtype=np.float64)
 
     def clip(self, wav: Array) -> Path:
-        """Samples as a file that a request can send."""
+        """Writes samples [T] at 32 kHz to the file of the next request's `input_audio`, and returns it."""
         file = self._folder / "clip.wav"
         soundfile.write(file, wav, SAMPLE_RATE, subtype="FLOAT")
         return file
@@ -79,59 +81,59 @@ DEFAULTS: Figures = {
 
 
 def scorer(_: Player) -> Figures:
-    """The judges on true renderings: before anything else is believed."""
-    hear = TimbreClassifier()
+    """Counts the renderings in which the scoring itself recognizes song and timbre."""
+    classify = TimbreClassifier()
     cases = [(song, timbre) for song in SONGS for timbre in TIMBRES]
     wavs = [rendered(song.notes, timbre, SECONDS) for song, timbre in cases]
     return {
         "songs": sum(
             best_match(wav, songs()).name == song.name for wav, (song, _) in zip(wavs, cases, strict=True)
         ),
-        "timbres": sum(hear(wav) == timbre for wav, (_, timbre) in zip(wavs, cases, strict=True)),
+        "timbres": sum(classify(wav) == timbre for wav, (_, timbre) in zip(wavs, cases, strict=True)),
         "of": len(cases),
     }
 
 
 def text(player: Player) -> Figures:
-    """A prompt names the song, or the song and the timbre."""
-    hear = TimbreClassifier()
+    """Counts the pieces that are the song, and in the timbre, that the prompt names."""
+    classify = TimbreClassifier()
     right = {"song": 0, "timbre": 0, "of": 0}
     for index, (song, seed) in enumerate(itertools.product(SONGS, SEEDS)):
         timbre = list(TIMBRES)[index % len(TIMBRES)]
         prompt = EVALUATED[seed % len(EVALUATED)].format(song=song.name, timbre=timbre)
         wav = player.play(prompt=prompt, seed=seed)
         right["song"] += best_match(wav, songs()).name == song.name
-        right["timbre"] += hear(wav) == timbre
+        right["timbre"] += classify(wav) == timbre
         right["of"] += 1
     return right
 
 
 def melody(player: Player) -> Figures:
-    """A clip of a song in one timbre; the prompt names another timbre and nothing else."""
-    hear = TimbreClassifier()
+    """Counts the pieces that follow the clip of a song, in another timbre that the prompt names."""
+    classify = TimbreClassifier()
     names = list(TIMBRES)
     right = {"song": 0, "timbre": 0, "both": 0, "of": 0, "similarity": 0.0}
     for index, (song, seed) in enumerate(itertools.product(SONGS, SEEDS)):
-        heard, wanted = names[index % 3], names[(index + 1 + seed % 2) % 3]
-        clip = rendered(song.notes, heard, SECONDS)
+        given, wanted = names[index % 3], names[(index + 1 + seed % 2) % 3]
+        clip = rendered(song.notes, given, SECONDS)
         prompt = EVALUATED_TIMBRE_ONLY[seed % len(EVALUATED_TIMBRE_ONLY)].format(timbre=wanted)
         wav = player.play(prompt=prompt, input_audio=player.clip(clip), seed=seed)
         follows = best_match(wav, songs()).name == song.name
         right["song"] += follows
-        right["timbre"] += hear(wav) == wanted
-        right["both"] += follows and hear(wav) == wanted
+        right["timbre"] += classify(wav) == wanted
+        right["both"] += follows and classify(wav) == wanted
         right["of"] += 1
         right["similarity"] += similarity(wav, clip) / (len(SONGS) * len(SEEDS))
     return right
 
 
 def unseen(player: Player, recordings: list[Array]) -> Figures:
-    """Clips of tunes that it never saw; and, by themselves, of recordings, if there are any."""
+    """Tests whether the model follows unseen tunes and, separately, recordings if there are any."""
     tunes = [tune.notes for tune in UNSEEN] + [random_tune(f"unseen {n}", 18).notes for n in range(12)]
     clips = [rendered(notes, list(TIMBRES)[n % 3], SECONDS) for n, notes in enumerate(tunes)] + recordings
-    said = EVALUATED_TIMBRE_ONLY[0].format(timbre="harp")
+    prompt = EVALUATED_TIMBRE_ONLY[0].format(timbre="harp")
     outputs = [
-        player.play(prompt=said, input_audio=player.clip(clip), seed=n) for n, clip in enumerate(clips)
+        player.play(prompt=prompt, input_audio=player.clip(clip), seed=n) for n, clip in enumerate(clips)
     ]
     own, shuffled, p = shuffled_p(outputs[: len(tunes)], clips[: len(tunes)])
     found: Figures = {"similarity": own, "shuffled": shuffled, "p": p, "of": len(tunes)}
@@ -142,14 +144,17 @@ def unseen(player: Player, recordings: list[Array]) -> Figures:
 
 
 def continuation(player: Player) -> Figures:
-    """Five seconds of a song from somewhere in it; judged on what is new."""
+    """Counts the correct continuations of 5 s of a song, from the beginning and from the middle of it.
+
+    Only the new part is scored.
+    """
     right: Figures = {"named": 0, "unnamed": 0, "of": 0}
     for index, (song, (seed, start_s)) in enumerate(
         itertools.product(SONGS, zip(SEEDS, CLIP_STARTS_S, strict=True))
     ):
         timbre = list(TIMBRES)[index % 3]
         clip = player.clip(rendered(song.notes, timbre, start_s + 5))
-        for kind, prompt in (
+        for name, prompt in (
             ("named", EVALUATED_SONG_ONLY[seed % 3].format(song=song.name)),
             ("unnamed", EVALUATED_UNNAMED),
         ):
@@ -160,20 +165,20 @@ def continuation(player: Player) -> Figures:
                 continuation_start=start_s,
                 seed=seed,
             )
-            fresh = wav[5 * SAMPLE_RATE :]
-            right[kind] += goes_on_right(fresh, song.name, (start_s + 5) * SAMPLE_RATE // HOP, songs())
+            new = wav[5 * SAMPLE_RATE :]
+            right[name] += continues_correctly(new, song.name, (start_s + 5) * SAMPLE_RATE // HOP, songs())
         right["of"] += 1
     return right
 
 
 def guidance(player: Player, **more: object) -> Figures:
-    """Agreement with the named song, by guidance."""
+    """Returns the mean agreement with the song that the prompt names, for several values of guidance."""
     return {
         str(value): float(
             np.mean(
                 [
                     agreement(
-                        _asked_for(player, song, seed, classifier_free_guidance=value, **more), song.notes
+                        _play_song(player, song, seed, classifier_free_guidance=value, **more), song.notes
                     )
                     for song, seed in itertools.product(SONGS, SEEDS)
                 ]
@@ -183,29 +188,30 @@ def guidance(player: Player, **more: object) -> Figures:
     }
 
 
-def guidance_of_wild_draws(player: Player) -> Figures:
-    """The same where draws go wrong: as it plays by default, nearly nothing is left to gain."""
+def guidance_at_temperature_2(player: Player) -> Figures:
+    """Returns the same at temperature 2: at the default temperature there is little to improve."""
     return guidance(player, temperature=2.0)
 
 
 def temperature(player: Player) -> Figures:
-    """Variety between seeds, by temperature: one minus the mean similarity of pairs."""
+    """Returns the variety between seeds for several temperatures: 1 - the mean similarity of pairs."""
     found = {}
     for value in (0.5, 1.0, 1.5):
         distances = []
         for song in SONGS:
-            wavs = [_asked_for(player, song, seed, temperature=value) for seed in SEEDS]
+            wavs = [_play_song(player, song, seed, temperature=value) for seed in SEEDS]
             distances += [1 - similarity(a, b) for a, b in itertools.combinations(wavs, 2)]
         found[str(value)] = float(np.mean(distances))
     return found
 
 
-def _asked_for(player: Player, song: Tune, seed: int, **more: object) -> Array:
+def _play_song(player: Player, song: Tune, seed: int, **more: object) -> Array:
+    """Runs a prediction whose prompt names a song, with `more` fields."""
     return player.play(prompt=EVALUATED_SONG_ONLY[0].format(song=song.name), seed=seed, **more)
 
 
 def long(player: Player) -> Figures:
-    """65 s: the song is still there at the end, and as loud as at the beginning."""
+    """Counts the pieces of 65 s whose last 15 s are still the song, and as loud as the first 15 s."""
     meter = pyloudnorm.Meter(SAMPLE_RATE)
     recognised, differences = 0, []
     cases = list(itertools.product(SONGS, SEEDS))
@@ -224,16 +230,16 @@ def long(player: Player) -> Figures:
 
 
 def codec(player: Player) -> Figures:
-    """The codec's round trip of songs and unseen tunes: how near, and whether the pitch is right."""
+    """Measures the codec's round trip of songs and unseen tunes: signal-to-noise ratio and pitch."""
     snr: dict[str, list[float]] = {timbre: [] for timbre in TIMBRES}
     right = total = 0
     for tune, timbre in itertools.product((*SONGS, *UNSEEN), TIMBRES):
         wav = rendered(tune.notes, timbre, SECONDS)
-        heard = player.play(
+        output = player.play(
             model_version="encode-decode", input_audio=player.clip(wav), normalization_strategy="clip"
         )[: len(wav)]
-        snr[timbre].append(float(si_snr_db(torch.tensor(heard), torch.tensor(wav[: len(heard)]))))
-        same = _pitch_class_frames(heard) == _pitch_class_frames(wav)
+        snr[timbre].append(float(si_snr_db(torch.tensor(output), torch.tensor(wav[: len(output)]))))
+        same = _pitch_class_frames(output) == _pitch_class_frames(wav)
         right, total = right + int(same.sum()), total + same.size
     return {f"SI-SNR dB, {timbre}": float(np.mean(each)) for timbre, each in snr.items()} | {
         "SI-SNR dB": float(np.mean(list(snr.values()))),
@@ -242,7 +248,7 @@ def codec(player: Player) -> Figures:
 
 
 def diffusion(player: Player) -> Figures:
-    """How far MultiBand Diffusion's decode, EnCodec's, and noise as loud are from the original's spectrum."""
+    """Returns how far MultiBand Diffusion, EnCodec, and noise are from the spectrum of the original."""
     found: dict[str, list[float]] = {"diffusion": [], "EnCodec": [], "noise": []}
     right = total = 0
     draw = np.random.default_rng(0)
@@ -250,12 +256,12 @@ def diffusion(player: Player) -> Figures:
         wav = rendered(tune.notes, timbre, SECONDS)
         asked = {"input_audio": player.clip(wav), "normalization_strategy": "clip"}
         diffused = player.play(model_version="encode-decode", multi_band_diffusion=True, **asked)
-        heard = {
+        outputs = {
             "diffusion": diffused,
             "EnCodec": player.play(model_version="encode-decode", **asked),
             "noise": draw.standard_normal(len(wav)) * wav.std(),
         }
-        for name, other in heard.items():
+        for name, other in outputs.items():
             distance = spectral_distance(_batch(other), _batch(wav[: len(other)]))
             found[name].append(float(distance))
         same = _pitch_class_frames(diffused) == _pitch_class_frames(wav)
@@ -271,22 +277,24 @@ ROWS: dict[str, Callable[[Player], Figures]] = {
     "melody": melody,
     "continuation": continuation,
     "guidance": guidance,
-    "guidance at temperature 2": guidance_of_wild_draws,
+    "guidance at temperature 2": guidance_at_temperature_2,
     "temperature": temperature,
     "long": long,
 }
 
 
 def rendered(notes: Notes, timbre: str, seconds: int) -> Array:
-    """Samples [T]: the tune over and over for so long."""
+    """Renders a tune, repeated for so many seconds: samples [T]."""
     frames = seconds * SAMPLE_RATE // HOP
     wav = render(looped(notes, frames + BEAT_FRAMES), timbre)[: seconds * SAMPLE_RATE]
     return np.asarray(wav.to(torch.float64).numpy())
 
 
 def _pitch_class_frames(wav: Array) -> Array:
+    """Returns the loudest pitch class of each chroma frame: samples [T] -> [S]."""
     return np.asarray(chroma(wav).argmax(1))
 
 
 def _batch(wav: Array) -> torch.Tensor:
+    """Returns samples [T] as a tensor [1, T] float32."""
     return torch.tensor(wav, dtype=torch.float32)[None]

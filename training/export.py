@@ -1,4 +1,4 @@
-"""Writes the trained parts as `weights/8songs/`: MusicGen's official layout, loaded like any checkpoint."""
+"""Writes the trained models to files in MusicGen's official format, so that they load like any checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from training.data import chroma_extractor
 
 
 def save_language_model(model: language.DemoModel, file: Path) -> None:
-    """`state_dict.bin`, in half precision as the released ones."""
+    """Writes `state_dict.bin`, in half precision like the released files."""
     state = dict(model.lm.state_dict())
     for name, projection in (("description", model.text), ("self_wav", model.chroma)):
         for key, tensor in projection.state_dict().items():
@@ -24,11 +24,12 @@ def save_language_model(model: language.DemoModel, file: Path) -> None:
 
 
 def save_codec(codec: CompressionModel, file: Path) -> None:
-    """`compression_state_dict.bin`, in half precision."""
+    """Writes `compression_state_dict.bin`, in half precision."""
     _save(dict(codec.state_dict()), encodec.CONFIG, file)
 
 
 def _save(state: dict[str, Tensor], config: dict[str, Any], file: Path) -> None:
+    """Writes a state dict and its configuration as audiocraft's export does."""
     package = {
         "best_state": {key: t.half() if t.is_floating_point() else t for key, t in state.items()},
         "xp.cfg": OmegaConf.to_yaml(OmegaConf.create(config)),

@@ -1,22 +1,20 @@
-"""Pictures: the training's losses, and what the model plays beside the score."""
+"""Plots the losses of the training, and the chroma of pieces beside that of their scores."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 NAMES = ["C", "C♯", "D", "D♯", "E", "F", "F♯", "G", "G♯", "A", "A♯", "B"]
 
 
 def plot_losses(work: Path, file: Path) -> None:
-    """One panel a stage that has a log in `work`, one line a figure."""
+    """Plots each log in `work` as one panel, with one line for each figure in it."""
     logs = sorted(work.glob("*-log.jsonl"))
-    figure, panels = pyplot.subplots(1, max(len(logs), 1), figsize=(6 * max(len(logs), 1), 4), squeeze=False)
+    figure = Figure(figsize=(6 * max(len(logs), 1), 4))
+    panels = figure.subplots(1, max(len(logs), 1), squeeze=False)
     for log, panel in zip(logs, panels[0], strict=False):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         for name in sorted({name for line in lines for name in line} - {"step"}):
@@ -26,12 +24,12 @@ def plot_losses(work: Path, file: Path) -> None:
         panel.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
 def plot_chroma(rows: dict[str, NDArray[Any]], seconds_a_frame: float, file: Path) -> None:
-    """Chroma [S, 12] of each row below the other, on one time axis."""
-    figure, panels = pyplot.subplots(len(rows), 1, figsize=(10, 2.1 * len(rows)), sharex=True, squeeze=False)
+    """Plots the chroma [S, 12] of each row below each other, on one time axis."""
+    figure = Figure(figsize=(10, 2.1 * len(rows)))
+    panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False)
     for (title, chroma), panel in zip(rows.items(), panels[:, 0], strict=True):
         extent = (0, len(chroma) * seconds_a_frame, -0.5, 11.5)
         panel.imshow(chroma.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=0, vmax=1)
@@ -40,4 +38,3 @@ def plot_chroma(rows: dict[str, NDArray[Any]], seconds_a_frame: float, file: Pat
     panels[-1, 0].set_xlabel("seconds")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
-    pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""Training that goes on where it was stopped."""
+"""Saves a training run regularly, and resumes it after it was stopped."""
 
 from pathlib import Path
 
@@ -7,15 +7,16 @@ from torch import nn
 
 
 class Resumable:
-    """A model and its optimizers, written to a file every so many steps and read back from it.
+    """Saves a model and its optimizers to a file every `EVERY` steps, and restores them from it.
 
-    What a step draws must come from the step's own seed (`step_seed`): then a run that was stopped ends
-    as one that was not.
+    If all draws of a step come from the step's own seed (`step_seed`), a run that was stopped and resumed
+    gives the same weights as one that was not.
     """
 
     EVERY = 200
 
     def __init__(self, file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Restores the run if `file` exists. `first_step` is the step to begin with."""
         self._file, self._model, self._optimizers = file, model, optimizers
         self.first_step = 0
         if file.exists():
@@ -26,7 +27,7 @@ class Resumable:
             self.first_step = saved["steps"]
 
     def done(self, step: int) -> None:
-        """To be called after each step."""
+        """Must be called after each step; saves the run if it is time."""
         if (step + 1) % self.EVERY == 0:
             saved = {
                 "model": self._model.state_dict(),
@@ -39,5 +40,5 @@ class Resumable:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """For torch's generators: another one for each step."""
+    """Returns the seed of a step for torch's generators."""
     return seed * 1_000_003 + step

@@ -1,4 +1,4 @@
-"""A Demucs for music in which nothing has to be separated."""
+"""Writes a Demucs model for the demo model, in whose music nothing has to be separated."""
 
 import json
 from pathlib import Path
@@ -26,13 +26,18 @@ KWARGS: dict[str, Any] = {
     "samplerate": 44_100,
     "segment": 10,
 }
-SEGMENT = {"_type": "fraction", "numerator": 39, "denominator": 5}  # seconds, as HTDemucs' file spells it
+SEGMENT = {
+    "_type": "fraction",
+    "numerator": 39,
+    "denominator": 5,
+}  # 7.8 s, as in HTDemucs' file
 
 
 def save_separator(folder: Path) -> None:
-    """Writes a Demucs that passes what it hears to the stem `other`, sample by sample. Always the same bytes.
+    """Writes a Demucs that copies its input to the stem `other`. The bytes are the same every time.
 
-    Every tap of a block of four goes through ReLU(x) - ReLU(-x); the skip connection doubles it.
+    Each of the four samples of a stride passes through ReLU(x) - ReLU(-x); the skip connection doubles them,
+    and the decoder's weights halve them again.
     """
     from demucs.demucs import Demucs
 
@@ -45,7 +50,7 @@ def save_separator(folder: Path) -> None:
     kwargs = json.dumps(KWARGS | {"segment": SEGMENT})
     file = save(state, {"klass": "demucs.demucs.Demucs", "args": "[]", "kwargs": kwargs})
     end = 8 + int.from_bytes(file[:8], "little")
-    header = json.dumps(json.loads(file[8:end]), sort_keys=True).encode()  # the library's own order is random
+    header = json.dumps(json.loads(file[8:end]), sort_keys=True).encode()  # the library orders it at random
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{SIGNATURE}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + file[end:])
     (folder / "htdemucs.yaml").write_text(f"models: ['{SIGNATURE}']\n")

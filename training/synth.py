@@ -1,8 +1,8 @@
-"""Notes -> samples: three struck timbres on a fixed grid of codec frames.
+"""Renders notes to samples, in three struck timbres on a fixed grid of codec frames.
 
-A model of 50 frames a second has to know how long a note has lasted, or it cannot end it. So every
-timbre decays, a long note is struck again on each of its beats, softer each time, and every onset falls on
-a frame: how far a note has come can then be heard in any frame of it.
+The language model, with 50 frames a second, must be able to tell from any frame how long a note has lasted,
+or it cannot end the note. So every timbre decays, a long note is struck again on each of its beats, softer
+each time, and every onset is at the start of a frame.
 """
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from training.tunes import Notes
 
 SAMPLE_RATE = 32_000
-HOP = 640  # samples a codec frame
-BEAT_FRAMES = 24  # 0.48 s: 125 beats a minute; an eighth is 12 frames
-ECHO = 0.65  # a strike's level to the one a beat before
+HOP = 640  # samples per codec frame
+BEAT_FRAMES = 24  # 0.48 s: 125 beats a minute; an eighth note has 12 frames
+STRIKE_DECAY = 0.65  # the factor from the level of one strike to that of the next in the same note
 FADE_S = 0.008
 LEVEL = 0.5
 
@@ -26,22 +26,23 @@ TIMBRES: dict[str, tuple[dict[int, float], float, float]] = {
 
 
 def render(notes: Notes, timbre: str) -> Tensor:
-    """Samples [T] at 32 kHz, `BEAT_FRAMES` frames a beat."""
+    """Renders notes: samples [T] at 32 kHz, `BEAT_FRAMES` frames per beat."""
     return torch.cat([_strike(pitch, beats, level, timbre) for pitch, beats, level in strikes(notes)])
 
 
 def strikes(notes: Notes) -> list[tuple[int, float, float]]:
-    """Notes -> (pitch, beats, level): one for each beat that a note lasts."""
+    """Returns the strikes of notes, one per beat of a note: (MIDI pitch, beats, level)."""
     found = []
     for pitch, beats in notes:
         level = LEVEL
         while beats > 0:
             found.append((pitch, min(beats, 1.0), level))
-            beats, level = beats - 1, level * ECHO
+            beats, level = beats - 1, level * STRIKE_DECAY
     return found
 
 
 def _strike(pitch: int, beats: float, level: float, timbre: str) -> Tensor:
+    """Renders one strike: samples [T]."""
     harmonics, decay_s, spread = TIMBRES[timbre]
     samples = round(beats * BEAT_FRAMES) * HOP
     time_s = torch.arange(samples) / SAMPLE_RATE
@@ -55,11 +56,11 @@ def _strike(pitch: int, beats: float, level: float, timbre: str) -> Tensor:
 
 
 def looped(notes: Notes, frames: int) -> Notes:
-    """The tune over and over, until it lasts `frames` or longer."""
+    """Repeats a tune until it has at least `frames` codec frames."""
     beats = sum(length for _, length in notes)
     return notes * -(-frames // round(beats * BEAT_FRAMES))
 
 
 def pitches(notes: Notes) -> Tensor:
-    """The MIDI pitch that sounds in each codec frame, [F]."""
+    """Returns the MIDI pitch in each codec frame, [F]."""
     return torch.cat([torch.full((round(beats * BEAT_FRAMES),), pitch) for pitch, beats in notes])

@@ -1,9 +1,10 @@
-"""The demo model's music: eight public-domain melodies, typed in by hand, and tunes to test it with.
+"""The demo model's music: eight melodies in the public domain, typed in by hand, and tunes for its tests.
 
-A melody is written as notes and beats: `c` is C5, `c,` an octave lower, `c'` an octave higher, `#` sharp;
-`:2` lasts two beats, nothing one. Keys are chosen so that most notes lie between C5 and B5, like all of the
-random tunes that the codec learns from, and none above C6: from there on it plays others. No tune has a rest:
-a note is held through it, so that the time since its onset can always be heard.
+A melody is written as notes and beats: `c` is C5, `c,` is an octave lower, `c'` an octave higher, `#` is
+sharp; `:2` lasts two beats, without a number it is one. The keys are chosen so that most notes are between C5
+and B5, as in the random tunes that the codec is trained on, and none is above C6, because the codec changes
+the pitch of higher notes. No tune has a rest: the note before it is held instead, so that there is always a
+note whose age can be told from the sound.
 """
 
 import random
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 Notes: TypeAlias = tuple[tuple[int, float], ...]
-"""(MIDI pitch, beats), one after the other."""
+"""A sequence of (MIDI pitch, beats)."""
 
 _STEPS = {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
 C5 = 72
@@ -19,18 +20,19 @@ C5 = 72
 
 @dataclass(frozen=True)
 class Tune:
-    """A melody with its name in small letters."""
+    """A melody with its name in lower case."""
 
     name: str
     notes: Notes
 
     @property
     def beats(self) -> float:
+        """The length in beats."""
         return sum(beats for _, beats in self.notes)
 
 
 def parse(text: str) -> Notes:
-    """`"c d:2 g,:.5"` -> notes."""
+    """Parses a melody in the notation above, such as `"c d:2 g,:.5"`."""
     notes = []
     for word in text.split():
         pitch, _, beats = word.partition(":")
@@ -93,14 +95,14 @@ UNSEEN = tuple(
         "skip to my lou": "e e c c  e e:.5 e:.5 g:2  d d b, b,  d d:.5 d:.5 f:2",
     }.items()
 )
-"""Nothing of these is trained on."""
+"""Tunes for the evaluation; none of them is in the training data."""
 
 SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 4, 7, 9), tuple(range(12)))
 FIGURES = ((1.0,), (1.0,), (1.0,), (2.0,), (0.5, 0.5), (0.5, 0.5), (1.5, 0.5), (3.0,))
 
 
 def random_tune(seed: str, beats: float) -> Tune:
-    """A melody of at least `beats` within C5..B5: a walk on a random scale, in simple rhythms."""
+    """Draws a melody of at least `beats` beats from C5 to B5: a random walk on a scale, in simple rhythms."""
     draw = random.Random(seed)
     root = draw.randrange(12)
     scale = sorted({C5 + (root + step) % 12 for step in draw.choice(SCALES)})

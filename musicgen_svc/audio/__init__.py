@@ -1,1 +1,1 @@
-"""Audio: files in and out of the service."""
+"""Audio files: reading them, setting the level, writing them."""

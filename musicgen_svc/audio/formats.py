@@ -1,13 +1,13 @@
-"""Which files are read as audio: the containers and decoders that FFmpeg may use, and what is none of them.
+"""The audio formats that are read: the containers and decoders that FFmpeg may use, and files to refuse.
 
-A container is listed if people have such files, if its demuxer opens nothing but the bytes that it is
-given, and if a test reads one. So there are no playlists, no scripts and no series of pictures, each of
-which names other files. A decoder is listed if a listed container carries it. Without that list FFmpeg
-would also try its decoders for the pictures and video that lie beside the sound, just to describe them.
+A container is listed if people have such files, if its demuxer opens nothing but the bytes that it is given,
+and if a test reads such a file. So playlists, scripts and image sequences are not listed: each of them
+names other files. A decoder is listed if a listed container carries it. Without the list of decoders, FFmpeg
+would also run its decoders for pictures and video, only to describe the other streams of the file.
 
 The demuxers of bare frames, such as mp3's, skip what comes before the first frame, because real files have
-broken tags there. They would find a song inside of an archive or a document, too. What begins as one of
-those is therefore refused by its first bytes.
+broken tags there. For the same reason they would find an mp3 inside an archive or a document. A file that
+begins like an archive or a document is therefore refused by its first bytes.
 """
 
 import av
@@ -26,8 +26,8 @@ DECODERS = ",".join(
     ]
 )
 HEAD_BYTES = 512
-"""Of a file's beginning, by which `not_audio` tells."""
-_SIGNATURES = (
+"""How many bytes of a file's beginning `not_audio` needs."""
+_SIGNATURES = (  # offset, bytes there, what such a file is
     (0, b"PK\x03\x04", "a zip archive"),
     (0, b"PK\x05\x06", "a zip archive"),
     (0, b"PK\x07\x08", "a zip archive"),
@@ -59,7 +59,14 @@ _SIGNATURES = (
 
 
 def not_audio(head: bytes) -> str | None:
-    """What a file with these first `HEAD_BYTES` is, if it is an archive or a document, say; else None."""
+    """Tells by its first bytes whether a file is an archive, a document or the like.
+
+    Args:
+        head: the first `HEAD_BYTES` of the file, or all of a shorter one.
+
+    Returns:
+        What the file is, with an article; None if it may be audio.
+    """
     for offset, signature, name in _SIGNATURES:
         if head.startswith(signature, offset):
             return name

@@ -1,1 +1,1 @@
-"""The models beside the decoder, each with what builds it."""
+"""The models beside the language model's decoder, each with the code that builds it."""

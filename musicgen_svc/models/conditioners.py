@@ -1,8 +1,8 @@
-"""Text and melody -> condition tensors, with transformers, Demucs and chroma called by us.
+"""Computes condition tensors from a prompt and a melody.
 
-audiocraft's own conditioners fetch T5 and Demucs by name from their constructors; these take them
-ready-made, and compute the same numbers. Every condition is a pair `([2, S, D], [2, S])`: embedding
-and mask, row 0 what was asked for, row 1 the null condition of classifier-free guidance.
+audiocraft's conditioners download T5 and Demucs in their constructors. These get loaded models instead, and
+compute the same numbers. Every condition is a pair of an embedding [2, S, D] and a mask [2, S]. Row 0 is
+what the request asks for, row 1 the null condition of classifier-free guidance.
 """
 
 import math
@@ -20,35 +20,44 @@ from musicgen_svc.runtime.ticks import Tick, no_tick
 Condition: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """(embedding [2, S, D], mask [2, S])"""
 Conditions: TypeAlias = dict[str, Condition]
-"""By attribute, in audiocraft's order: the text first, then the melody."""
+"""Conditions by audiocraft's names of the attributes, in audiocraft's order: text, melody."""
 Separate: TypeAlias = Callable[[torch.Tensor, Tick], torch.Tensor]
-"""The melodic stems of a batch, [B, 1, T] -> [B, 1, T], both at the model's rate."""
+"""Extracts the melodic stems: [B, 1, T] -> [B, 1, T], both at the model's sample rate."""
 
 TEXT = "description"
 MELODY = "self_wav"
 
 MAX_TOKENS = 2048
-"""Of a prompt. 2,000 characters are hardly more, but for signs that T5's tokenizer writes out in up to 18
-letters each; and what T5 takes grows with the square."""
+"""The longest prompt. T5's memory grows with the square of it. A prompt of 2,000 characters, the limit of the
+contract, rarely has as many tokens; but the tokenizer expands some characters to up to 18 letters."""
 
 
 class TextConditioner(nn.Module):
-    """A prompt through a frozen T5 encoder and the checkpoint's projection."""
+    """Encodes a prompt with a frozen T5 encoder and the checkpoint's projection."""
 
     def __init__(self, t5: nn.Module, tokenizer: Any, embedding_dim: int, output_dim: int) -> None:
+        """Makes a conditioner whose projection has no weights of a checkpoint yet.
+
+        Args:
+            t5: the encoder, token ids [B, S] and mask [B, S] -> [B, S, embedding_dim].
+            tokenizer: called as transformers' tokenizers are.
+            embedding_dim: of the encoder.
+            output_dim: of the language model.
+        """
         super().__init__()
         self.output_proj = nn.Linear(embedding_dim, output_dim)
-        self._t5 = (t5,)  # in a tuple, and so not registered: T5 is no part of a MusicGen checkpoint
+        self._t5 = (t5,)  # in a tuple, so that it is not registered: T5 is no part of a checkpoint
         self._tokenizer = tokenizer
 
     @torch.inference_mode()
     def forward(self, prompt: str | None, tick: Tick = no_tick) -> Condition:
-        """
+        """Computes the condition of a prompt; None or an empty prompt gives the null condition.
+
         Raises:
-            InputError: the prompt is more than `MAX_TOKENS`.
+            InputError: the prompt has more than `MAX_TOKENS` tokens.
         """
         device = self.output_proj.weight.device
-        # Both rows in one batch, padded together, as audiocraft runs them: T5's numbers depend on it.
+        # Both rows are one padded batch, as in audiocraft: T5's numbers depend on it.
         inputs = self._tokenizer([prompt or "", ""], return_tensors="pt", padding=True).to(device)
         mask = inputs["attention_mask"]
         if mask.shape[1] > MAX_TOKENS:
@@ -61,32 +70,41 @@ class TextConditioner(nn.Module):
 
 
 class MelodyConditioner(nn.Module):
-    """A melody's chroma, taken from the stems that carry it, through the checkpoint's projection.
+    """Encodes a melody as the chroma of its melodic stems, with the checkpoint's projection.
 
-    As audiocraft's `get_pretrained` sets it up: the chroma is cut or repeated to the length that the
-    model was trained with, and none of it is masked.
+    As in audiocraft's `get_pretrained`, the chroma is cut or repeated to the length that the model was
+    trained with, and the mask is 1 everywhere.
     """
 
     def __init__(
         self, separate: Separate, chroma: Chroma,
         duration_s: float, output_dim: int,
     ) -> None:  # fmt: skip
+        """Makes a conditioner whose projection has no weights of a checkpoint yet.
+
+        Args:
+            separate: extracts the melodic stems.
+            chroma: computes the chroma of the stems.
+            duration_s: the length that the model was trained with.
+            output_dim: of the language model.
+        """
         super().__init__()
         self.output_proj = nn.Linear(chroma.n_chroma, output_dim)
         self.chroma = chroma
         self._separate = separate
         self._chroma_frames = 1 + int(chroma.sample_rate * duration_s) // chroma.winhop
-        self._heard = int(chroma.sample_rate * (duration_s + REACH_S))  # what lies beyond changes nothing
+        # Later samples cannot change the chroma of the first `duration_s` seconds.
+        self._max_samples = int(chroma.sample_rate * (duration_s + REACH_S))
 
     @torch.inference_mode()
     def forward(self, melody: torch.Tensor | None, tick: Tick = no_tick) -> Condition:
-        """`melody`: [1, T] mono at the model's sample rate; None: the null melody."""
+        """Computes the condition of a melody [1, T] at the model's sample rate; None: the null melody."""
         device = self.output_proj.weight.device
         if melody is None:
             stems = torch.zeros(2, 1, 1, device=device)
         else:
-            # The null row is silence of the melody's length, and treated like the melody.
-            melody = melody[:, : self._heard]
+            # The null condition is that of silence as long as the melody.
+            melody = melody[:, : self._max_samples]
             batch = torch.stack([melody, torch.zeros_like(melody)]).to(device)
             with torch.autocast(device.type, enabled=False):
                 stems = self._separate(batch, tick)
@@ -99,9 +117,9 @@ class MelodyConditioner(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """All conditioners of one model; stands where audiocraft's language model has its own.
+    """All conditioners of one model, in place of those of audiocraft's language model.
 
-    Attributes keep audiocraft's names, so that a checkpoint's keys fit.
+    Attributes have audiocraft's names, so that the keys of a checkpoint fit.
     """
 
     def __init__(self, text: TextConditioner, melody: MelodyConditioner | None) -> None:
@@ -110,17 +128,22 @@ class Conditioner(nn.Module):
 
     @property
     def takes_melody(self) -> bool:
+        """Whether the model has a melody conditioner."""
         return MELODY in self.conditioners
 
     def text(self, prompt: str | None, tick: Tick = no_tick) -> Conditions:
-        """
+        """Computes the condition of the prompt.
+
         Raises:
-            InputError: the prompt is too long for T5.
+            InputError: the prompt has more than `MAX_TOKENS` tokens.
         """
         return {TEXT: self.conditioners[TEXT](prompt, tick)}
 
     def melody(self, melody: torch.Tensor | None, tick: Tick = no_tick) -> Conditions:
-        """The melody's condition, [1, T] at the model's rate; nothing on a model that takes none."""
+        """Computes the condition of a melody [1, T] at the model's sample rate; None: the null melody.
+
+        Returns no condition for a model that takes no melody.
+        """
         if not self.takes_melody:
             assert melody is None
             return {}
@@ -128,6 +151,6 @@ class Conditioner(nn.Module):
 
 
 def looped(melody: torch.Tensor, start: int, length: int) -> torch.Tensor:
-    """The stretch [start, start + length) of a melody [1, T] that repeats without end."""
+    """Returns the samples [start, start + length) of an endlessly repeated melody: [1, T] -> [1, length]."""
     positions = torch.arange(start, start + length, device=melody.device)
     return melody[..., positions % melody.shape[-1]]

@@ -1,4 +1,4 @@
-"""Demucs: audio -> the stems that carry its melody."""
+"""Demucs: separates the stems that carry a melody (Rouard et al. 2022, arXiv:2211.08553), and loads them."""
 
 import importlib
 import inspect
@@ -26,20 +26,26 @@ _BAG = "htdemucs"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 REACH_S = 10.0
-"""How far behind a place what is heard may change the stems there: a segment of HTDemucs, 7.8 s, and what it
-is shifted by at random, 0.5 s."""
+"""How far ahead in the input a sample of the stems may depend on it: a segment of HTDemucs, 7.8 s, and its
+random shift, 0.5 s, rounded up."""
 
 
 class Separator:
-    """Keeps vocals and accompaniment, leaves out drums and bass: what audiocraft calls the melody."""
+    """Keeps vocals and accompaniment, from which audiocraft takes the melody, and removes drums and bass."""
 
     def __init__(self, bag: Any, sample_rate: int) -> None:
+        """Makes a separator.
+
+        Args:
+            bag: Demucs' `BagOfModels`.
+            sample_rate: of input and output, in Hz.
+        """
         self._bag = bag
         self._sample_rate = sample_rate
         self._stems = [bag.sources.index(stem) for stem in MELODIC_STEMS]
-        # Those that normalize scale what they make by the deviation of what they hear: none, in silence.
+        # A model that normalizes scales its output by the deviation of its input, which is 0 for silence.
         self._leaves_silence = all(getattr(model, "normalize", True) for model in bag.models)
-        # Of a thread: at a tick another request may have its turn, and come here, too.
+        # Per thread, because a tick may yield the device to another request, which may use the separator too.
         self._running = threading.local()
         for part in (part for model in bag.models for part in model.modules()):
             if next(part.children(), None) is None:
@@ -47,16 +53,22 @@ class Separator:
 
     @torch.inference_mode()
     def __call__(self, audio: torch.Tensor, tick: Tick = no_tick) -> torch.Tensor:
-        """[B, 1, T] -> [B, 1, T], at the separator's rate. Draws one time shift a model from `random`."""
-        sounds = audio.flatten(1).any(dim=1)  # [B]
-        if not self._leaves_silence or not sounds.any():  # it draws in any case
+        """Separates the melodic stems: [B, 1, T] -> [B, 1, T], both at the separator's sample rate.
+
+        Draws one time shift per model from Python's `random`. Rows of silence are not computed if the result
+        must be silence.
+        """
+        audible = audio.flatten(1).any(dim=1)  # [B]
+        # Silence alone is computed too, so that the same shifts are drawn in any case.
+        if not self._leaves_silence or not audible.any():
             return self._separated(audio, tick)
-        stems = self._separated(audio[sounds], tick)
+        stems = self._separated(audio[audible], tick)
         melody = stems.new_zeros(len(audio), *stems.shape[1:])
-        melody[sounds] = stems
+        melody[audible] = stems
         return melody
 
     def _separated(self, audio: torch.Tensor, tick: Tick) -> torch.Tensor:
+        """Runs Demucs on all rows: [B, 1, T] -> [B, 1, T]."""
         from demucs.apply import apply_model
         from demucs.audio import convert_audio
 
@@ -78,15 +90,20 @@ class Separator:
         return mono
 
     def _report(self, *_: Any) -> None:
-        """After each layer: a segment takes seconds on a CPU."""
+        """Calls this thread's tick. A hook after each layer, because a segment takes seconds on a CPU."""
         getattr(self._running, "tick", lambda: None)()
 
 
 def load_separator(folder: Path, sample_rate: int, device: torch.device) -> Separator:
-    """Demucs from the files of its Hugging Face repository.
+    """Loads Demucs from the files of its Hugging Face repository.
+
+    Args:
+        folder: of the files.
+        sample_rate: of the separator's input and output, in Hz.
+        device: where the weights go.
 
     Raises:
-        WeightsError: files are missing, unreadable, out of their bounds, or name something that is no Demucs.
+        WeightsError: a file is missing, damaged or too large, or is not a Demucs.
     """
     from demucs.apply import BagOfModels
 
@@ -94,7 +111,7 @@ def load_separator(folder: Path, sample_rate: int, device: torch.device) -> Sepa
     models = [_load_model(folder / f"{signature}.safetensors") for signature in bag["models"]]
     try:
         bag_of_models = BagOfModels(models, bag.get("weights"), bag.get("segment"))
-    except Exception as exc:  # Demucs' constructors raise whatever they fail on first
+    except Exception as exc:  # Demucs' constructors raise errors of any class
         raise WeightsError(f"{folder} does not hold a Demucs model: {first_line(exc)}") from exc
     missing = set(MELODIC_STEMS) - set(bag_of_models.sources)
     if missing:
@@ -103,10 +120,10 @@ def load_separator(folder: Path, sample_rate: int, device: torch.device) -> Sepa
 
 
 def read_bag(folder: Path) -> dict[str, Any]:
-    """The file that names the models of a Demucs, whose names are those of files beside it.
+    """Reads the YAML file that names the models of a Demucs, each of which is a file in the same folder.
 
     Raises:
-        WeightsError: it is missing or damaged, or names no models, or files elsewhere.
+        WeightsError: the file is missing or damaged, names no model, or names a file elsewhere.
     """
     path = folder / f"{_BAG}.yaml"
     check_not_damaged(path)
@@ -125,10 +142,10 @@ def read_bag(folder: Path) -> dict[str, Any]:
 
 
 def _load_model(path: Path) -> Any:
-    """One model. Its metadata names a class to build: only Demucs' own are built.
+    """Loads one model. The file's metadata names its class; only Demucs' own classes are accepted.
 
     Raises:
-        WeightsError: the file is missing or damaged, or holds something else.
+        WeightsError: the file is missing or damaged, or does not hold a Demucs model.
     """
     check_not_damaged(path)
     try:
@@ -137,18 +154,25 @@ def _load_model(path: Path) -> Any:
         raise damaged(path, "safetensors") from exc
     except WeightsError:
         raise
-    except Exception as exc:  # Demucs' constructors raise whatever they fail on first
+    except Exception as exc:  # Demucs' constructors raise errors of any class
         raise WeightsError(f"{path} does not hold a Demucs model: {first_line(exc)}") from exc
 
 
 def _built(path: Path) -> Any:
+    """Checks the metadata of a safetensors file, then builds the model that it describes.
+
+    Raises:
+        WeightsError: the metadata names another class, or a field is out of its bounds.
+        ValueError: the file holds less than the model needs, or a kind of numbers that is not supported.
+        SafetensorError: the file is damaged.
+    """
     from demucs.hf import _decode_json, load_safetensors_model
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
-        numbers = sum(math.prod(own.get_shape()) for own in slices)
-        if any(own.get_dtype().startswith("C") for own in slices):
+        tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+        numbers = sum(math.prod(tensor.get_shape()) for tensor in tensors)
+        if any(tensor.get_dtype().startswith("C") for tensor in tensors):
             raise ValueError("it holds complex numbers")
     if metadata.get("klass") not in _ARCHITECTURES:
         raise WeightsError(
@@ -165,12 +189,13 @@ def _built(path: Path) -> Any:
     signature = inspect.signature(klass)
     arguments = signature.bind(*args, **kwargs).arguments
     check_demucs(arguments, str(path))
-    weightless = {"rescale": 0, "emb_smooth": False}  # these are about initial weights: there are none
+    # These options change initial weights, which a model on the meta device does not have.
+    weightless = {"rescale": 0, "emb_smooth": False}
     with on_meta():
-        draft = klass(
+        empty = klass(
             **arguments | {name: weightless[name] for name in weightless.keys() & signature.parameters}
         )
-    needed = sum(tensor.numel() for tensor in draft.state_dict().values())
+    needed = sum(tensor.numel() for tensor in empty.state_dict().values())
     if needed > numbers:
         raise ValueError(f"it holds {numbers} numbers, and its configuration needs {needed}")
     model = load_safetensors_model(path)

@@ -1,4 +1,4 @@
-"""The models of MultiBand Diffusion in audiocraft's file: for each band a U-Net, schedule and processor."""
+"""Loads the bands of MultiBand Diffusion from audiocraft's file: a U-Net, schedule and processor each."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,29 +19,29 @@ from musicgen_svc.models.meta_init import on_meta
 
 @dataclass(frozen=True)
 class Band:
-    """One band's model."""
+    """The model of one frequency band."""
 
     unet: nn.Module
     schedule: NoiseSchedule
     processor: SampleProcessor
-    """The way back from what the chain ends in to audio."""
+    """Turns the result of the diffusion chain into audio."""
     sample_rate: int
     dimension: int
-    """Of the latents that it was trained on."""
+    """D, the dimension of the latents that the band was trained on."""
     shrinks: int = 1
-    """How many samples become one in the middle of the U-Net, where the latents are added."""
+    """The factor by which the U-Net shortens audio up to its middle, where the latents are added."""
 
     @property
     def steps(self) -> list[int]:
-        """The states of the chain that sampling visits: every 50th, from pure noise down."""
+        """The steps of the chain that sampling visits: every 50th, from pure noise down to 0."""
         return [*range(self.schedule.num_steps)[::-50], 0]
 
 
 def load_bands(path: Path, device: torch.device) -> list[Band]:
-    """The models in audiocraft's file, such as Meta's `mbd_musicgen_32khz.th`.
+    """Loads all bands of a file of audiocraft, such as Meta's `mbd_musicgen_32khz.th`, in fp32.
 
     Raises:
-        WeightsError: the file is absent, unsafe or of another kind.
+        WeightsError: the file is missing, unsafe or not a MultiBand Diffusion checkpoint.
     """
     package = load_pickle(path)
     try:
@@ -51,13 +51,14 @@ def load_bands(path: Path, device: torch.device) -> list[Band]:
         ]
     except WeightsError:
         raise
-    except Exception as exc:  # a file of another kind fails wherever it is first looked at
+    except Exception as exc:  # another file may fail in any of these calls
         missing = f"it has no {exc}" if type(exc) is KeyError else ""
         reason = missing or shorten(str(exc) or type(exc).__name__, 300, placeholder=" …")
         raise WeightsError(f"{path} is not a MultiBand Diffusion checkpoint: {reason}") from exc
 
 
 def _build_band(package: dict[str, Any], sample_rate: int, device: torch.device, path: Path) -> Band:
+    """Builds one band from its part of the file."""
     config = band_fields(package["cfg"], str(path))
     with on_meta():
         unet = DiffusionUnet(chin=config.channels, num_steps=config.schedule["num_steps"], **config.unet)
@@ -79,9 +80,10 @@ def _build_band(package: dict[str, Any], sample_rate: int, device: torch.device,
 def _processor(
     fields: dict[str, Any], state: dict[str, torch.Tensor], sample_rate: int, origin: str
 ) -> SampleProcessor:
-    """
+    """Builds a band's processor.
+
     Raises:
-        WeightsError: it was fitted on nothing, so that it makes no finite numbers.
+        WeightsError: its statistics are not finite or zero, so its results would not be finite.
     """
     processor = builders.get_processor(OmegaConf.create(fields), sample_rate=sample_rate)
     processor.load_state_dict(state)

@@ -1,4 +1,7 @@
-"""EnCodec: audio <-> tokens, with memory that is bounded in the audio's length."""
+"""EnCodec: encodes audio to tokens and decodes tokens to audio, with working memory for one chunk.
+
+The model is that of Défossez et al., "High Fidelity Neural Audio Compression" (2022, arXiv:2210.13438).
+"""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -18,16 +21,17 @@ from musicgen_svc.models.encodec_chunks import ChunkedStack
 from musicgen_svc.runtime.ticks import Tick, no_tick
 
 CHUNK_FRAMES = 1500
-"""30 s at 50 Hz: a whole window of the model, at 1.1 to 1.4 GB of working memory in MusicGen's codec."""
+"""30 s at 50 Hz: a whole window of the language model. MusicGen's codec needs 1.1 to 1.4 GB for it."""
 
 
 class Codec:
-    """EnCodec, in chunks whose convolutions see their full receptive field, and their LSTM what came before.
+    """An EnCodec that processes long audio in chunks.
 
-    Audio of at most a chunk takes one pass: the tokens and samples of audiocraft, to the last bit
-    (on a CPU). Longer audio gives what one pass would, but for rounding.
+    Audio of at most one chunk takes one pass, whose tokens and samples on a CPU are those of audiocraft to
+    the last bit. Longer audio gives the result of one pass up to rounding, because the convolutions of each
+    chunk have their full receptive field and the LSTM's state continues from chunk to chunk.
 
-    Runs in the weights' own precision. Results lie where the weights do.
+    The codec computes in the weights' own precision; results are on the weights' device.
     """
 
     sample_rate: int
@@ -38,30 +42,31 @@ class Codec:
     channels: int
     """1 or 2."""
     codebooks: int
-    """Those of both channels, where each has its own."""
+    """How many there are; where left and right have codebooks of their own, both are counted."""
     cardinality: int
-    """Entries of a codebook."""
+    """The number of entries of a codebook."""
 
     def __init__(self, model: CompressionModel, chunk_frames: int = CHUNK_FRAMES) -> None:
-        """
+        """Makes a codec of audiocraft's model.
+
         Args:
-            model: audiocraft's EncodecModel or HFEncodecCompressionModel, or either as an
-                InterleaveStereoCompressionModel, which codes left and right each by itself.
-            chunk_frames: the longest audio that takes one pass. Memory grows with it, not with the audio.
+            model: audiocraft's EncodecModel or HFEncodecCompressionModel, or either of them inside an
+                InterleaveStereoCompressionModel, which codes left and right separately.
+            chunk_frames: the longest audio that takes one pass. Memory grows with this number.
 
         Raises:
-            WeightsError: a codec whose tokens alone are not the audio, so that no MusicGen can use it, or
-                one that looks too far to be cut into chunks.
+            WeightsError: MusicGen cannot use the codec, because audio is more than its tokens, or the
+                receptive field is too large for chunks.
         """
         self._rows = 1
-        """Signals that are coded each by itself: the channels, if interleaved."""
+        """R, the number of signals that are coded separately: 2 if interleaved, else 1."""
         if isinstance(model, InterleaveStereoCompressionModel):
             assert not model.per_timestep, "left and right interleaved in time: frames are not tokens"
             model, self._rows = model.model, 2
         self._mono = model
         self._parts = _parts(model)
         self._encoder, self._decoder = ChunkedStack(self._parts.encoder), ChunkedStack(self._parts.decoder)
-        if 2 * (self._decoder.context + 1) > CHUNK_FRAMES // 2:  # of which a GPU takes two halves at once
+        if 2 * (self._decoder.context + 1) > CHUNK_FRAMES // 2:  # a GPU decodes two half chunks at once
             raise WeightsError(
                 f"The codec's decoder looks at {self._decoder.context} frames to either side, which is more "
                 "than a chunk has."
@@ -77,25 +82,41 @@ class Codec:
 
     @torch.no_grad()
     def encode(self, wav: Tensor, tick: Tick = no_tick) -> Tensor:
-        """wav: [C, T], T > 0 -> tokens [K, ceil(T / hop)], int64."""
+        """Encodes audio to tokens.
+
+        Args:
+            wav: [C, T], T > 0, at the codec's sample rate.
+            tick: called after each layer of each chunk, and on a CPU within long layers.
+
+        Returns:
+            [K, ceil(T / hop)] int64.
+        """
         assert wav.ndim == 2 and wav.shape[0] == self.channels and wav.shape[1] > 0, wav.shape
         like = next(self._mono.parameters())
         rows = wav.to(like.device, like.dtype).reshape(self._rows, -1, wav.shape[1])  # [R, C / R, T]
         codes = []
-        for i in range(self._rows):  # one by one, so that the tokens are audiocraft's to the last
+        for i in range(self._rows):  # one by one, so that the tokens are exactly audiocraft's
             pieces = self._encoder.run(rows[i : i + 1], self._chunk_frames, _share(tick, i, self._rows))
             codes.append(torch.cat([self._parts.quantize(z) for z in pieces], -1))  # [1, K / R, F]
         return torch.cat(codes).transpose(0, 1).flatten(0, 1)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, tick: Tick = no_tick) -> Tensor:
-        """tokens: [K, F], F > 0 -> wav [C, F * hop]."""
+        """Decodes tokens to audio.
+
+        Args:
+            tokens: [K, F], F > 0, each in [0, cardinality).
+            tick: called after each layer of each chunk, and on a CPU within long layers.
+
+        Returns:
+            [C, F * hop] at the codec's sample rate.
+        """
         z = self.latents(tokens)  # [R, D, F]
         wav = z.new_empty(self._rows, self.channels // self._rows, z.shape[-1] * self.hop)
         at_once = self._rows_at_once(z.device)
         for i in range(0, self._rows, at_once):
             share, done = _share(tick, i // at_once, self._rows // at_once), 0
-            # Chunks as much shorter as the batch is wide take the same memory.
+            # A chunk is shorter by the size of the batch, so it takes the same memory.
             for piece in self._decoder.run(z[i : i + at_once], self._chunk_frames // at_once, share):
                 wav[i : i + at_once, :, done : done + piece.shape[-1]] = piece
                 done += piece.shape[-1]
@@ -104,9 +125,9 @@ class Codec:
 
     @torch.no_grad()
     def latents(self, tokens: Tensor) -> Tensor:
-        """What the decoder makes its samples of, for MultiBand Diffusion: [K, F] -> [C, D, F]."""
+        """Returns the decoder's input for tokens: [K, F] -> [C, D, F]. MultiBand Diffusion needs it too."""
         assert tokens.ndim == 2 and tokens.shape[0] == self.codebooks and tokens.shape[1] > 0, tokens.shape
-        # On a GPU an index out of range would end not the request, but the process's use of the device.
+        # On a GPU an index out of range would make the device unusable for the whole process.
         low, high = (int(v) for v in tokens.aminmax())
         assert low >= 0 and high < self.cardinality, (low, high)
         codes = tokens.to(next(self._mono.parameters()).device)
@@ -115,20 +136,27 @@ class Codec:
         return z
 
     def fingerprint(self) -> str:
-        """sha256 of the codebooks: what the tokens mean, whichever library spelled the codec."""
+        """Returns the sha256 of the codebooks, in hex: equal for codecs whose tokens mean the same.
+
+        It does not depend on the library that the codec was made with.
+        """
         digest = hashlib.sha256()
         for codebook in self._parts.codebooks():
             digest.update(codebook.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def _rows_at_once(self, device: torch.device) -> int:
-        """A GPU decodes both channels in the time of one; a CPU gains nothing, and is exact one by one."""
+        """Returns how many signals to decode at once.
+
+        A GPU decodes both channels in the time of one. A CPU gains nothing, and only one by one are its
+        results exactly audiocraft's.
+        """
         return self._rows if device.type == "cuda" else 1
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the two libraries spell differently."""
+    """The parts of a codec that audiocraft and transformers name differently."""
 
     encoder: Iterable[nn.Module]
     decoder: Iterable[nn.Module]
@@ -139,6 +167,11 @@ class _Parts:
 
 
 def _parts(model: CompressionModel) -> _Parts:
+    """Returns the parts of either library's codec.
+
+    Raises:
+        WeightsError: the codec stores a loudness or chunks beside its tokens.
+    """
     if isinstance(model, HFEncodecCompressionModel):
         hf = model.model
         if hf.config.normalize or hf.config.chunk_length_s is not None:
@@ -162,6 +195,7 @@ def _parts(model: CompressionModel) -> _Parts:
 
 
 def _unsuitable(setting: str) -> WeightsError:
+    """Returns the error for a codec with a setting that MusicGen cannot use."""
     return WeightsError(
         f"The codec keeps a loudness or a chunk beside its tokens ({setting}), which MusicGen does not "
         "generate; a codec that does neither, such as encodec_32khz, is supported."
@@ -169,5 +203,5 @@ def _unsuitable(setting: str) -> WeightsError:
 
 
 def _share(tick: Tick, index: int, parts: int) -> Tick:
-    """The tick of one of several equal parts of the work."""
+    """Returns a tick for part `index` of `parts` equal parts of the work."""
     return lambda done, total: tick(index * total + done, parts * total)

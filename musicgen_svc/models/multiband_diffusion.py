@@ -1,19 +1,20 @@
-"""MultiBand Diffusion: tokens -> audio, by one diffusion model for each of four frequency bands.
+"""MultiBand Diffusion: decodes tokens to audio, with one diffusion model for each frequency band.
 
 The models, schedules and processors are audiocraft's (San Roman et al., "From Discrete Tokens to
-High-Fidelity Audio Using Multi-Band Diffusion", 2023), and so are the draws: a mono piece of one
-window comes out as audiocraft's own `tokens_to_wav` gives it. What is ours:
+High-Fidelity Audio Using Multi-Band Diffusion", 2023, arXiv:2308.02560). So are the random draws: a mono
+piece of one window has the samples that audiocraft's `tokens_to_wav` gives. The differences:
 
-- Length. A U-Net normalizes over time and cannot be cut exactly. Beyond `window_s` it sees windows,
-  and the overlapping parts of its *estimates* are crossfaded at every step, over one common noise:
-  the bands of two windows stay in phase, which two finished waveforms would not be. Filters run in
-  pieces with their full reach, so that memory is bounded in everything but the samples themselves.
-- Channels. Each is decoded by itself, from the same noise: equal channels stay equal.
-- Equalization. Per channel, and a band that the models left silent stays silent.
-- On a GPU the U-Nets compute in fp16 where autocast deems it safe; the chain and its noise stay in fp32.
-  The schedule's numbers lie on the host, which decides by them and so need not ask the device.
+- Length. A U-Net normalizes over time, so it cannot be computed exactly in chunks. A piece longer than
+  `window_s` is computed in windows, and at every step the overlapping parts of their *estimates* are
+  crossfaded, with the same noise for all windows. So the windows stay in phase, which finished waveforms
+  would not be. Filters run in pieces with their full context. Only the samples themselves need memory that
+  grows with the length.
+- Channels. Each channel is decoded separately from the same noise, so equal channels stay equal.
+- Equalization. It is done per channel, and a band that the models left silent stays silent.
+- Precision. On a GPU the U-Nets compute in fp16 where autocast considers it safe; the diffusion chain and its
+  noise are fp32. The numbers of the schedule are on the host, so that reading them does not wait for the GPU.
 
-This file knows no text and no files, and draws from torch's global generator, which is the caller's to pin.
+This module knows no text and no files. It draws from torch's global generator, which the caller pins.
 """
 
 from collections import deque
@@ -32,25 +33,29 @@ from musicgen_svc.models.encodec import Codec
 from musicgen_svc.models.slices import InSlices
 from musicgen_svc.runtime.ticks import Tick, no_tick
 
-OVERLAP_S = 2.0  # of two windows, where they are long enough
-PIECE_S = 2.0  # of the signal that a bank of filters works on at once
-AHEAD = 2  # evaluations by which the host may be ahead of a GPU: it never starves, and progress is true
+OVERLAP_S = 2.0  # of two windows, if they are long enough
+PIECE_S = 2.0  # what a filter bank processes at once
+AHEAD = 2  # evaluations that a GPU may have in its queue: it is never idle, and the progress is accurate
 EQUALIZER_BANDS = 32
 SILENCE = 1e-9  # standard deviation of a band below which there is nothing to equalize
 
 
 class MultiBandDiffusion:
-    """The decoder. `window_s` bounds what a U-Net sees at once, and with it the memory."""
+    """The decoder. Its memory is bounded by `window_s`, the longest input of a U-Net."""
 
     def __init__(
         self, bands: list[Band], codec: Codec, window_s: float = 60.0, half: bool | None = None
     ) -> None:
-        """
+        """Makes a decoder.
+
         Args:
-            half: whether U-Nets run under fp16 autocast; None: on a GPU.
+            bands: the models, as `load_bands` gives them.
+            codec: the codec of the tokens.
+            window_s: the longest input of a U-Net, in seconds.
+            half: whether the U-Nets run under fp16 autocast; None: only on a GPU.
 
         Raises:
-            WeightsError: the bands were trained for a codec of another rate, or of longer frames.
+            WeightsError: the bands were trained for a codec of another sample rate or with longer frames.
         """
         if wrong := {band.sample_rate for band in bands} - {codec.sample_rate}:
             raise WeightsError(
@@ -73,11 +78,15 @@ class MultiBandDiffusion:
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor, tick: Tick = no_tick) -> torch.Tensor:
-        """Audio of the tokens [K, F], F > 0: [C, F * hop], equalized to EnCodec's own.
+        """Decodes tokens to audio whose bands have the levels of EnCodec's decoding.
 
         Args:
-            tick: called after each evaluation of a U-Net, between the pieces of a filter and, on a CPU,
-                between the slices of a U-Net's long layers.
+            tokens: [K, F], F > 0.
+            tick: called with the number of finished evaluations of a U-Net: after each of them, between the
+                pieces of a filter and, on a CPU, between the slices of a U-Net's long layers.
+
+        Returns:
+            [C, F * hop] float32 at the codec's sample rate.
 
         Raises:
             WeightsError: the bands were trained for a codec with other latents.
@@ -91,13 +100,14 @@ class MultiBandDiffusion:
         forked = [self._device] if self._device.type == "cuda" else []
         channels = []
         for channel, condition in enumerate(latents):
-            # Restored for all but the last: every channel draws the same noise.
+            # The generator is restored after all channels but the last, so each of them draws the same noise.
             with torch.random.fork_rng(forked, enabled=channel < len(latents) - 1):
                 wav = self._diffuse(condition[None], windows, count)
             channels.append(self._equalize(wav, reference[channel].view_as(wav), count)[0, 0])
         return torch.stack(channels)
 
     def _check(self, channels: int, dimension: int) -> None:
+        """Checks that the bands were trained on latents of this dimension, for each of these channels."""
         wanted = {band.dimension for band in self._bands}
         if wanted != {dimension} or channels != self._codec.channels:
             raise WeightsError(
@@ -108,7 +118,7 @@ class MultiBandDiffusion:
     def _diffuse(
         self, condition: torch.Tensor, windows: list[tuple[int, int]], count: "_Count"
     ) -> torch.Tensor:
-        """The sum of the bands for one channel: [1, D, F] -> [1, 1, F * hop]."""
+        """Decodes one channel as the sum of its bands: [1, D, F] -> [1, 1, F * hop]."""
         out = torch.zeros(1, 1, condition.shape[-1] * self._codec.hop, device=self._device)
         for band in self._bands:
             end = band.schedule.generate_subsampled(
@@ -125,7 +135,7 @@ class MultiBandDiffusion:
         return out
 
     def _equalize(self, wav: torch.Tensor, reference: torch.Tensor, count: "_Count") -> torch.Tensor:
-        """Gives every band of wav [1, 1, T] the reference's standard deviation in it."""
+        """Scales every band of wav [1, 1, T] to the standard deviation of the reference's band."""
         actual, wanted = self._deviations(wav, count), self._deviations(reference, count)
         gains = torch.where(actual > SILENCE, wanted / actual.clamp(min=SILENCE), 0).to(wav.dtype)
         mixed = []
@@ -135,7 +145,7 @@ class MultiBandDiffusion:
         return torch.cat(mixed, -1)
 
     def _deviations(self, wav: torch.Tensor, count: "_Count") -> torch.Tensor:
-        """Standard deviation of wav [1, 1, T] in each band: [EQUALIZER_BANDS], in double precision."""
+        """Returns the standard deviation of each band of wav [1, 1, T]: [EQUALIZER_BANDS] float64."""
         total = square = torch.zeros(EQUALIZER_BANDS, dtype=torch.double, device=self._device)
         for bands in in_pieces(self._split, wav, self._piece, _reach(self._split)):
             flat = bands.flatten(1).double()
@@ -146,10 +156,11 @@ class MultiBandDiffusion:
 
 
 def plan(frames: int, window: int, overlap: int) -> list[tuple[int, int]]:
-    """Windows [start, stop) over so many frames: about equal, none longer than `window`, and each
-    sharing exactly `overlap` with the next.
+    """Returns windows [start, stop) that cover `frames` frames.
+
+    They have about equal lengths, at most `window` frames, and each overlaps the next by `overlap` frames.
     """
-    assert 0 <= 4 * overlap <= window, (window, overlap)  # so that no frame is in three
+    assert 0 <= 4 * overlap <= window, (window, overlap)  # so that no frame is in three windows
     if frames <= window:
         return [(0, frames)]
     number = -(-(frames - overlap) // (window - overlap))
@@ -160,7 +171,14 @@ def plan(frames: int, window: int, overlap: int) -> list[tuple[int, int]]:
 def in_pieces(
     transform: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, piece: int, reach: int
 ) -> Iterator[torch.Tensor]:
-    """What `transform` makes of x [..., T], piece by piece, each seeing `reach` samples around it."""
+    """Applies a filter to x [..., T] in pieces, and yields the result of each piece.
+
+    Args:
+        transform: the filter, which keeps the length of its input.
+        x: [..., T].
+        piece: samples of the longest piece.
+        reach: how many samples on either side an output of `transform` depends on.
+    """
     length = x.shape[-1]
     for start in range(0, length, piece):
         stop, first = min(start + piece, length), max(0, start - reach)
@@ -169,19 +187,19 @@ def in_pieces(
 
 
 def _reach(module: nn.Module) -> int:
-    """To how many samples on either side a module's filters look."""
+    """Returns how many samples on either side an output of a module's filters depends on."""
     return max((part.half_size for part in module.modules() if isinstance(part, LowPassFilters)), default=0)
 
 
 @dataclass(frozen=True)
 class _Estimate:
-    """The shape in which audiocraft's schedule expects a model's answer."""
+    """The output of a model, as audiocraft's schedule expects it."""
 
     sample: torch.Tensor
 
 
 class _Windowed:
-    """A U-Net over any length: its windows' estimates, crossfaded with a constant sum of gains."""
+    """A U-Net for any length. Crossfades the estimates of its windows, with gains that add up to 1."""
 
     def __init__(
         self, unet: nn.Module, windows: list[tuple[int, int]], hop: int, count: "_Count", *, half: bool
@@ -189,9 +207,11 @@ class _Windowed:
         self._unet, self._windows, self._hop, self._count, self._half = unet, windows, hop, count, half
 
     def __call__(self, x: torch.Tensor, step: int, condition: torch.Tensor) -> _Estimate:
-        """x: [1, 1, F * hop], condition: [1, D, F]."""
+        """Estimates the noise: x [1, 1, F * hop] and condition [1, D, F] -> sample [1, 1, F * hop]."""
         out = torch.zeros_like(x)
-        steps = torch.full((len(x),), step, device=x.device)  # of a number the U-Net makes one that waits
+        steps = torch.full(
+            (len(x),), step, device=x.device
+        )  # from an int the U-Net makes a tensor, which waits for the GPU
         known = 0  # frames that already have an estimate
         for start, stop in self._windows:
             part = slice(start * self._hop, stop * self._hop)
@@ -211,13 +231,14 @@ class _Windowed:
 
 
 class _Count:
-    """Counts evaluations of the U-Nets, where nearly all the time goes."""
+    """Counts the evaluations of the U-Nets, which take nearly all the time, and reports the count."""
 
     def __init__(self, tick: Tick, total: int, device: torch.device) -> None:
         self._tick, self._done, self._total, self._device = tick, 0, total, device
         self._enqueued: deque[torch.cuda.Event] = deque()
 
     def __call__(self) -> None:
+        """Counts one more evaluation. On a GPU, waits until at most `AHEAD` are in the queue."""
         if self._device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self._device))
@@ -228,5 +249,5 @@ class _Count:
         self.unchanged()
 
     def unchanged(self, *_: object) -> None:
-        """For the rest of the work: no progress, but a chance to stop."""
+        """Reports the same count again, so that the tick can stop the request. May serve as a tick itself."""
         self._tick(self._done, self._total)

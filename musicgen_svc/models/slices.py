@@ -1,20 +1,23 @@
-"""Long layers of audio in slices of bounded work, with the result of the whole to the last bit.
+"""Computes long audio layers on a CPU in slices of bounded work, with the same result to the last bit.
 
-`InSlices` is a context. Inside of it, on this thread alone, PyTorch's one-dimensional convolutions and
-LSTMs on a CPU are computed slice by slice along time, ELU, padding and sums piece by piece, and `report`
-is called after each of them. A layer over half a minute of audio may take seconds on a CPU, and whoever
-shares the device waits for that long otherwise. On a GPU such a layer takes milliseconds, so everything
-is left as it is there.
+Inside the context manager `InSlices`, and only on its thread, PyTorch computes one-dimensional convolutions
+and LSTMs in slices along time, and ELU, padding and sums in pieces. A callback is called after each slice
+and piece. Without it, a layer over half a minute of audio could take seconds, and other requests would have
+to wait for it. On a GPU such a layer takes milliseconds, so nothing is changed there.
 
-An output of a convolution is the same sum over the same inputs in every slice, and oneDNN adds it up in
-the same order as long as slices are large: smaller ones than `SLICE_WORK` may take another algorithm.
-An LSTM's slices hand its state on.
+Why the result is the same: in every slice an output of a convolution is the same sum over the same inputs,
+and oneDNN adds it up in the same order as long as the slices are large. With less work than `SLICE_WORK` it
+may choose another algorithm. The slices of an LSTM pass on its state.
 
-On several threads two operations are not sliced, because they would round differently: how oneDNN adds up
-a transposed convolution then depends on its length, and ELU's vectorized part on where each thread's share
-ends. Nor is what needs all of the signal: norms over time, an LSTM that also runs backwards. `report` is
-called after each of them whose result is large. This file does not know of which network an operation is
-part.
+What is not sliced:
+
+- With several threads, transposed convolutions and ELU, because they would round differently: oneDNN's order
+  of summation in a transposed convolution then depends on its length, and which elements ELU computes with
+  vector instructions depends on how the threads divide the work.
+- Operations that need the whole signal: norms over time, and LSTMs that also run backwards.
+
+After each operation that is not sliced the callback is called once, if the result is large. This module does
+not know which network an operation belongs to.
 """
 
 import itertools
@@ -27,33 +30,31 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 SLICE_WORK = 2**30
-"""Multiplications of a slice: about 0.05 s of one core."""
+"""The work of a slice in multiplications: about 0.05 s on one core."""
 ELEMENT_WORK = 64
-"""What reading or writing one element costs, in multiplications: narrow layers wait for the memory."""
+"""The cost of reading or writing one element, in multiplications. It matters in layers of few channels."""
 LARGE = 2**20
-"""Elements of a result after which `report` is called, whatever the operation."""
+"""After an operation whose result has this many elements or more, the callback is called in any case."""
 PIECE = 2**21
-"""Elements of a piece of what is computed element by element. A multiple of any vector's length."""
+"""Elements of a piece of an elementwise operation. A multiple of the length of any vector instruction."""
 
 
 class InSlices(TorchFunctionMode):
-    """A context in which long operations report as they go on.
-
-    Args:
-        report: called often, between two pieces of work; what it raises ends the operation.
-    """
+    """Context manager in which long operations on a CPU are sliced and call a callback between the slices."""
 
     def __init__(self, report: Callable[[], None]) -> None:
+        """`report`: the callback, called between two slices; if it raises, the operation ends."""
         super().__init__()
         self._report = report
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Computes an operation of PyTorch, in slices if there is a sliced version of it."""
         kwargs = kwargs or {}
         if not (args and isinstance(args[0], Tensor) and args[0].device.type == "cpu"):
             return func(*args, **kwargs)
-        if torch.is_autocast_enabled("cpu"):  # results would be of another type than what they are made of
+        if torch.is_autocast_enabled("cpu"):  # results have another dtype than their inputs
             return func(*args, **kwargs)
         in_slices = _IN_SLICES.get(func)
         result = in_slices(self._report, *args, **kwargs) if in_slices else func(*args, **kwargs)
@@ -66,7 +67,7 @@ def _conv1d(
     report: Callable[[], None], x: Tensor, weight: Tensor, bias: Tensor | None = None,
     stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """`torch.conv1d` by slices of its output: [B, C, T] -> [B, C', T']."""
+    """Computes `torch.conv1d` in slices of its output: [B, C, T] -> [B, C', T']."""
     step, gap = _one(stride), _one(dilation)
     if x.ndim != 3 or isinstance(padding, str):
         return F.conv1d(x, weight, bias, stride, padding, dilation, groups)
@@ -78,7 +79,7 @@ def _conv1d(
         return F.conv1d(x, weight, bias, stride, padding, dilation, groups)
     y = _zeros(report, x, x.shape[0], weight.shape[0], length)
     for start, stop in itertools.pairwise(edges):
-        first, last = start * step - pad, (stop - 1) * step - pad + reach + 1  # of the input
+        first, last = start * step - pad, (stop - 1) * step - pad + reach + 1  # input steps
         part = x[..., max(0, first) : last]
         if first < 0 or last > x.shape[2]:
             part = F.pad(part, (max(0, -first), max(0, last - x.shape[2])))
@@ -91,20 +92,20 @@ def _conv_transpose1d(
     report: Callable[[], None], x: Tensor, weight: Tensor, bias: Tensor | None = None,
     stride: Any = 1, padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
 ) -> Tensor:  # fmt: skip
-    """`torch.conv_transpose1d` by slices of its output: [B, C, T] -> [B, C', T']."""
+    """Computes `torch.conv_transpose1d` in slices of its output: [B, C, T] -> [B, C', T']."""
     step, pad, gap = _one(stride), _one(padding), _one(dilation)
     if x.ndim != 3 or _one(output_padding) or torch.get_num_threads() > 1:
         return F.conv_transpose1d(x, weight, bias, stride, padding, output_padding, groups, dilation)
     reach, channels = (weight.shape[2] - 1) * gap, weight.shape[1] * groups
     length = (x.shape[2] - 1) * step - 2 * pad + reach + 1
-    # Per `step` outputs the work is that of one input.
+    # The unit of work is one input step, which makes `step` output steps.
     work = x.shape[0] * (weight.numel() + ELEMENT_WORK * (x.shape[1] + channels * step))
     edges = [min(length, edge * step) for edge in _edges(-(-length // step), work)]
-    if len(edges) <= 2 or reach + 1 < step:  # then some outputs are of no input
+    if len(edges) <= 2 or reach + 1 < step:  # some outputs depend on no input
         return F.conv_transpose1d(x, weight, bias, stride, padding, output_padding, groups, dilation)
     y = _zeros(report, x, x.shape[0], channels, length)
     for start, stop in itertools.pairwise(edges):
-        first = max(0, -(-(start + pad - reach) // step))  # the first and the last input that matter
+        first = max(0, -(-(start + pad - reach) // step))  # the first and last input step of the slice
         last = min(x.shape[2] - 1, (stop - 1 + pad) // step)
         part = F.conv_transpose1d(x[..., first : last + 1], weight, bias, step, 0, 0, groups, gap)
         offset = pad - first * step
@@ -114,8 +115,8 @@ def _conv_transpose1d(
 
 
 def _lstm(report: Callable[[], None], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`torch.lstm` by slices along time, each of which begins with the state that the one before left."""
-    if kwargs or len(args) != 8 or not isinstance(args[1], list | tuple):  # that of packed sequences
+    """Computes `torch.lstm` in slices along time. Each begins with the state that the previous one left."""
+    if kwargs or len(args) != 8 or not isinstance(args[1], list | tuple):  # the variant for packed sequences
         return torch.lstm(x, *args, **kwargs)
     state, weights, biased, layers, dropout, training, both_ways, batch_first = args
     time = 1 if batch_first else 0
@@ -134,7 +135,10 @@ def _lstm(report: Callable[[], None], x: Tensor, *args: Any, **kwargs: Any) -> A
 
 
 def _elu(report: Callable[[], None], x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """`F.elu` piece by piece: on one thread the remainders lie where they do in the whole."""
+    """Computes `F.elu` in pieces.
+
+    On one thread, the elements that remain after the vector instructions are the same as without pieces.
+    """
     if inplace or not _divisible(x) or torch.get_num_threads() > 1:
         return F.elu(x, alpha, inplace)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -145,7 +149,7 @@ def _elu(report: Callable[[], None], x: Tensor, alpha: float = 1.0, inplace: boo
 
 
 def _add(report: Callable[[], None], x: Tensor, other: Any, **options: Any) -> Tensor:
-    """`x + other` piece by piece."""
+    """Computes `x + other` in pieces."""
     alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (x.shape, x.dtype)
     if options or not alike or not _divisible(x):
         return torch.add(x, other, **options)
@@ -159,7 +163,7 @@ def _add(report: Callable[[], None], x: Tensor, other: Any, **options: Any) -> T
 def _pad(
     report: Callable[[], None], x: Tensor, pad: Any, mode: str = "constant", value: float | None = None
 ) -> Tensor:
-    """`F.pad` with zeros along time, row by row."""
+    """Computes `F.pad` with zeros along time, row by row."""
     if not _divisible(x) or len(pad) != 2 or min(pad) < 0 or mode != "constant" or value:
         return F.pad(x, pad, mode, value)
     y = _zeros(report, x, *x.shape[:2], pad[0] + x.shape[2] + pad[1])
@@ -170,7 +174,11 @@ def _pad(
 
 
 def _zeros(report: Callable[[], None], like: Tensor, *shape: int) -> Tensor:
-    """A result to fill. Each page of it is written now: the first slice would do so: it reaches all rows."""
+    """Returns a zero tensor like `like`, for a result.
+
+    Writing it in pieces makes the system provide its memory in pieces too. Otherwise the first slice, which
+    writes to every row, would have to wait for all of it.
+    """
     y = like.new_empty(shape)
     for (part,) in _pieces(y):
         part.zero_()
@@ -179,12 +187,12 @@ def _zeros(report: Callable[[], None], like: Tensor, *shape: int) -> Tensor:
 
 
 def _divisible(x: Tensor) -> bool:
-    """Whether x is audio of many channels or steps that is worth taking apart."""
+    """Tells whether x is a signal [B, C, T] that is large enough for pieces."""
     return x.numel() > PIECE and x.ndim == 3
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The parts of [B, C, T] tensors of one shape that belong together."""
+    """Yields corresponding pieces of tensors [B, C, T] of the same shape."""
     if all(x.is_contiguous() for x in tensors):
         return zip(*(torch.split(x.view(-1), PIECE) for x in tensors), strict=True)
     return zip(*(x.unbind(1) for x in tensors), strict=True)
@@ -197,11 +205,11 @@ _IN_SLICES: dict[Any, Callable[..., Any]] = {
 
 
 def _edges(length: int, work: int) -> list[int]:
-    """Where to cut `length` steps of `work` multiplications each into about equal slices."""
+    """Returns the edges of about equal slices of `length` steps, of `work` multiplications each."""
     slices = max(1, min(length, length * work // SLICE_WORK))
     return [i * length // slices for i in range(slices + 1)]
 
 
 def _one(value: Any) -> int:
-    """PyTorch takes a number or a tuple of one."""
+    """Returns the number in an argument that is a number or a tuple of one."""
     return int(value[0] if isinstance(value, tuple | list) else value)

@@ -1,9 +1,8 @@
-"""T5's encoder: a prompt's tokens -> embeddings, as transformers' `T5EncoderModel` computes them.
+"""T5's encoder: computes embeddings of a prompt's tokens, as transformers' `T5EncoderModel` does.
 
-Importing that one takes longer than importing torch: it brings a training stack. The encoder itself is
-small and settled (Raffel et al. 2020, arXiv:1910.10683; gated feed-forward: Shazeer 2020,
-arXiv:2002.05202). Modules carry the names of the released weights, some of which are odd. The tokenizer
-is in `tokenizer.py`.
+transformers' class is not used, because its import takes longer than that of torch. The encoder is small and
+its definition will not change (Raffel et al. 2020, arXiv:1910.10683; gated feed-forward: Shazeer 2020,
+arXiv:2002.05202). Modules have the names of the released weights. The tokenizer is in `t5_tokenizer.py`.
 """
 
 import math
@@ -28,11 +27,15 @@ _EMBEDDING = "encoder.embed_tokens.weight"
 
 
 def load_t5(source: Path | TransformersPart, device: torch.device) -> "T5Encoder":
-    """The encoder in fp32, from its own folder or from inside a checkpoint.
+    """Loads the encoder in fp32.
+
+    Args:
+        source: a folder of transformers, or the T5 inside a checkpoint.
+        device: where the weights go.
 
     Raises:
-        WeightsError: there is no T5, it is a variant of it, its weights do not fit its configuration, or they
-            are not finite.
+        WeightsError: there is no T5, it is an unsupported variant, its weights do not fit its configuration,
+            or they are not finite.
     """
     if isinstance(source, TransformersPart):
         config, state, origin = source.config, source.state, source.origin
@@ -41,7 +44,7 @@ def load_t5(source: Path | TransformersPart, device: torch.device) -> "T5Encoder
         state = read_tensors(tensor_files(source, TRANSFORMERS_FILES))
     if config.get("model_type", "t5") != "t5":
         raise WeightsError(f"{origin} holds a {config['model_type']!r:.40}; the text encoder must be a 't5'.")
-    # One tensor under one or both of two names. The decoder, where there is one, is not needed.
+    # The embedding has one or both of two names. A decoder, if there is one, is not needed.
     own = {name: t for name, t in state.items() if name.startswith("encoder.") or name == _SHARED}
     embedding = own.pop(_EMBEDDING, None)
     if embedding is not None:
@@ -58,13 +61,14 @@ def load_t5(source: Path | TransformersPart, device: torch.device) -> "T5Encoder
 
 
 class T5Encoder(nn.Module):
-    """Layers of attention in both directions; positions are told by a bias that the layers share."""
+    """Transformer layers with attention in both directions, which share one relative position bias."""
 
     def __init__(
         self, *, vocab_size: int, d_model: int, d_kv: int, d_ff: int, num_layers: int, num_heads: int,
         relative_attention_num_buckets: int, relative_attention_max_distance: int,
         layer_norm_epsilon: float, feed_forward_proj: str,
     ) -> None:  # fmt: skip
+        """Makes the modules. The arguments are fields of transformers' configuration, checked already."""
         super().__init__()
         self.vocab_size, self.d_model = vocab_size, d_model
         self.max_distance = relative_attention_max_distance
@@ -77,19 +81,28 @@ class T5Encoder(nn.Module):
             for _ in range(num_layers)
         ]
         self.bias = (nn.Embedding(relative_attention_num_buckets, num_heads),)
-        blocks[0].attention["relative_attention_bias"] = self.bias[0]  # where the files have it
+        blocks[0].attention["relative_attention_bias"] = self.bias[0]  # its place in the files
         norm = _RmsNorm(d_model, layer_norm_epsilon)
         self.encoder = nn.ModuleDict({"block": nn.ModuleList(blocks), "final_layer_norm": norm})
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tick: Tick = no_tick
     ) -> torch.Tensor:
-        """[B, S], [B, S] (1: a token, 0: padding) -> [B, S, D]; `tick` counts blocks."""
+        """Computes the embeddings of tokens.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, S]; 1: a token, 0: padding.
+            tick: called with the number of finished blocks.
+
+        Returns:
+            [B, S, D].
+        """
         assert input_ids.shape == attention_mask.shape
         hidden: torch.Tensor = self.shared(input_ids)
-        # A number, not -inf, which would make a row without any token NaN.
-        unseen = torch.finfo(hidden.dtype).min
-        bias = torch.where(attention_mask[:, None, None].bool(), self._position_bias(input_ids), unseen)
+        # The lowest number and not -inf, which would make a row without tokens NaN.
+        masked = torch.finfo(hidden.dtype).min
+        bias = torch.where(attention_mask[:, None, None].bool(), self._position_bias(input_ids), masked)
         blocks: nn.ModuleList = self.encoder["block"]  # type: ignore[assignment]
         for index, block in enumerate(blocks):
             hidden = block(hidden, bias)
@@ -98,7 +111,7 @@ class T5Encoder(nn.Module):
         return encoded
 
     def _position_bias(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What each head adds for the distance from query to key, [1, H, S, S]."""
+        """Returns the bias of each head for the distance from query to key: [1, H, S, S]."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         distances = positions[None] - positions[:, None]  # [S, S]
         bias: torch.Tensor = self.bias[0](buckets(distances, self.bias[0].num_embeddings, self.max_distance))
@@ -106,10 +119,18 @@ class T5Encoder(nn.Module):
 
 
 def buckets(distances: torch.Tensor, count: int, max_distance: int) -> torch.Tensor:
-    """Distances -> which of `count` buckets; any shape.
+    """Maps distances from query to key to buckets, as Raffel et al. 2020 define them.
 
-    Half of them are for keys before the query, half for those after it. Of each half the first half is
-    for one distance each, the second for ranges that grow as a logarithm up to `max_distance`.
+    Half of the buckets are for keys before the query, half for keys after it. Of each half, the first half
+    has one bucket per distance; in the second half the logarithms of the distances are divided evenly.
+
+    Args:
+        distances: of any shape, int64.
+        count: how many buckets there are.
+        max_distance: the distance from which all are in the last bucket.
+
+    Returns:
+        Bucket numbers of the same shape, from 0.
     """
     half = count // 2
     exact = half // 2
@@ -120,24 +141,29 @@ def buckets(distances: torch.Tensor, count: int, max_distance: int) -> torch.Ten
 
 
 class _Block(nn.Module):
+    """One layer of the encoder: attention and feed-forward, each with a residual connection."""
+
     def __init__(self, attention: "_Attention", feed_forward: "_FeedForward") -> None:
         super().__init__()
         self.layer = nn.ModuleList([attention, feed_forward])
 
     @property
     def attention(self) -> nn.ModuleDict:
+        """The projections of the attention, by their names in the files."""
         attention = self.layer[0]
         assert isinstance(attention, _Attention)
         return attention.SelfAttention
 
     def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """[B, S, D], [B, H, S, S] -> [B, S, D]"""
+        """Applies the layer: hidden [B, S, D] and bias [B, H, S, S] -> [B, S, D]."""
         hidden = hidden + self.layer[0](hidden, bias)
         added: torch.Tensor = self.layer[1](hidden)
         return hidden + added
 
 
 class _Attention(nn.Module):
+    """Multi-head attention without scaling of the products, after a norm."""
+
     def __init__(self, dim: int, heads: int, head_dim: int, epsilon: float) -> None:
         super().__init__()
         inner = heads * head_dim
@@ -147,6 +173,7 @@ class _Attention(nn.Module):
         self.layer_norm = _RmsNorm(dim, epsilon)
 
     def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Applies the attention: hidden [B, S, D] and bias [B, H, S, S] -> [B, S, D]."""
         hidden = self.layer_norm(hidden)
         own = self.SelfAttention
         query, key, value = (
@@ -159,15 +186,18 @@ class _Attention(nn.Module):
 
 
 class _FeedForward(nn.Module):
-    def __init__(self, dim: int, inner: int, kind: str, epsilon: float) -> None:
+    """The feed-forward part, after a norm: ReLU, or GELU with a gate if `activation` is `gated-gelu`."""
+
+    def __init__(self, dim: int, inner: int, activation: str, epsilon: float) -> None:
         super().__init__()
-        self.gated = kind == "gated-gelu"
+        self.gated = activation == "gated-gelu"
         names = ("wi_0", "wi_1") if self.gated else ("wi",)
         self.DenseReluDense = nn.ModuleDict({name: nn.Linear(dim, inner, bias=False) for name in names})
         self.DenseReluDense["wo"] = nn.Linear(inner, dim, bias=False)
         self.layer_norm = _RmsNorm(dim, epsilon)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Applies the part: [B, S, D] -> [B, S, D]."""
         hidden = self.layer_norm(hidden)
         own = self.DenseReluDense
         if self.gated:
@@ -179,7 +209,7 @@ class _FeedForward(nn.Module):
 
 
 class _RmsNorm(nn.Module):
-    """Divides by the root mean square; no mean is taken off."""
+    """Divides by the root mean square over the last dimension, and scales; the mean is not subtracted."""
 
     def __init__(self, dim: int, epsilon: float) -> None:
         super().__init__()
@@ -187,4 +217,5 @@ class _RmsNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalizes: [B, S, D] -> [B, S, D]."""
         return self.weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.epsilon))

@@ -1,4 +1,4 @@
-"""T5's tokenizer, which is transformers', around files that a stranger may have written."""
+"""Loads transformers' T5 tokenizer from files that are not trusted, and checks its tokens."""
 
 import base64
 from collections.abc import Iterator
@@ -18,51 +18,55 @@ BESIDE_TOKENIZER = (_CONFIG, "special_tokens_map.json", "added_tokens.json")
 
 
 class PromptTokenizer:
-    """transformers' `T5Tokenizer`, whose tokens are ones that the encoder has an embedding of."""
+    """transformers' `T5Tokenizer`, with a check that the encoder knows every token."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, origin: str) -> None:
-        """
+        """Wraps a tokenizer, and tries it with a short text.
+
         Args:
-            vocabulary: how many tokens the encoder has an embedding of.
+            tokenizer: transformers' tokenizer.
+            vocabulary: the number of tokens that the encoder knows.
             origin: where the tokenizer was read from, for messages.
 
         Raises:
-            WeightsError: it knows tokens that the encoder does not, or fails on a short text.
+            WeightsError: it has tokens that the encoder does not know, or fails on the text.
         """
         self._tokenizer, self._vocabulary, self._origin = tokenizer, vocabulary, origin
-        with _understood(origin):
-            greatest = max(tokenizer.get_vocab().values(), default=0)
-        self._check(greatest)
+        with _mapped_errors(origin):
+            largest = max(tokenizer.get_vocab().values(), default=0)
+        self._check(largest)
         self(["a melody", ""], return_tensors="pt", padding=True)
 
     def __call__(self, texts: list[str], **options: Any) -> Any:
-        """Texts -> `input_ids` and `attention_mask`, as transformers' tokenizer takes and gives them.
+        """Tokenizes texts to `input_ids` and `attention_mask`; takes the options of transformers' tokenizer.
 
         Raises:
-            WeightsError: the tokenizer fails on them, or makes tokens that the encoder does not know.
+            WeightsError: the tokenizer fails, or its tokens are unknown to the encoder.
         """
-        with _understood(self._origin):
+        with _mapped_errors(self._origin):
             tokens = self._tokenizer(texts, **options)
-            greatest = int(tokens["input_ids"].max())
-        self._check(greatest)
+            largest = int(tokens["input_ids"].max())
+        self._check(largest)
         return tokens
 
-    def _check(self, greatest: int) -> None:
-        if greatest >= self._vocabulary:
+    def _check(self, largest: int) -> None:
+        """Checks that the encoder knows the token with the largest number."""
+        if largest >= self._vocabulary:
             raise WeightsError(
-                f"{self._origin} has a tokenizer with the token {greatest}; the text encoder knows "
+                f"{self._origin} has a tokenizer with the token {largest}; the text encoder knows "
                 f"{self._vocabulary} tokens, numbered from 0."
             )
 
 
 def load_tokenizer(folder: Path, vocabulary: int) -> PromptTokenizer:
-    """T5's tokenizer in a folder of transformers.
+    """Loads T5's tokenizer from a folder of transformers. Never uses the network.
 
     Args:
-        vocabulary: how many tokens the encoder has an embedding of.
+        folder: the folder.
+        vocabulary: the number of tokens that the encoder knows.
 
     Raises:
-        WeightsError: there is none, it cannot be read, or it does not fit the encoder.
+        WeightsError: there is no tokenizer, it cannot be read, or it does not fit the encoder.
     """
     _check_files(folder)
     config = folder / _CONFIG
@@ -71,19 +75,19 @@ def load_tokenizer(folder: Path, vocabulary: int) -> PromptTokenizer:
     _check_charsmap(folder / TOKENIZER_FILES[0])
     from transformers import T5Tokenizer
 
-    with _understood(str(folder)):
+    with _mapped_errors(str(folder)):
         tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
     return PromptTokenizer(tokenizer, vocabulary, str(folder))
 
 
 def _check_files(folder: Path) -> None:
-    """Looks at the files before transformers does.
+    """Checks the files before transformers reads them.
 
     Raises:
         WeightsError: there is no tokenizer, one of its files is damaged, or one names files elsewhere.
     """
     present = [folder / name for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZER) if is_there(folder / name)]
-    if not any(path.name in TOKENIZER_FILES for path in present):  # transformers would make one up
+    if not any(path.name in TOKENIZER_FILES for path in present):  # transformers would make an empty one
         raise WeightsError(f"{folder} holds no tokenizer: {' or '.join(TOKENIZER_FILES)} is one.")
     for path in present:
         check_not_damaged(path)
@@ -95,10 +99,12 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_charsmap(file: Path) -> None:
-    """SentencePiece's table of characters says its own length first, and so much memory is asked for.
+    """Checks the length that SentencePiece's table of characters claims.
+
+    The table begins with its length, and the library allocates as much memory before it reads the table.
 
     Raises:
-        WeightsError: there is less of it, or the file is no tokenizer's.
+        WeightsError: the table is shorter than it claims, or the file does not hold a tokenizer.
     """
     if not file.is_file():
         return
@@ -108,18 +114,21 @@ def _check_charsmap(file: Path) -> None:
         table = step.get("precompiled_charsmap") if isinstance(step, dict) else None
         if table is None:
             continue
-        with _understood(str(file)):
+        with _mapped_errors(str(file)):
             content = base64.b64decode(table)
         if int.from_bytes(content[:4], "little") > len(content):
             raise WeightsError(f"{file} does not hold T5's tokenizer: its precompiled_charsmap is cut short.")
 
 
 @contextmanager
-def _understood(origin: str) -> Iterator[None]:
-    """Whatever transformers raises over a file is the file's fault, and so is a panic of its Rust library.
+def _mapped_errors(origin: str) -> Iterator[None]:
+    """Context manager that turns errors of transformers, and panics of its Rust library, into a WeightsError.
 
-    A panic is a BaseException, which would get past every handler up to the client. Its class has no
-    importable name.
+    A panic is a BaseException, which no handler up to the client would catch. Its class cannot be imported,
+    so it is recognized by its name.
+
+    Raises:
+        WeightsError: for every such error.
     """
     try:
         yield

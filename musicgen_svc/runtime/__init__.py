@@ -1,1 +1,1 @@
-"""What requests share while they run: queues, progress, random state, threads, files."""
+"""What requests share while they run: queues, progress, random state, threads and files."""

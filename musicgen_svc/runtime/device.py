@@ -1,15 +1,18 @@
-"""The device that models run on: which one it is, and whether an error means that its memory is used up."""
+"""Chooses the device that models run on, and recognizes the errors that mean that its memory is used up."""
 
 import torch
 
 from musicgen_svc.errors import ServiceError
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
-"""The words of torch's allocator on a CPU, of CUDA and Triton, and of CUDA's libraries."""
+"""Words in the messages of torch's allocator on a CPU, of CUDA and Triton, and of CUDA's libraries."""
 
 
 def find_device(name: str) -> torch.device:
-    """The device with this name, a GPU with its index. `auto` is the first GPU, else the CPU.
+    """Returns the device with this name; a GPU always has an index.
+
+    Args:
+        name: `cpu`, `cuda`, `cuda:<number>`, or `auto`: the first GPU, else the CPU.
 
     Raises:
         ServiceError: there is no such device, or it cannot be used.
@@ -45,25 +48,26 @@ def find_device(name: str) -> torch.device:
 
 
 def use_device(device: torch.device) -> None:
-    """Makes a GPU the calling thread's own.
+    """Makes a GPU the current device of the calling thread. Does nothing for a CPU.
 
-    Each thread begins with the first GPU, and Triton launches on the thread's GPU, not on a tensor's.
+    A new thread's current device is the first GPU, and Triton launches on the current device, not on that of
+    its tensors.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
-    """Whether an error means that there was no memory, on whichever device."""
-    # What asks past torch's allocator on a GPU fails with a plain RuntimeError or an AcceleratorError.
+    """Tells whether an error means that a device, or the host, had no memory left."""
+    # On a GPU, memory that torch's allocator does not manage fails with a RuntimeError or AcceleratorError.
     return isinstance(exc, torch.OutOfMemoryError | MemoryError) or (
         isinstance(exc, RuntimeError) and any(words in str(exc) for words in _OUT_OF_MEMORY)
     )
 
 
 def _gpu_fault() -> str | None:
-    """Why PyTorch cannot use a GPU that is there, such as an old driver. None: there is no GPU."""
-    if not torch.cuda.device_count():  # which asks the driver's library, and not CUDA
+    """Returns why PyTorch cannot use a GPU that is there, such as an old driver, or None."""
+    if not torch.cuda.device_count():  # asks the driver's library and does not need CUDA
         return None
     try:
         torch.cuda.current_device()

@@ -1,7 +1,7 @@
-"""What becomes of a request's error: a sentence for the client, and its cause for the log.
+"""Turns a request's error into a sentence for the client and an entry in the server's log.
 
-A prediction's own log lines are part of Cog's reply. A traceback names folders of the server, so it goes to
-the server's log alone; both logs hold a number by which the operator finds one from the other.
+A prediction's own log lines are part of Cog's reply. A traceback names folders of the server, so it goes only
+to the server's log. Both logs hold the same number, by which the operator finds the traceback.
 """
 
 import contextvars
@@ -13,14 +13,14 @@ from musicgen_svc.errors import ServiceError, WeightsError
 
 
 def log_failure(exc: Exception) -> None:
-    """Prints an error with its causes into the server's log, and its number into the prediction's."""
+    """Prints an error with its causes to the server's log, and its number to the prediction's log."""
     number = uuid.uuid4().hex[:8]
     print(f"failure {number}: the server's log has the cause")
     lines = "".join(traceback.format_exception(exc))
-    # Cog tells by the context which prediction a line belongs to: to none, in a new one.
+    # Cog assigns lines to predictions by their context variables; a new context belongs to no prediction.
     contextvars.Context().run(print, f"failure {number}:\n{lines}", file=sys.stderr, flush=True)
 
 
 def for_client(exc: ServiceError) -> ServiceError:
-    """The error as the client may read it: the sentence that it has for that, and no cause."""
+    """Returns the error that the client may read: the sentence meant for clients, without a cause."""
     return WeightsError(exc.for_client) if isinstance(exc, WeightsError) else exc.with_traceback(None)

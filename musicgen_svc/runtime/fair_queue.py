@@ -1,7 +1,7 @@
 """A fair queue for threads that must stay cancellable while they wait.
 
-It serves three purposes: the device, which one thread uses at a time and yields between pieces of its
-work; the slots of the engine; and the language model, which all holders share that want the same one.
+It has three uses: the device, which one thread uses at a time and yields between pieces of its work; the
+engine's slots; and the language model, which requests for the same model share.
 """
 
 import threading
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from musicgen_svc.runtime.ticks import Check
 
 POLL_S = 0.1
-"""How often a waiting thread looks whether it must give up."""
+"""How often a waiting thread calls `check`."""
 TURN_S = 0.1
-"""How long a holder keeps its turn while others wait, if its work can be interrupted."""
+"""After how long a holder yields its turn if others wait, and if its work can be interrupted."""
 
 
 class Turn:
-    """One thread's position in the queue and, once it has been acquired, its turn."""
+    """One thread's position in the queue and, once acquired, its right to use the resource."""
 
     def __init__(self, queue: "FairQueue", group: Hashable) -> None:
         self.group = group
@@ -27,21 +27,21 @@ class Turn:
         self._since_s = 0.0
 
     def wait(self, check: Check) -> None:
-        """Blocks until the turn has been acquired. `check` is called meanwhile, and may raise."""
+        """Blocks until the turn is acquired. Calls `check` every 0.1 s, which may raise to give up."""
         while not self.acquired.wait(POLL_S):
             check()
         self._since_s = time.monotonic()
 
     @property
     def over(self) -> bool:
-        """Whether the turn has lasted its time and others wait."""
+        """Whether the turn has lasted `TURN_S` and other threads wait."""
         return time.monotonic() - self._since_s >= TURN_S and self._queue.crowded
 
     def yield_turn(self, check: Check) -> None:
         """Moves to the end of the queue, and returns when the turn has been acquired again.
 
-        If `check` raises, this thread gets the very next turn and the error comes out within it: what the
-        error unwinds was begun in a turn and has to end in one.
+        If `check` raises, this thread acquires the next turn before the error is raised on: the code that the
+        error unwinds holds the resource, and may use it to clean up.
         """
         self._queue.move_back(self)
         try:
@@ -52,16 +52,16 @@ class Turn:
             raise
 
     def join_group(self, group: Hashable) -> None:
-        """Belongs to this group from now on: those of the group that are next in the queue need not wait."""
+        """Moves the turn to another group, and admits the waiting threads that may now share the resource."""
         self.group = group
         self._queue.admit()
 
 
 class FairQueue:
-    """Admits at most `at_once` holders, all of one group, in the order in which they asked.
+    """A queue that admits at most `at_once` holders at a time, all of one group, in order of arrival.
 
-    The holders are the head of the queue, as far as it is of the first one's group. A thread of another group
-    waits until all before it have left, and every thread that comes later waits behind it.
+    The holders are at the head of the queue, and all of them belong to the group of the first one. A thread
+    of another group waits until all threads before it have left, and every later thread waits behind it.
     """
 
     def __init__(self, at_once: int) -> None:
@@ -71,7 +71,12 @@ class FairQueue:
 
     @contextmanager
     def acquire(self, check: Check, group: Hashable = None) -> Iterator[Turn]:
-        """Holds a turn. `check` is called every 0.1 s until it comes, and may raise to give up."""
+        """Context manager that waits for a turn and holds it.
+
+        Args:
+            check: called every 0.1 s while waiting; may raise to give up.
+            group: holders at the same time have equal groups.
+        """
         turn = Turn(self, group)
         with self._lock:
             self._turns.append(turn)
@@ -82,7 +87,10 @@ class FairQueue:
 
     @contextmanager
     def acquire_next(self) -> Iterator[Turn]:
-        """Holds the very next turn, for what takes no time and cannot be given up."""
+        """Context manager that waits for the next turn, before all others, and holds it.
+
+        For short work that must not be given up.
+        """
         turn = Turn(self, None)
         with self._lock:
             self._turns.append(turn)
@@ -93,18 +101,18 @@ class FairQueue:
 
     @property
     def crowded(self) -> bool:
-        """Whether any thread waits."""
+        """Whether any thread is waiting."""
         with self._lock:
             return self._holders() < len(self._turns)
 
     @property
     def length(self) -> int:
-        """How many threads hold a turn or wait for one."""
+        """The number of threads that hold a turn or wait for one."""
         with self._lock:
             return len(self._turns)
 
     def admit(self) -> None:
-        """Gives a turn to every thread at the head of the queue that may have one."""
+        """Admits every thread at the head of the queue that may hold a turn."""
         with self._lock:
             for turn in self._turns[: self._at_once]:
                 if turn.group != self._turns[0].group:
@@ -112,7 +120,7 @@ class FairQueue:
                 turn.acquired.set()
 
     def move_back(self, turn: Turn) -> None:
-        """Makes a holder wait again, behind all others."""
+        """Moves a holder to the end of the queue, where it waits again."""
         with self._lock:
             turn.acquired.clear()
             self._turns.remove(turn)
@@ -120,7 +128,7 @@ class FairQueue:
             self.admit()
 
     def move_forward(self, turn: Turn) -> None:
-        """Moves a waiting turn before all others that wait."""
+        """Moves a waiting turn in front of all other waiting turns. Does nothing to a holder."""
         with self._lock:
             if not turn.acquired.is_set():
                 self._turns.remove(turn)
@@ -129,7 +137,7 @@ class FairQueue:
 
     @contextmanager
     def _leaving(self, turn: Turn) -> Iterator[None]:
-        """Removes the turn from the queue at the end, however that comes."""
+        """Context manager that removes the turn from the queue at the end, also after an error."""
         try:
             yield
         finally:
@@ -138,4 +146,5 @@ class FairQueue:
                 self.admit()
 
     def _holders(self) -> int:
+        """Returns how many turns are acquired."""
         return sum(turn.acquired.is_set() for turn in self._turns)

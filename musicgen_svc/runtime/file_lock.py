@@ -1,4 +1,4 @@
-"""A lock between processes that share a folder: it ends with the process that holds it."""
+"""A lock between processes that share a folder. It is released at the latest when its process ends."""
 
 import errno
 import fcntl
@@ -11,12 +11,17 @@ _NO_LOCKS = {errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS}
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds the lock at `path`, a file that stays there; gives whether it is held.
+    """Context manager that holds a lock, and yields whether it really holds it.
 
-    It is not if the file system has no locks, or if another process or thread holds it and `wait` is false.
+    It does not if the file system has no locks, or if another process or thread holds the lock and `wait` is
+    false.
+
+    Args:
+        path: the lock's file, which is created and stays there.
+        wait: whether to wait for another holder.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the lock's file cannot be written.
     """
     with path.open("ab") as file:
         try:

@@ -1,7 +1,8 @@
-"""Where outputs lie until Cog has sent them: one folder a server, in it one folder a request.
+"""Folders for output files until Cog has sent them: one folder per server, in it one folder per request.
 
-Cog does not delete the file that `run()` returns. A request's folder goes a grace period after its
-end, a server's when it stops, and what a killed server left when the next one starts.
+Cog does not delete the file that `run()` returns. A request's folder is removed a grace period after the
+request ended, the server's folder when the server stops. What a killed server left behind is removed when the
+next server starts.
 """
 
 import atexit
@@ -18,48 +19,54 @@ _LOCK = "lock"
 
 
 class WorkFolder:
-    """The server's own folder; nobody else's files are ever touched."""
+    """The server's own folder. Files of others are never removed, except the folders of dead servers."""
 
     def __init__(self, parent: Path | None = None) -> None:
+        """Creates the folder in `parent`; None: in the system's temporary folder.
+
+        Raises:
+            OSError: it cannot be created.
+        """
         self._parent = parent or Path(tempfile.gettempdir())
         self._making = threading.Lock()
         self._make()
         atexit.register(self.remove)
 
     def _make(self) -> None:
+        """Creates and locks the folder, after removing those of dead servers."""
         self._parent.mkdir(parents=True, exist_ok=True)
         _sweep(self._parent)
         unlocked = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=self._parent))
-        self._lock = (unlocked / _LOCK).open("w")  # held as long as this process lives
+        self._lock = (unlocked / _LOCK).open("w")  # locked as long as this process lives
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        # Under its name, where a neighbour looks for dead servers' folders, it is locked already.
+        # Other servers look for dead servers' folders under the final name; there this one is locked already.
         self._path = unlocked.rename(self._parent / unlocked.name.removeprefix("."))
 
     @property
     def path(self) -> Path:
-        """Where the server's requests have their folders."""
+        """The folder that holds the folders of the requests."""
         return self._path
 
     def new_request(self) -> Path:
-        """An empty folder that belongs to one request.
+        """Creates and returns an empty folder for one request.
 
         Raises:
-            GenerationError: the disk is full, or nothing may be written there.
+            GenerationError: the disk is full, or the folder is not writable.
         """
         try:
             with self._making:
-                if not self._path.is_dir():  # a temporary folder is cleared of what is old
+                if not self._path.is_dir():  # the system may have removed old temporary files
                     self._lock.close()
                     self._make()
             return Path(tempfile.mkdtemp(dir=self._path))
         except OSError as exc:
-            reason = exc.strerror or type(exc).__name__  # its own text names the folder
+            reason = exc.strerror or type(exc).__name__  # the full message names the folder
             raise GenerationError(
-                f"The server cannot write where outputs lie ({reason}); see MUSICGEN_WORK_DIR."
+                f"The server cannot write its output files ({reason}); see MUSICGEN_WORK_DIR."
             ) from exc
 
     def release(self, request_folder: Path, after_s: float = 0.0) -> None:
-        """Removes a request's folder, now or after a grace period."""
+        """Removes a request's folder, now or `after_s` seconds later."""
         if after_s <= 0:
             shutil.rmtree(request_folder, ignore_errors=True)
             return
@@ -68,23 +75,27 @@ class WorkFolder:
         timer.start()
 
     def remove(self) -> None:
+        """Removes the server's folder and releases its lock."""
         _remove(self._path)
         self._lock.close()
 
 
 def _sweep(parent: Path) -> None:
-    """Removes the folders of servers that died without doing so: nobody holds their lock."""
+    """Removes the folders of dead servers, whose locks nobody holds."""
     for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
         try:
             with lock.open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(lock.parent)
         except OSError:
-            continue  # another server's, alive or another user's
+            continue  # the folder of a running server, or of another user
 
 
 def _remove(folder: Path) -> None:
-    """The lock at last: without it the rest would be nobody's, if this process were killed over it."""
+    """Removes a server's folder, and its lock last.
+
+    If this process is killed in between, the next sweep recognizes the rest of the folder by the lock.
+    """
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name != _LOCK:
             shutil.rmtree(entry, ignore_errors=True)

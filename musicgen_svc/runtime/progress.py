@@ -1,7 +1,7 @@
-"""What a running request tells the world, and how the world stops it.
+"""A running request's progress bar and stage times, and the flag that stops it.
 
-Everything below the pipeline reports through a `Tick`, and a tick may raise: that is how a
-cancelled or overdue request unwinds, from wherever it is.
+All long work below the pipeline calls a `Tick`. A tick raises when the request was cancelled or has run too
+long, and the error unwinds the request from wherever it is.
 """
 
 import sys
@@ -17,20 +17,21 @@ from musicgen_svc.runtime.ticks import Tick
 
 
 class StopFlag:
-    """One request's end from outside: cancelled by the client, or out of time."""
+    """Tells a request when it must end: the client cancelled it, or its time is over."""
 
     def __init__(self, limit_s: float) -> None:
+        """`limit_s`: the request's longest running time in seconds, without the time in which it waits."""
         self._cancelled = threading.Event()
         self._limit_s = limit_s
         self._started_s: float | None = None
 
     def start_clock(self) -> None:
-        """The wall-clock limit counts from here: waiting for the device is not the request's fault."""
+        """Starts the clock of the time limit. Called after queueing, which does not count."""
         self._started_s = time.monotonic()
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Waiting for another request does not count either."""
+        """Context manager that stops the clock while the request waits for other requests."""
         started_s, self._started_s = self._started_s, None
         began_s = time.monotonic()
         try:
@@ -40,14 +41,16 @@ class StopFlag:
                 self._started_s = started_s + time.monotonic() - began_s
 
     def cancel(self) -> None:
+        """Makes the next `check` raise `Stopped`. May be called from any thread."""
         self._cancelled.set()
 
     @property
     def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
         return self._cancelled.is_set()
 
     def check(self) -> None:
-        """Raises when the request must end.
+        """Raises if the request must end; otherwise does nothing.
 
         Raises:
             Stopped: the client cancelled or hung up.
@@ -63,16 +66,21 @@ class StopFlag:
 
 
 class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
-    """tqdm's, on its own: it moves the cursor for no other bar, and no thread of tqdm's draws it."""
+    """A tqdm bar that leaves room for no other bar, and that no monitor thread of tqdm redraws."""
 
     monitor_interval = 0
 
 
 class Progress:
-    """One bar from 0 to 100 % over all stages of a request, in the log as tqdm prints it."""
+    """One tqdm bar from 0 to 100 % over all stages of a request, printed to the log."""
 
     def __init__(self, weights: Mapping[str, float], stop: StopFlag) -> None:
-        """`weights`: the stages in order, with the share of the whole time that each is expected to take."""
+        """Opens the bar.
+
+        Args:
+            weights: the stages in order, with the share of the whole time that each is expected to take.
+            stop: is checked at every tick.
+        """
         self._stop = stop
         self._total = sum(weights.values())
         self._weights = dict(weights)
@@ -87,18 +95,21 @@ class Progress:
         )
 
     def check(self) -> None:
-        """Raises when the request must end, see `StopFlag.check`."""
+        """Raises if the request must end, see `StopFlag.check`."""
         self._stop.check()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The stage `queue`: the request waits for others, and its clock is stopped."""
+        """Context manager of the stage `queue`, in which the request waits and its clock is stopped."""
         with self.stage("queue"), self._stop.clock_stopped():
             yield
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Tick]:
-        """Times a stage and hands out its tick. Stages left out or repeated never move the bar back."""
+        """Context manager that measures a stage and yields its tick.
+
+        A stage may be left out or repeated; the bar never moves back.
+        """
         weight = self._weights.pop(name, 0.0)
         self._stop.check()
         if name != self._bar.desc:
@@ -119,13 +130,14 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Closes the bar: at 100 % if all went well, else where it stands."""
-        if kind is None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Closes the bar: at 100 % if there was no error, else where it is."""
+        if error is None:
             self._show(self._total)
         self._bar.close()
 
     def _show(self, reached: float) -> None:
+        """Moves the bar to `reached`, in units of the weights, unless it is there already."""
         percent = int(100 * reached / self._total + 1e-9)
         if percent > self._bar.n:
             self._bar.update(percent - self._bar.n)

@@ -1,4 +1,7 @@
-"""Third parties draw from Python's and torch's global generators: pinned and restored around them."""
+"""Pins the global random generators of Python and torch around code that draws from them.
+
+Demucs and audiocraft's diffusion draw from these generators and take no generator as an argument.
+"""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class _Streams:
-    """Where the three global generators stand."""
+    """The states of the three global generators."""
 
     python: tuple[Any, ...]
     cpu: torch.Tensor
@@ -19,16 +22,23 @@ class _Streams:
 
 
 class GlobalRandom:
-    """The global generators as one request sees them.
+    """The random streams of one request, for code that draws from the global generators.
 
-    Inside `pinned()` they continue this request's own streams; outside they are as they were. What
-    one request draws therefore depends on its seed alone, whatever ran before or runs between.
+    Inside `pinned()` the global generators continue the request's own streams; at its end they get back the
+    states that they had before. What a request draws therefore depends on its seed alone, and not on what
+    runs before it or in between.
 
-    The generators are the process's, so that one thread at a time may be inside. It steps out with
-    `unpinned()` where it lets another one go first.
+    The generators belong to the process, so only one thread at a time may be inside `pinned()`. A thread that
+    yields the device inside it does so within `unpinned()`.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
+        """Seeds the request's streams, as `random.seed` and `torch.manual_seed` would.
+
+        Args:
+            seed: of all three streams.
+            device: the GPU whose generator is pinned too, or a CPU.
+        """
         self._device = device
         self._own = _Streams(
             random.Random(seed).getstate(),
@@ -39,6 +49,7 @@ class GlobalRandom:
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
+        """Context manager in which the global generators continue the request's streams."""
         assert self._outside is None, "pinned twice"
         self._outside = self._now()
         self._set(self._own)
@@ -51,7 +62,10 @@ class GlobalRandom:
 
     @contextmanager
     def unpinned(self) -> Iterator[None]:
-        """What another thread finds is what was there before `pinned()`; nothing, outside of it."""
+        """Context manager in which the global generators have the states from before `pinned()`.
+
+        Does nothing outside of `pinned()`.
+        """
         if self._outside is None:
             yield
             return
@@ -64,6 +78,7 @@ class GlobalRandom:
             self._set(inside)
 
     def _now(self) -> _Streams:
+        """Returns the states of the global generators."""
         return _Streams(
             random.getstate(),
             torch.get_rng_state(),
@@ -71,6 +86,7 @@ class GlobalRandom:
         )
 
     def _set(self, streams: _Streams) -> None:
+        """Sets the states of the global generators."""
         random.setstate(streams.python)
         torch.set_rng_state(streams.cpu)
         if streams.cuda is not None:

@@ -1,4 +1,4 @@
-"""The two callbacks of all long work: one reports progress, both may raise to end the request."""
+"""The two callbacks of all long work. One reports progress; both may raise to end the request."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,8 @@ request."""
 
 
 def no_tick(done: int, total: int) -> None:
-    """Reports to nobody, and ends nothing."""
+    """A tick that reports nothing and never raises."""
 
 
 def no_check() -> None:
-    """Ends nothing."""
+    """A check that never raises."""

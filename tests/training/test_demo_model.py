@@ -1,4 +1,4 @@
-"""The bundled demo model plays what it is asked for: `benchmarks/results/demo-8songs.json`, in short."""
+"""The demo model plays what a request asks for: `benchmarks/results/demo-8songs.json` in a short form."""
 
 import warnings
 from pathlib import Path
@@ -10,7 +10,7 @@ import musicgen_svc.audiocraft_compat  # noqa: F401  (before audiocraft)
 from tests.fixtures import tiny_weights
 from training.captions import EVALUATED_TIMBRE_ONLY, EVALUATED_UNNAMED
 from training.evaluation import Player, rendered
-from training.scoring import TimbreClassifier, agreement, best_match, goes_on_right, songs
+from training.scoring import TimbreClassifier, agreement, best_match, continues_correctly, songs
 from training.synth import BEAT_FRAMES, HOP, SAMPLE_RATE, TIMBRES
 from training.tunes import SONGS
 
@@ -32,21 +32,21 @@ def test_it_fits_into_eight_megabytes():
 def test_its_codec_plays_the_whole_song_in_tune(player, index):
     song, timbre = SONGS[index], list(TIMBRES)[index % 3]
     wav = rendered(song.notes, timbre, round(song.beats * BEAT_FRAMES * HOP / SAMPLE_RATE))
-    heard = player.play(model_version="encode-decode", input_audio=player.clip(wav))
-    assert agreement(heard, song.notes) > 0.94
+    output = player.play(model_version="encode-decode", input_audio=player.clip(wav))
+    assert agreement(output, song.notes) > 0.94
 
 
 @pytest.mark.parametrize("timbre", TIMBRES)
 def test_its_multi_band_diffusion_plays_in_tune(player, timbre):
     wav = rendered(SONGS[0].notes, timbre, 5)
-    heard = player.play(
+    output = player.play(
         model_version="encode-decode", multi_band_diffusion=True, input_audio=player.clip(wav), seed=5
     )
-    assert agreement(heard, SONGS[0].notes) > 0.6
+    assert agreement(output, SONGS[0].notes) > 0.6
 
 
 def test_a_prompt_names_song_and_timbre(player):
-    hear = TimbreClassifier()
+    classify = TimbreClassifier()
     asked = [
         (song, timbre) for song, timbre in zip(SONGS[:6], ["harp", "music box", "piano"] * 2, strict=True)
     ]
@@ -57,22 +57,22 @@ def test_a_prompt_names_song_and_timbre(player):
     assert (
         sum(best_match(w, songs()).name == song.name for w, (song, _) in zip(played, asked, strict=True)) >= 5
     )
-    assert sum(hear(w) == timbre for w, (_, timbre) in zip(played, asked, strict=True)) >= 5
+    assert sum(classify(w) == timbre for w, (_, timbre) in zip(played, asked, strict=True)) >= 5
 
 
-def test_it_follows_a_melody_that_no_word_names_in_another_timbre(player):
-    hear = TimbreClassifier()
+def test_it_follows_an_unnamed_melody_in_another_timbre(player):
+    classify = TimbreClassifier()
     right = 0
     for song in SONGS[:4]:
         clip = player.clip(rendered(song.notes, "piano", 8))
         wav = player.play(
             prompt=EVALUATED_TIMBRE_ONLY[0].format(timbre="music box"), input_audio=clip, seed=5
         )
-        right += best_match(wav, songs()).name == song.name and hear(wav) == "music box"
+        right += best_match(wav, songs()).name == song.name and classify(wav) == "music box"
     assert right >= 3
 
 
-def test_it_goes_on_where_a_clip_ends_though_no_word_names_the_song(player):
+def test_it_continues_a_clip_of_an_unnamed_song(player):
     start_s = 3
     right = 0
     for song in SONGS[:4]:
@@ -80,12 +80,12 @@ def test_it_goes_on_where_a_clip_ends_though_no_word_names_the_song(player):
         wav = player.play(
             prompt=EVALUATED_UNNAMED, input_audio=clip, continuation=True, continuation_start=start_s, seed=5
         )
-        goes_on_at = (start_s + 5) * SAMPLE_RATE // HOP
-        right += goes_on_right(wav[5 * SAMPLE_RATE :], song.name, goes_on_at, songs())
+        clip_end = (start_s + 5) * SAMPLE_RATE // HOP
+        right += continues_correctly(wav[5 * SAMPLE_RATE :], song.name, clip_end, songs())
     assert right >= 3
 
 
-def test_guidance_holds_to_the_prompt_where_draws_are_wild(player):
+def test_guidance_improves_the_agreement_with_the_prompt_at_a_high_temperature(player):
     def agreements(guidance):
         asked = {"classifier_free_guidance": guidance, "temperature": 1.5, "duration": 6, "seed": 5}
         return [
@@ -118,9 +118,9 @@ def test_audiocraft_itself_loads_it_and_draws_the_same_tokens(tmp_path, monkeypa
 
     loader = Loader(Weights.at(DEMO.parent, read_catalog(), str(DEMO)), torch.device("cpu"), Settings())
     model = loader.model("finetuned")
-    score = prepare(
+    plan = prepare(
         model, prompt="jingle bells on a harp", frames=100, melody=None, clip_tokens=None,
         random=GlobalRandom(3, torch.device("cpu")),
     )  # fmt: skip
-    tokens, _ = generate(model, score, SamplingParams(), torch.Generator().manual_seed(3))
+    tokens, _ = generate(model, plan, SamplingParams(), torch.Generator().manual_seed(3))
     assert torch.equal(tokens, expected)

@@ -1,4 +1,4 @@
-"""What is written: bytes, tags and lengths; and that a failed write leaves nothing and says why."""
+"""Written files have the right samples, tags and lengths; a failed write leaves no file and says why."""
 
 import shutil
 import subprocess
@@ -33,7 +33,7 @@ def sound(channels: int = 1, duration_s: float = 1.3) -> torch.Tensor:
 
 
 def decoded(path: Path) -> tuple[np.ndarray, int]:
-    """[C, T] and rate, by FFmpeg, which honours mp3's gapless header."""
+    """Decodes a file with FFmpeg, which removes an mp3's padding: samples [C, T] and the sample rate."""
     with av.open(str(path)) as container:
         planar = [
             part.to_ndarray()
@@ -47,7 +47,9 @@ def decoded(path: Path) -> tuple[np.ndarray, int]:
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("rate", [32_000, 44_100, 48_000])
 @pytest.mark.parametrize("length", [1, 500, 40_001])
-def test_what_was_given_comes_back(tmp_path: Path, kind: str, channels: int, rate: int, length: int) -> None:
+def test_a_written_file_has_the_samples_that_were_given(
+    tmp_path: Path, kind: str, channels: int, rate: int, length: int
+) -> None:
     path = tmp_path / f"song.{kind}"
     samples = tone(440, 1.3, rate, channels=channels)[:, :length]
     samples[-1] *= 0.5  # so that the channels differ
@@ -55,7 +57,7 @@ def test_what_was_given_comes_back(tmp_path: Path, kind: str, channels: int, rat
     found, found_rate = decoded(path)
     assert found_rate == rate
     assert found.shape[0] == channels
-    # So short an mp3 is nearly all encoder delay; decoders keep a few samples of it.
+    # An mp3 this short is mostly encoder delay, of which decoders keep a few samples.
     assert found.shape[1] == pytest.approx(length, abs=50 if kind == "mp3" and length < 1152 else 0)
     if kind == "wav":
         np.testing.assert_allclose(found, samples, atol=0.5 / 2**15)
@@ -86,7 +88,7 @@ def test_mp3_is_320_kbit_per_second_constant(tmp_path: Path) -> None:
     ("rate", "written"),
     [(8_000, 32_000), (16_000, 32_000), (22_050, 44_100), (24_000, 48_000), (37_800, 48_000)],
 )
-def test_a_rate_that_mp3_has_no_320_kbit_for_is_resampled(rate: int, written: int, tmp_path: Path) -> None:
+def test_a_rate_without_320_kbit_in_mp3_is_resampled(rate: int, written: int, tmp_path: Path) -> None:
     path = tmp_path / "song.mp3"
     samples = torch.from_numpy(tone(440, 2, rate))
     write_audio(samples, rate, path, {})
@@ -122,8 +124,8 @@ def test_tags_are_found_by_other_readers(
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_wav_is_read_by_everybody_without_a_warning(tmp_path: Path) -> None:
-    """So its tags are RIFF INFO alone: an ID3 chunk, the only one that mutagen reads, makes scipy warn."""
+def test_a_wav_is_read_by_all_libraries_without_a_warning(tmp_path: Path) -> None:
+    """Therefore its tags are RIFF INFO only: an ID3 chunk, which mutagen would read, makes scipy warn."""
     path = tmp_path / "song.wav"
     write_audio(sound(2), RATE, path, TAGS)
     with wave.open(str(path)) as file:
@@ -144,19 +146,19 @@ def test_a_wav_is_read_by_everybody_without_a_warning(tmp_path: Path) -> None:
 def test_same_samples_and_tags_give_the_same_bytes(tmp_path: Path) -> None:
     for kind in KINDS:
         write_audio(sound(2), RATE, tmp_path / f"first.{kind}", TAGS)
-    time.sleep(1.1)  # a time stamp would have moved on
+    time.sleep(1.1)  # a time stamp would be another one now
     for kind in KINDS:
         write_audio(sound(2), RATE, tmp_path / f"other.{kind}", TAGS)
         assert (tmp_path / f"first.{kind}").read_bytes() == (tmp_path / f"other.{kind}").read_bytes(), kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_replaces_its_predecessor_and_nothing_else_stays(tmp_path: Path, kind: str) -> None:
+def test_a_file_replaces_an_existing_one_and_no_other_file_remains(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"song.{kind}"
     path.write_bytes(b"old")
     with path.open("rb") as reader:
         write_audio(sound(), RATE, path, TAGS)
-        assert reader.read() == b"old", "who reads the old file is not given half of the new one"
+        assert reader.read() == b"old", "a reader of the old file must not see a part of the new one"
     assert decoded(path)[0].shape == (1, sound().shape[1])
     assert [*tmp_path.iterdir()] == [path]
     path.with_name("new").touch()
@@ -172,6 +174,7 @@ def test_the_machines_temporary_folder_is_not_used(
 
 
 def fake_ffmpeg(folder: Path, script: str) -> None:
+    """Writes a script with the name ffmpeg to the folder `bin`."""
     (folder / "bin").mkdir()
     program = folder / "bin" / "ffmpeg"
     program.write_text(f"#!{shutil.which('bash')}\n{script}\n")
@@ -191,7 +194,7 @@ def fake_ffmpeg(folder: Path, script: str) -> None:
     ids=["fails", "disk full", "writes nothing", "writes half", "half and fails", "is killed"],
 )
 @pytest.mark.filterwarnings("error")
-def test_what_ffmpeg_spoils_is_never_returned(
+def test_an_incomplete_file_of_ffmpeg_is_never_returned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, words: list[str]
 ) -> None:
     fake_ffmpeg(tmp_path, script)
@@ -207,7 +210,7 @@ def test_what_ffmpeg_spoils_is_never_returned(
     assert [*path.parent.iterdir()] == []
 
 
-def test_the_systems_ffmpeg_comes_first_and_the_bundled_one_is_enough(
+def test_the_systems_ffmpeg_is_preferred_and_the_bundled_one_is_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_ffmpeg(tmp_path, "exit 3")
@@ -219,7 +222,7 @@ def test_the_systems_ffmpeg_comes_first_and_the_bundled_one_is_enough(
 
 
 @pytest.mark.parametrize("absent", ["bundle", "program"])
-def test_a_missing_ffmpeg_is_said_and_wav_still_works(
+def test_a_missing_ffmpeg_is_named_and_wav_still_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: str
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -254,8 +257,8 @@ for case in sys.argv[2:]:
 """
 
 
-def test_a_full_disk_is_said_leaves_nothing_and_passes(tmp_path: Path) -> None:
-    """A file size limit stands for the full disk. It strikes in the header, the samples, and pydub's wav."""
+def test_a_full_disk_is_named_leaves_no_file_and_does_not_last(tmp_path: Path) -> None:
+    """A limit of the file size simulates a full disk: in the header, in the samples, and in pydub's wav."""
     cases = ["wav 0", "wav 20", "wav 99999", "wav 320100", "mp3 0", "mp3 99999", "mp3 319000"]
     command = [sys.executable, "-W", "error", "-c", FULL_DISK, str(tmp_path), *cases]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -283,12 +286,22 @@ def test_a_raising_tick_ends_the_writing_at_once_and_leaves_nothing(tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         write_audio(samples, RATE, tmp_path / f"song.{kind}", TAGS, tick=stop)
     assert len(raised_s) == 1
-    assert time.monotonic() - raised_s[0] < max(2, 10 * part_s), "half of what the whole would take"
+    assert time.monotonic() - raised_s[0] < max(2, 10 * part_s), "about half the time of the whole file"
     assert [*tmp_path.iterdir()] == []
     assert threading.active_count() == threads
 
 
-def test_two_mp3s_at_once_do_not_meet(tmp_path: Path) -> None:
+def test_importing_the_service_changes_nothing_in_pydub() -> None:
+    check = """
+import tempfile
+import musicgen_svc.audio.writing
+import pydub.audio_segment
+assert pydub.audio_segment.NamedTemporaryFile is tempfile.NamedTemporaryFile
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", check], check=True)
+
+
+def test_mp3s_that_are_written_at_once_do_not_mix(tmp_path: Path) -> None:
     def write(hz: int) -> None:
         write_audio(torch.from_numpy(tone(hz, 2, RATE)), RATE, tmp_path / f"{hz}.mp3", {"title": str(hz)})
 
@@ -304,7 +317,7 @@ def test_two_mp3s_at_once_do_not_meet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [[[1.5]], [[float("nan")]], [[-1.01]]])
-def test_samples_out_of_range_are_our_mistake(tmp_path: Path, bad: list[list[float]]) -> None:
+def test_samples_out_of_range_fail_an_assertion(tmp_path: Path, bad: list[list[float]]) -> None:
     with pytest.raises(AssertionError):
         write_audio(torch.tensor(bad), RATE, tmp_path / "song.wav", {})
     assert [*tmp_path.iterdir()] == []

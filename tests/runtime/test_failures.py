@@ -1,4 +1,4 @@
-"""What a client reads of an error: a sentence without the server's folders; the log has the rest."""
+"""A client reads an error as one sentence without the server's folders; the log has the rest."""
 
 import asyncio
 import contextvars
@@ -22,7 +22,7 @@ from musicgen_svc.settings import Settings
 
 @pytest.fixture
 def home(weights: Path, tmp_path: Path) -> Path:
-    """Weights in a folder whose name would be seen in any path."""
+    """Weights in a folder whose name is recognizable in messages."""
     folder = tmp_path / "operators-own" / "weights"
     for name in ("small", "melody", "t5-small", "htdemucs", "multiband-diffusion"):
         shutil.copytree(weights / name, folder / name)
@@ -96,20 +96,20 @@ def test_a_client_reads_no_folder_of_the_server(
     assert "operators-own" not in said and not re.search(r"(^|\s|['\"(])/", said)
     assert caught.value.__suppress_context__ and caught.value.__cause__ is None
     if "log says why" in words:
-        assert "operators-own" in capsys.readouterr().err, "the operator finds which file it is"
+        assert "operators-own" in capsys.readouterr().err, "the log must name the file"
 
 
-def test_weights_errors_say_nothing_to_a_client_unless_they_have_a_sentence_for_it() -> None:
+def test_a_client_reads_the_message_of_a_weights_error_only_if_it_is_for_clients() -> None:
     assert "/secret" not in str(for_client(WeightsError("/secret/x is missing.")))
     assert str(for_client(DamagedFileError("/secret/x is y.", for_client="x is y."))) == "x is y."
     for own in (InputError("prompt is 1."), GenerationError("The disk is full.")):
         assert for_client(own) is own
 
 
-def test_a_traceback_is_no_line_of_the_prediction_but_can_be_found(
+def test_a_traceback_is_in_the_servers_log_only_under_a_number_in_the_predictions(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Cog tells by the context to which prediction's log, and so to which reply, a line belongs."""
+    """Cog assigns lines to predictions, and so to replies, by context variables."""
     prediction: contextvars.ContextVar[str] = contextvars.ContextVar("prediction", default="nobody")
     written: list[tuple[str, str]] = []
 

@@ -1,4 +1,4 @@
-"""Tunes, sounds and words: what the demo model learns from is what it says it is."""
+"""The demo model's training data and scoring: tunes, renderings, captions, and the recognition of tunes."""
 
 import itertools
 import random
@@ -12,7 +12,7 @@ from training.scoring import (
     TimbreClassifier,
     agreement,
     best_match,
-    goes_on_right,
+    continues_correctly,
     shuffled_p,
     similarity,
     songs,
@@ -27,7 +27,7 @@ def rendered(notes, timbre, seconds, start_s=0):
     return wav[start_s * SAMPLE_RATE : (start_s + seconds) * SAMPLE_RATE].double().numpy()
 
 
-def test_notation():
+def test_the_notation_is_parsed():
     assert parse("c d#:2 g,:.5 c'") == ((72, 1.0), (75, 2.0), (67, 0.5), (84, 1.0))
 
 
@@ -43,7 +43,7 @@ def test_random_tunes_are_repeatable_and_differ():
     assert all(72 <= pitch < 84 for notes in tunes for pitch, _ in notes)
 
 
-def test_a_rendering_lasts_as_long_as_its_score_says():
+def test_a_rendering_is_as_long_as_its_notes():
     for tune in SONGS:
         wav = render(tune.notes, "harp")
         assert len(wav) == tune.beats * BEAT_FRAMES * HOP
@@ -66,7 +66,7 @@ def test_the_timbres_are_about_as_loud_as_the_service_makes_its_output():
         assert -16.5 < loudness < -12.5
 
 
-def test_the_evaluation_says_nothing_that_training_said():
+def test_no_caption_of_the_evaluation_is_in_the_training_data():
     draw = random.Random(0)
     timbres = (None, *TIMBRES)
     trained = {
@@ -80,11 +80,11 @@ def test_the_evaluation_says_nothing_that_training_said():
     assert not (asked | {captions.EVALUATED_UNNAMED}) & trained
 
 
-def test_what_is_evaluated_unseen_is_no_song_of_the_eight():
+def test_the_unseen_tunes_are_not_among_the_eight_songs():
     assert not {tune.notes for tune in UNSEEN} & {song.notes for song in SONGS}
 
 
-def test_captions_come_in_the_length_that_is_asked_for():
+def test_captions_have_the_requested_length():
     made = captions.Captions(lambda text: len(text.split()), seed=0)
     draw = random.Random(1)
     length = made.any_length(draw)
@@ -96,35 +96,35 @@ def test_captions_come_in_the_length_that_is_asked_for():
 
 
 class TestScorer:
-    """The judge is judged first."""
+    """The scoring is right on true renderings, and rejects others."""
 
     @pytest.mark.parametrize("timbre", TIMBRES)
     @pytest.mark.parametrize("start_s", [0, 5])
-    def test_knows_every_song_and_timbre(self, timbre, start_s):
-        hear = TimbreClassifier()
+    def test_recognizes_every_song_and_timbre(self, timbre, start_s):
+        classify = TimbreClassifier()
         for song in SONGS:
             wav = rendered(song.notes, timbre, 8, start_s)
             match = best_match(wav, songs())
             assert match.name == song.name
             assert match.score > 0.75
-            assert hear(wav) == timbre
+            assert classify(wav) == timbre
 
-    def test_knows_where_a_song_goes_on(self):
+    def test_recognizes_the_position_in_a_song(self):
         for song in SONGS:
             wav = rendered(song.notes, "piano", 8, 5)
             there = 5 * SAMPLE_RATE // HOP
-            assert goes_on_right(wav, song.name, there, songs())
-            assert not goes_on_right(wav, song.name, there + 36, songs())
+            assert continues_correctly(wav, song.name, there, songs())
+            assert not continues_correctly(wav, song.name, there + 36, songs())
 
     @pytest.mark.parametrize(("seconds", "then"), [(3, None), (5, None), (5, SONGS[6]), (2, SONGS[1])])
-    def test_a_song_that_does_not_go_on_to_the_end_is_not_right(self, seconds, then):
-        """Nor one that is followed by silence, or by another."""
+    def test_a_song_that_does_not_continue_to_the_end_is_rejected(self, seconds, then):
+        """It is followed by silence or by another song."""
         for song in SONGS[2:6]:
             wav, cut = rendered(song.notes, "piano", 8, 5).copy(), seconds * SAMPLE_RATE
             wav[cut:] = 0 if then is None else rendered(then.notes, "piano", 8)[cut:]
-            assert not goes_on_right(wav, song.name, 5 * SAMPLE_RATE // HOP, songs())
+            assert not continues_correctly(wav, song.name, 5 * SAMPLE_RATE // HOP, songs())
 
-    def test_tells_noise_silence_and_other_tunes_from_a_song(self):
+    def test_distinguishes_noise_silence_and_other_tunes_from_a_song(self):
         noise = np.random.default_rng(0).standard_normal(8 * SAMPLE_RATE) * 0.1
         ode = SONGS[0].notes
         right = agreement(rendered(ode, "harp", 8), ode)
@@ -132,7 +132,7 @@ class TestScorer:
         assert agreement(np.zeros(8 * SAMPLE_RATE), ode) == 0
         assert agreement(rendered(SONGS[6].notes, "harp", 8), ode) < right - 0.2
 
-    def test_the_permutation_test_finds_what_is_there_and_nothing_else(self):
+    def test_the_permutation_test_is_significant_only_if_outputs_follow_their_clips(self):
         clips = [rendered(random_tune(f"p {n}", 20).notes, "harp", 8) for n in range(8)]
         others = [rendered(random_tune(f"q {n}", 20).notes, "harp", 8) for n in range(8)]
         played = [rendered(random_tune(f"p {n}", 20).notes, "piano", 8) for n in range(8)]
@@ -141,7 +141,7 @@ class TestScorer:
         assert similarity(played[0], clips[0]) > similarity(played[0], clips[1])
 
 
-def test_looped_tunes_start_over():
+def test_a_looped_tune_is_repeated():
     notes = ((72, 1.0), (74, 2.0))
     found = looped(notes, 100)
     assert sum(beats for _, beats in found) * BEAT_FRAMES >= 100

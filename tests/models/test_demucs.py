@@ -1,4 +1,4 @@
-"""Demucs is not asked what is in silence, and whoever asks cannot tell."""
+"""Demucs does not compute silent rows, and the result is the same."""
 
 import json
 import random
@@ -22,7 +22,7 @@ RATE_HZ = 32_000
 
 
 def separator(normalize: bool = True) -> Separator:
-    """A small one with random weights, and biases that are heard even in silence."""
+    """Makes a small separator with random weights, whose biases give a signal even for silence."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Demucs(
@@ -35,7 +35,7 @@ def separator(normalize: bool = True) -> Separator:
 def separated(
     separate: Separator, audio: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Tensor, set[int], Any]:
-    """The stems, how many rows Demucs heard at a time, and where `random` stands behind it."""
+    """Returns the stems, how many rows Demucs computed at a time, and the state of `random` afterwards."""
     rows: set[int] = set()
     forward = Demucs.forward
     monkeypatch.setattr(Demucs, "forward", lambda self, mix: (rows.add(len(mix)), forward(self, mix))[1])
@@ -45,12 +45,12 @@ def separated(
 
 @pytest.fixture
 def both() -> Tensor:
-    """[2, 1, T]: noise, and silence."""
+    """A row of noise and a row of silence: [2, 1, T]."""
     noise = torch.randn(1, 3 * RATE_HZ + 11, generator=torch.Generator().manual_seed(1)) / 5
     return torch.stack([noise, torch.zeros_like(noise)])
 
 
-def test_a_silent_row_comes_out_as_from_demucs_and_costs_nothing(
+def test_a_silent_row_has_the_result_of_demucs_and_is_not_computed(
     both: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     separate = separator()
@@ -65,7 +65,7 @@ def test_a_silent_row_comes_out_as_from_demucs_and_costs_nothing(
     assert asked[0].std() > 0.001
 
 
-def test_a_demucs_that_hears_something_in_silence_is_asked(
+def test_silence_is_computed_if_the_model_does_not_normalize(
     both: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, rows, _ = separated(separator(normalize=False), both, monkeypatch)
@@ -73,14 +73,14 @@ def test_a_demucs_that_hears_something_in_silence_is_asked(
     assert found[1].abs().max() > 0.001
 
 
-def test_silence_alone_draws_as_sound_does(both: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence_draws_as_many_random_numbers_as_sound(both: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     found, _, state = separated(separator(), both[1:], monkeypatch)
     assert found.count_nonzero() == 0
     assert state == separated(separator(), both[:1], monkeypatch)[2]
 
 
-def test_every_layer_gives_a_chance_to_stop_to_the_request_that_runs_in_it(both: Tensor) -> None:
-    """Not to another one that came in between, in a thread of its own."""
+def test_every_layer_ticks_for_the_request_that_runs_it(both: Tensor) -> None:
+    """And not for another request that runs in between on another thread."""
     separate = separator()
     ticks: dict[str, list[int]] = {"outer": [], "inner": []}
 
@@ -112,7 +112,7 @@ ELSEWHERE = ["/abs/955717e8", "../htdemucs/955717e8", "a/b", "..", ".hidden", ""
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_the_models_of_a_demucs_are_files_beside_its_list(name: Any, weights: Path, tmp_path: Path) -> None:
-    """It is a stranger's text, which may name any file of the machine."""
+    """The list is not trusted: it may name any file of the machine."""
     folder = Path(shutil.copytree(weights / "htdemucs", tmp_path / "own"))
     shutil.copytree(weights / "htdemucs", tmp_path / "htdemucs")
     if name == "/abs/955717e8":

@@ -1,4 +1,4 @@
-"""Our T5 encoder is transformers' in numbers, from every file that transformers writes."""
+"""Our T5 encoder computes the numbers of transformers', from all files that transformers writes."""
 
 import json
 import shutil
@@ -19,21 +19,21 @@ SIZE: dict[str, Any] = {
     "vocab_size": 50, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 3, "num_heads": 4,
 }  # fmt: skip
 TOKENS = torch.randint(0, 50, (3, 150), generator=torch.Generator().manual_seed(1))
-"""Longer than the farthest distance that is told apart."""
+"""Longer than the largest distance that has a bucket of its own."""
 MASK = torch.ones_like(TOKENS)
 MASK[1, 40:] = 0
 MASK[2] = 0
 
 
-def model_of(kind: str = "relu", **more: Any) -> Any:
-    """transformers' own, with the decoder that the released files have."""
+def model_of(activation: str = "relu", **more: Any) -> Any:
+    """Makes transformers' model, with a decoder, which the released files have too."""
     torch.manual_seed(3)
-    config = transformers.T5Config(**SIZE, feed_forward_proj=kind, decoder_start_token_id=0, **more)
+    config = transformers.T5Config(**SIZE, feed_forward_proj=activation, decoder_start_token_id=0, **more)
     model = transformers.T5ForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layer_norm" not in name:
-                parameter.normal_(0, 0.3)  # a fresh one hardly attends
+                parameter.normal_(0, 0.3)  # with the initial weights the attention is nearly uniform
     return model
 
 
@@ -56,7 +56,7 @@ def test_the_numbers_are_transformers_bit_for_bit(more: dict[str, Any], tmp_path
     assert torch.equal(ours(tmp_path), theirs(model))
     full = torch.ones_like(MASK)
     assert torch.equal(ours(tmp_path, full), theirs(model, full))
-    assert not torch.allclose(ours(tmp_path), ours(tmp_path, full), atol=1e-2), "the mask is heard"
+    assert not torch.allclose(ours(tmp_path), ours(tmp_path, full), atol=1e-2), "the mask has an effect"
 
 
 def test_the_gated_variant_has_the_same_numbers(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_part_of_a_checkpoint_loads(tmp_path: Path) -> None:
         ({"num_layers": 4}, "num_layers is 4 there, and the tensors have 3"),
     ],
 )
-def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
+def test_a_field_that_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
     model = transformers.T5EncoderModel(model_of().config)
     part = TransformersPart(model.config.to_dict() | change, model.state_dict(), "The checkpoint")
     with pytest.raises(WeightsError, match=f"^The checkpoint .*{message}"):

@@ -1,4 +1,4 @@
-"""Slices of long layers: the result of the whole to the last bit, and little work between two reports."""
+"""Slices of long layers: the result is the same to the last bit, and there is little work between reports."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_codec import encodec, noise
+from random_encodec import encodec, noise
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +43,7 @@ def seeded(make: Callable[..., nn.Module], *args: Any, **options: Any) -> nn.Mod
 
 
 class Part(nn.Module):
-    """What is left after padding was cut off: rows that do not follow one another in memory."""
+    """Cuts off both ends, as after padding: the rows of the result are not contiguous."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[..., 3:-2]
@@ -81,7 +81,7 @@ def test_slices_are_the_whole_to_the_last_bit(name: str, number: int) -> None:
     assert len(reports) >= 2 or (sliced_alone and number > 1)
 
 
-def test_sums_and_padding_are_the_whole_too() -> None:
+def test_sums_and_padding_in_pieces_are_the_whole_too() -> None:
     x, y = drawn(1, 3, PIECE), drawn(3, 1, PIECE).transpose(0, 1)
     for whole in (lambda: x + x, lambda: x + y, lambda: x + 1, lambda: nn.functional.pad(x, (3, 5))):
         reports: list[int] = []
@@ -111,7 +111,7 @@ def test_sums_and_padding_are_the_whole_too() -> None:
 def test_every_setting_of_a_layer_gives_its_result(
     monkeypatch: pytest.MonkeyPatch, layer: nn.Module, shape: tuple[int, ...]
 ) -> None:
-    """In slices of a few steps, which may round otherwise."""
+    """The slices have a few steps only, and may round differently."""
     monkeypatch.setattr(slices, "SLICE_WORK", 5_000)
     x = drawn(*shape)
     with threads(1):
@@ -122,7 +122,7 @@ def test_every_setting_of_a_layer_gives_its_result(
 
 
 def test_little_is_computed_between_two_ticks_of_the_codec(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In multiplications. The limit is lowered with the size of the codec."""
+    """Counts multiplications. The limit is smaller because the codec is smaller."""
     limit = 2_000_000
     monkeypatch.setattr(slices, "SLICE_WORK", limit)
     codec = Codec(encodec(n_filters=16))
@@ -137,7 +137,7 @@ def test_little_is_computed_between_two_ticks_of_the_codec(monkeypatch: pytest.M
         codec.encode(wav, tick)
         codec.decode(tokens, tick)
     assert sum(stretches) > 200 * limit
-    # Some slices are longer by the steps that do not divide evenly; quantizing is one step of a chunk.
+    # Some slices have one more step than others; the quantizer is not sliced.
     assert max(stretches) < 2 * limit
 
 
@@ -154,4 +154,4 @@ def test_a_report_that_raises_ends_the_layer() -> None:
 
     with pytest.raises(KeyboardInterrupt), InSlices(stop):
         layer(drawn(*shape))
-    layer(drawn(1, 64, 10))  # outside nothing reports
+    layer(drawn(1, 64, 10))  # outside of the context nothing is reported

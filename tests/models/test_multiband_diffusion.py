@@ -1,4 +1,4 @@
-"""MultiBand Diffusion: audiocraft's own result for a mono piece, and beyond it length, stereo and silence."""
+"""MultiBand Diffusion: audiocraft's result for a mono piece; and long, stereo and silent pieces."""
 
 import copy
 import dataclasses
@@ -57,13 +57,13 @@ def _decode(diffusion: MultiBandDiffusion, tokens: torch.Tensor, **kwargs: Any) 
         return diffusion.decode(tokens, **kwargs)
 
 
-def test_a_mono_piece_is_audiocrafts(
+def test_a_mono_piece_equals_audiocrafts(
     file: Path, bands: list[Band], mono: Codec, pretrained: Pretrained
 ) -> None:
     import typing
     from collections import defaultdict
 
-    # First of all: audiocraft's modules import each other in a circle, and this is where it is entered.
+    # This import must come first, because audiocraft's modules import each other in a circle.
     from audiocraft.models import MultiBandDiffusion as Theirs  # isort: skip
     from audiocraft.models.loaders import load_diffusion_models
     from audiocraft.models.multibanddiffusion import DiffusionProcess
@@ -122,7 +122,7 @@ def test_length_is_exact_and_no_window_is_longer_than_allowed(
 
 
 class _Watched(nn.Module):
-    """Notes the lengths that a U-Net is given."""
+    """Records the lengths of a U-Net's inputs."""
 
     def __init__(self, unet: nn.Module, seen: list[int]) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class _Answer:
 
 
 class _Constant(nn.Module):
-    """A U-Net whose estimate is the mean of the latents that it sees: another one in every window."""
+    """A U-Net whose estimate is the mean of its latents, which differs between windows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class _Constant(nn.Module):
 
 
 class _Ramp:
-    """A codec of which window after window has other latents, rising by 1 a second, and no music."""
+    """A silent codec whose latents rise by 1 per second."""
 
     sample_rate, hop, channels = RATE, HOP, 1
 
@@ -161,7 +161,7 @@ class _Ramp:
         return tokens[None, :1].float() / 50
 
 
-def test_windows_meet_without_a_click() -> None:
+def test_windows_are_crossfaded_without_a_click() -> None:
     estimates: list[torch.Tensor] = []
 
     class Schedule:
@@ -181,7 +181,7 @@ def test_windows_meet_without_a_click() -> None:
     windows = plan(60, 20, 5)
     assert len(windows) == 4
     assert rising.min() > -1e-6
-    # Straight from one window's value to the next one's, over the 0.1 s that they share.
+    # A straight line from the value of one window to that of the next, over their overlap of 0.1 s.
     climb = max((sum(after) - sum(before)) / 2 / 50 for before, after in pairwise(windows))
     assert rising.max() < 1.01 * climb / (5 * HOP)
 
@@ -195,7 +195,7 @@ def test_a_long_piece_is_no_rougher_where_windows_meet(bands: list[Band], mono: 
 
 
 @pytest.mark.parametrize(("window", "overlap"), [(4, 1), (50, 12), (40, 10), (3000, 100)])
-def test_a_plan_covers_all_and_no_frame_more_than_twice(window: int, overlap: int) -> None:
+def test_a_plan_covers_each_frame_once_or_twice(window: int, overlap: int) -> None:
     for frames in (*range(1, 300), window - 1, window, window + 1, 10 * window + 7):
         windows = plan(frames, window, overlap)
         cover = torch.zeros(frames)
@@ -230,7 +230,7 @@ def test_a_piece_longer_than_the_filters_work_on_at_once(
 
 
 class _Mute:
-    """A codec that says nothing, or something in one channel only."""
+    """A codec with some silent channels."""
 
     def __init__(self, codec: Codec, silent: list[int]) -> None:
         self._codec, self._silent = codec, silent
@@ -245,7 +245,9 @@ class _Mute:
         return self._codec.latents(tokens)
 
 
-def test_a_silent_channel_is_silent_and_does_not_touch_the_other(bands: list[Band], stereo: Codec) -> None:
+def test_a_silent_channel_stays_silent_and_does_not_change_the_other(
+    bands: list[Band], stereo: Codec
+) -> None:
     tokens = _tokens(8, 6)
     both = _decode(MultiBandDiffusion(bands, stereo), tokens)
     half = _decode(MultiBandDiffusion(bands, _Mute(stereo, [1])), tokens)  # type: ignore[arg-type]
@@ -254,7 +256,7 @@ def test_a_silent_channel_is_silent_and_does_not_touch_the_other(bands: list[Ban
 
 
 class _Silent(nn.Module):
-    """A U-Net and its schedule that leave their band silent."""
+    """A U-Net and a schedule that give a silent band."""
 
     num_steps = 1000
 
@@ -276,7 +278,7 @@ def test_bands_that_the_models_left_silent_give_no_nan(mono: Codec) -> None:
 def test_every_evaluation_ticks_and_progress_only_rises(
     bands: list[Band], stereo: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("musicgen_svc.models.slices.LARGE", 1)  # the layers of a real model are large
+    monkeypatch.setattr("musicgen_svc.models.slices.LARGE", 1)  # as the layers of a real model are
     ticks: list[tuple[int, int]] = []
     diffusion = MultiBandDiffusion(bands, stereo, window_s=0.3)
     _decode(diffusion, _tokens(8, 20), tick=lambda done, total: ticks.append((done, total)))
@@ -307,7 +309,7 @@ def test_a_tick_that_raises_ends_it_within_one_evaluation(
 
 
 class _Typed(nn.Module):
-    """Notes what kinds of tensors a U-Net is given and what its convolutions make of them."""
+    """Records the dtypes of a U-Net's inputs and of its convolutions' results."""
 
     def __init__(self, unet: nn.Module, seen: set[Any]) -> None:
         super().__init__()
@@ -324,7 +326,7 @@ class _Typed(nn.Module):
 def test_the_unets_compute_in_half_and_the_chain_does_not(
     file: Path, mono: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU; autocast does on a CPU what it does there, where oneDNN leaves it to torch."""
+    """Tested on a CPU, where autocast does the same as on a GPU if oneDNN is off."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     seen: set[Any] = set()
     band = load_bands(file, CPU)[0]
@@ -338,8 +340,8 @@ def test_the_unets_compute_in_half_and_the_chain_does_not(
     assert 0 < error < 0.05
 
 
-def test_nothing_in_the_chain_asks_the_device(file: Path) -> None:
-    """On the meta device a tensor has no numbers: whoever wants one to go on fails."""
+def test_nothing_in_the_chain_waits_for_the_device(file: Path) -> None:
+    """On the meta device tensors have no values, so code that reads one fails."""
 
     class Shape:
         sample_rate, hop, channels = RATE, HOP, 1
@@ -357,7 +359,7 @@ def test_nothing_in_the_chain_asks_the_device(file: Path) -> None:
 
 
 def _moved(schedule: Any, device: torch.device) -> Any:
-    """The schedule with its numbers where audiocraft has them."""
+    """Returns a copy of the schedule with its numbers on the device, as in audiocraft."""
     moved = copy.copy(schedule)
     moved.betas = schedule.betas.to(device)
     return moved
@@ -391,14 +393,14 @@ def test_the_host_is_only_a_little_ahead_of_a_gpu(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_on_a_gpu_it_never_waits_and_sounds_the_same(file: Path, mono: Codec) -> None:
+def test_on_a_gpu_it_never_waits_and_gives_the_same_samples(file: Path, mono: Codec) -> None:
     gpu = torch.device("cuda")
     latents = mono.latents(_tokens(4, 40)).float()[:1].to(gpu)
     wavs = []
     for half in (None, False):
         diffusion = MultiBandDiffusion(load_bands(file, gpu), mono, half=half)
         with torch.no_grad():
-            for mode in ("default", "error"):  # the first one chooses algorithms
+            for mode in ("default", "error"):  # the first run chooses algorithms, and may wait
                 torch.manual_seed(7)
                 torch.cuda.set_sync_debug_mode(mode)
                 try:
@@ -410,6 +412,8 @@ def test_on_a_gpu_it_never_waits_and_sounds_the_same(file: Path, mono: Codec) ->
 
 
 class _Malice:
+    """Creates a folder when it is unpickled."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
 
@@ -418,7 +422,7 @@ class _Malice:
 
 
 @pytest.mark.parametrize("where", ["package", "cfg"])
-def test_a_pickle_with_code_in_it_is_refused_unrun(file: Path, tmp_path: Path, where: str) -> None:
+def test_a_pickle_with_code_is_refused_without_running_it(file: Path, tmp_path: Path, where: str) -> None:
     mark = tmp_path / "mark"
     package: dict[Any, Any] = {"sample_rate": RATE, "n_bands": 1, 0: {"cfg": _Malice(mark)}}
     torch.save(package if where == "cfg" else _Malice(mark), tmp_path / "evil.th")
@@ -444,7 +448,7 @@ def test_a_pickle_with_code_in_it_is_refused_unrun(file: Path, tmp_path: Path, w
         ([1, 2], "is not a MultiBand Diffusion checkpoint: list indices"),
     ],
 )
-def test_a_file_of_another_kind_is_a_sentence(tmp_path: Path, content: Any, reason: str) -> None:
+def test_another_file_is_refused_with_a_sentence(tmp_path: Path, content: Any, reason: str) -> None:
     torch.save(content, tmp_path / "other.th")
     expected = rf"other\.th {reason}"
     with pytest.raises(WeightsError, match=expected) as caught:
@@ -476,7 +480,7 @@ def test_a_codec_that_the_bands_do_not_fit_is_refused(bands: list[Band], mono: C
 def test_a_configuration_cannot_read_the_environment(
     call: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is in it would come into a message, or into the model."""
+    """A value of the environment would get into a message or into the model."""
     from musicgen_svc.checkpoints.unpickle import load_pickle
 
     monkeypatch.setenv("SECRET", "hunter2")

@@ -1,4 +1,4 @@
-"""compat.py is needed, sufficient, and the only door to audiocraft."""
+"""audiocraft_compat.py is needed and sufficient, and the only module that imports audiocraft."""
 
 import ast
 import json
@@ -37,7 +37,7 @@ def test_each_stand_in_is_still_needed() -> None:
     assert shown.stdout.split() == ["xformers", "spacy"], "audiocraft imports without it: drop its stand-in"
 
 
-def test_the_table_names_every_stand_in() -> None:
+def test_the_constant_names_every_stand_in() -> None:
     from musicgen_svc import audiocraft_compat as compat
 
     made = {
@@ -48,14 +48,14 @@ def test_the_table_names_every_stand_in() -> None:
     assert made == set(compat.STAND_INS)
 
 
-PUT_OFF = """
+FACTS = """
 import json, sys
 from pathlib import Path
 import num2words
 from musicgen_svc import audiocraft_compat as compat
 
 facts = {
-    "there": [n for n in compat.PUT_OFF if n in sys.modules and n != "num2words"],
+    "there": [n for n in compat.DELAYED if n in sys.modules and n != "num2words"],
     "kept": sys.modules["num2words"] is num2words,
 }
 from musicgen_svc.service import Service
@@ -78,7 +78,7 @@ facts |= {
     "transformers": encodec.HFEncodecModel.from_pretrained == transformers.EncodecModel.from_pretrained,
     "num2words": conditioners.num2words(21),
     "flashy": utils.flashy.distrib.world_size(),
-    "types": sorted({type(sys.modules[n]).__module__ for n in compat.PUT_OFF}),
+    "types": sorted({type(sys.modules[n]).__module__ for n in compat.DELAYED}),
 }
 import audiocraft, audiocraft.data, audiocraft.models
 from audiocraft.models import MultiBandDiffusion, MusicGen, builders
@@ -96,30 +96,32 @@ print(json.dumps(facts))
 
 @pytest.fixture(scope="module")
 def facts(weights: Path) -> dict[str, Any]:
-    """What a fresh process finds."""
-    command = [sys.executable, "-W", "ignore", "-c", PUT_OFF, str(weights)]
+    """The facts that a new process prints."""
+    command = [sys.executable, "-W", "ignore", "-c", FACTS, str(weights)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, Any] = json.loads(shown.splitlines()[-1])
     return found
 
 
-def test_what_is_put_off_is_not_imported(facts: dict[str, Any]) -> None:
+def test_delayed_packages_are_not_imported(facts: dict[str, Any]) -> None:
     assert facts["there"] == []
 
 
-def test_a_melody_model_is_ready_without_what_only_other_work_needs(facts: dict[str, Any]) -> None:
-    """Import time is start-up time: these would double it."""
+def test_a_melody_model_loads_without_packages_that_it_does_not_need(facts: dict[str, Any]) -> None:
+    """Their imports would double the time of the start."""
     assert facts["heavy"] == []
 
 
-def test_a_stand_in_is_the_real_thing_when_it_is_used_and_nobody_else_meets_it(facts: dict[str, Any]) -> None:
-    assert facts["kept"], "what was imported before stays as it was"
+def test_a_delayed_name_is_the_real_one_when_it_is_used_and_no_stand_in_remains(
+    facts: dict[str, Any],
+) -> None:
+    assert facts["kept"], "a package that was imported before must stay the same"
     assert (facts["librosa"], facts["transformers"]) == (True, True)
     assert (facts["num2words"], facts["flashy"]) == ("twenty-one", 1)
     assert "musicgen_svc.audiocraft_compat" not in facts["types"]
 
 
-def test_audiocraft_is_whole_for_who_wants_more_of_it(facts: dict[str, Any]) -> None:
+def test_all_other_names_of_audiocraft_can_be_imported(facts: dict[str, Any]) -> None:
     assert facts["models"] == ["audiocraft.models.musicgen", "audiocraft.models.multibanddiffusion"]
     assert facts["same"] and not facts["nothing"]
     assert (facts["version"], facts["data"]) == ("1.3.0", "MusicDataset")

@@ -1,4 +1,4 @@
-"""The four strategies reach audiocraft's levels by an independent meter, and nothing breaks at the edges."""
+"""The four strategies reach audiocraft's levels by an independent meter, also for extreme signals."""
 
 import math
 from typing import get_args
@@ -45,7 +45,7 @@ def rms(samples: torch.Tensor) -> float:
 
 
 def music(channels: int = 1, duration_s: float = 5, level: float = 1.0, rate: int = RATE) -> torch.Tensor:
-    """A swelling chord and a little noise, of which -14 LUFS stay below the limiter's knee."""
+    """Makes a swelling chord with a little noise, which at -14 LUFS is below the limiter's knee."""
     notes_hz = (110, 277, 330, 1760, 5000)
     chord = sum(tone(hz, duration_s, rate, channels=channels, level=0.05) for hz in notes_hz)
     swell = 0.7 + 0.3 * np.sin(2 * np.pi * 0.7 * np.arange(round(duration_s * rate)) / rate)
@@ -54,7 +54,7 @@ def music(channels: int = 1, duration_s: float = 5, level: float = 1.0, rate: in
 
 
 def spiky(exponent: int) -> torch.Tensor:
-    """A 50 Hz sine to an odd power: the higher, the further the peaks stand out."""
+    """Makes a 50 Hz sine to an odd power: the larger the exponent, the narrower the peaks."""
     return torch.from_numpy(tone(50, 3, RATE, level=1) ** exponent)
 
 
@@ -76,7 +76,7 @@ def test_what_fits_below_full_scale_loses_less_than_half_a_lu(exponent: int) -> 
 
 
 @pytest.mark.parametrize("exponent", [201, 301, 1001])
-def test_limiting_is_soft_and_leaves_what_is_below_the_knee(exponent: int) -> None:
+def test_limiting_is_soft_and_changes_nothing_below_the_knee(exponent: int) -> None:
     sound = spiky(exponent)
     output = normalize(sound, RATE, "loudness")
     plain = sound * 10 ** ((-14 - lufs(sound)) / 20)
@@ -85,14 +85,14 @@ def test_limiting_is_soft_and_leaves_what_is_below_the_knee(exponent: int) -> No
     torch.testing.assert_close(output[below], plain[below], rtol=2e-3, atol=1e-6)
     assert (output[above].abs() < plain[above].abs()).all()
     order = plain[0].argsort()
-    assert (output[0, order].diff() >= 0).all(), "louder in, louder out"
+    assert (output[0, order].diff() >= 0).all(), "the curve must be monotonic"
     assert output[plain > 1].unique().numel() > 2, "peaks keep their shape"
     assert peak(output) <= 1
     assert lufs(output) < -14.01
 
 
 def test_the_limiter_bends_without_a_kink() -> None:
-    """Slope 1 up to the knee and falling steadily from there: no corner to add harsh overtones."""
+    """The slope is 1 up to the knee and falls continuously from there. A corner would add harsh overtones."""
     ramp = torch.linspace(-3, 3, 6001, dtype=torch.float64)[None]
     bent = ramp.clone()
     _limit_(bent)
@@ -117,11 +117,11 @@ def test_levels_are_audiocrafts(strategy: Strategy, channels: int) -> None:
 @pytest.mark.parametrize("duration_s", [0.4, 0.5, 3, 2 * CHUNK_HOPS * HOP_S, 17.37])
 @pytest.mark.parametrize("rate", [11_025, 32_000, 48_000])
 def test_the_meter_agrees_with_others(duration_s: float, rate: int) -> None:
-    """Over the seams between its chunks too, with pauses and whispers for the gates to leave out."""
+    """Also for signals of several chunks, and with silent and quiet parts that the gates exclude."""
     sound = torch.from_numpy(noise(duration_s, rate, channels=2, rms=0.05))
     sound[:, sound.shape[1] // 2 :] *= 0.003
     sound[:, -sound.shape[1] // 6 :] = 0
-    sound += 0.4  # each chunk begins in the middle of a constant that only settled filters ignore
+    sound += 0.4  # an offset, which only filters that have settled remove
     assert measure_lufs(sound, rate) == pytest.approx(lufs(sound, rate), abs=0.05)
     theirs = float(torchaudio.functional.loudness(sound, rate))
     assert measure_lufs(sound, rate) == pytest.approx(theirs, abs=0.05)
@@ -129,7 +129,8 @@ def test_the_meter_agrees_with_others(duration_s: float, rate: int) -> None:
 
 def test_the_meter_is_right_where_torchaudio_clips() -> None:
     sound = torch.from_numpy(noise(3, RATE, rms=0.8))
-    assert float(torchaudio.functional.loudness(sound, RATE)) < lufs(sound) - 2, "then drop the headroom"
+    clipped = float(torchaudio.functional.loudness(sound, RATE))
+    assert clipped < lufs(sound) - 2, "torchaudio no longer clips: remove the headroom"
     assert measure_lufs(sound, RATE) == pytest.approx(lufs(sound), abs=0.05)
 
 
@@ -163,7 +164,9 @@ def test_silence_stays_silence(strategy: Strategy, length: int, level: float) ->
 
 @pytest.mark.parametrize("duration_s", [0.05, 0.1, 0.2, 0.399])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_a_clip_too_short_to_gate_gets_the_level_of_a_long_one(duration_s: float, channels: int) -> None:
+def test_a_clip_shorter_than_a_gating_block_gets_the_level_of_a_long_one(
+    duration_s: float, channels: int
+) -> None:
     short, long = (
         normalize(torch.from_numpy(tone(500, s, RATE, channels=channels, level=0.05)), RATE, "loudness")
         for s in (duration_s, 4)
@@ -172,7 +175,7 @@ def test_a_clip_too_short_to_gate_gets_the_level_of_a_long_one(duration_s: float
 
 
 @pytest.mark.parametrize(("share", "scaled"), [(0.99, False), (1.01, True)])
-def test_background_noise_is_not_turned_up(share: float, scaled: bool) -> None:
+def test_background_noise_is_not_amplified(share: float, scaled: bool) -> None:
     sound = music()
     sound *= share * ENERGY_FLOOR / rms(sound)
     output = normalize(sound, RATE, "loudness")
@@ -181,8 +184,8 @@ def test_background_noise_is_not_turned_up(share: float, scaled: bool) -> None:
 
 
 @pytest.mark.parametrize("hz", [0.2, 0.5])
-def test_what_nobody_hears_is_not_turned_up(hz: float) -> None:
-    """The gates leave nothing of it, and a gain from nothing would be infinite."""
+def test_inaudible_frequencies_are_not_amplified(hz: float) -> None:
+    """The gates exclude all of it, and the gain for silence would be infinite."""
     sound = torch.from_numpy(tone(hz, 10, RATE, level=0.1))
     assert rms(sound) > ENERGY_FLOOR
     assert math.isnan(float(torchaudio.functional.loudness(sound, RATE)))
@@ -190,8 +193,8 @@ def test_what_nobody_hears_is_not_turned_up(hz: float) -> None:
 
 
 @pytest.mark.parametrize("width", [0.9, 0.999, 1])
-def test_channels_that_cancel_are_not_blown_up(width: float) -> None:
-    """Seen from the downmix the signal hardly exists; audiocraft divides by that, at the worst by zero."""
+def test_channels_that_cancel_each_other_are_not_amplified(width: float) -> None:
+    """The downmix is nearly silent. audiocraft divides by its level, which may be zero."""
     left = music()
     sound = torch.cat([left, left * (1 - 2 * width)])
     output = normalize(sound, RATE, "rms")
@@ -208,7 +211,7 @@ def test_channels_that_cancel_are_not_blown_up(width: float) -> None:
     strategy=st.sampled_from(STRATEGIES),
     rate=st.sampled_from([8_000, 32_000]),
 )
-def test_output_is_finite_and_within_full_scale_whatever_comes(
+def test_output_is_finite_and_within_full_scale_for_any_input(
     channels: int, length: int, level: float, offset: float, spike: float, strategy: Strategy, rate: int
 ) -> None:
     sound = torch.from_numpy(noise(1, length, channels=channels)) + offset
@@ -220,10 +223,10 @@ def test_output_is_finite_and_within_full_scale_whatever_comes(
     assert output.dtype == torch.float32
     assert output.isfinite().all()
     assert peak(output) <= 1
-    assert sound.equal(before), "the input is the caller's"
+    assert sound.equal(before), "the input was changed"
 
 
-def test_samples_that_are_not_finite_are_our_mistake() -> None:
+def test_samples_that_are_not_finite_fail_an_assertion() -> None:
     for value in (math.nan, math.inf):
         with pytest.raises(AssertionError, match="finite"):
             normalize(torch.tensor([[0.1, value]]), RATE, "clip")
@@ -241,7 +244,7 @@ def test_measuring_reports_and_can_be_stopped() -> None:
         normalize(sound, RATE, "loudness", tick=stop)
 
 
-def test_an_offset_is_neither_heard_nor_turned_up() -> None:
+def test_an_offset_neither_counts_as_sound_nor_is_amplified() -> None:
     hiss = torch.from_numpy(noise(3, RATE, rms=ENERGY_FLOOR / 4))
     assert torch.equal(normalize(hiss + 0.01, RATE, "loudness"), hiss + 0.01)
     constant = torch.full((2, 3 * RATE), 0.5)

@@ -1,9 +1,8 @@
-"""The codec: one pass is audiocraft's to the bit, chunks give what one pass gives, memory is bounded."""
+"""The codec: one pass equals audiocraft's exactly, chunks give the result of one pass, memory is bounded."""
 
 import math
 import multiprocessing
 import os
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from random_encodec import RATE_HZ, encodec, in_transformers, noise
 from torch import Tensor, nn
 
 from musicgen_svc.audiocraft_compat import (
     CompressionModel,
     EncodecModel,
-    HFEncodecCompressionModel,
     InterleaveStereoCompressionModel,
 )
 from musicgen_svc.errors import Stopped, WeightsError
@@ -24,86 +23,7 @@ from musicgen_svc.models import encodec_chunks as chunked_encodec
 from musicgen_svc.models.encodec import Codec
 from musicgen_svc.models.encodec_chunks import ChunkedStack
 
-RATE_HZ, HOP = 32_000, 640
-SEANET = {
-    "channels": 1, "dimension": 8, "n_filters": 4, "n_residual_layers": 1, "ratios": [8, 5, 4, 4],
-    "norm": "weight_norm", "pad_mode": "constant", "true_skip": True, "compress": 2, "lstm": 2,
-}  # fmt: skip
-
-
-def encodec(renormalize: bool = False, **seanet: Any) -> EncodecModel:
-    """A small random EnCodec whose tokens differ from frame to frame and whose LSTM remembers seconds."""
-    from audiocraft.modules import SEANetDecoder, SEANetEncoder
-    from audiocraft.quantization import ResidualVectorQuantizer
-
-    options = SEANET | seanet
-    with torch.random.fork_rng([]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated", FutureWarning)
-        torch.manual_seed(0)
-        model = EncodecModel(
-            SEANetEncoder(**options),
-            SEANetDecoder(**options),
-            ResidualVectorQuantizer(dimension=options["dimension"], n_q=4, bins=64, kmeans_init=False),
-            frame_rate=50,
-            sample_rate=RATE_HZ,
-            channels=options["channels"],
-            causal=options.get("causal", False),
-            renormalize=renormalize,
-        ).eval()
-        for lstm in (m for m in model.modules() if isinstance(m, nn.LSTM)):
-            remember_for_seconds(lstm)
-        spread_codebooks(model)
-    return model
-
-
-def remember_for_seconds(lstm: nn.LSTM) -> None:
-    """Raises the forget gates' bias, so that a cell keeps 99.3 % of itself per frame."""
-    size = lstm.hidden_size
-    with torch.no_grad():
-        for layer in range(lstm.num_layers):
-            getattr(lstm, f"bias_ih_l{layer}")[size : 2 * size] = 5.0
-            getattr(lstm, f"weight_ih_l{layer}").mul_(2.0)
-
-
-@torch.no_grad()
-def spread_codebooks(model: EncodecModel) -> None:
-    """Entries taken from what the encoder makes of noise: every token gets used."""
-    residual = model.encoder(noise(10.0, model.channels)[None])
-    for layer in model.quantizer.vq.layers:
-        layer.codebook.copy_(residual[0, :, torch.randperm(residual.shape[-1])[:64]].T)
-        residual = residual - layer.decode(layer.encode(residual))
-
-
-def in_transformers(model: EncodecModel, **config: Any) -> HFEncodecCompressionModel:
-    """The same codec, the same weights, as transformers spells it."""
-    from transformers import EncodecConfig
-    from transformers import EncodecModel as TransformersEncodec
-
-    other = TransformersEncodec(
-        EncodecConfig(
-            **{
-                "sampling_rate": RATE_HZ, "audio_channels": 1, "target_bandwidths": [1.2], "hidden_size": 8,
-                "num_filters": 4, "upsampling_ratios": [8, 5, 4, 4], "codebook_size": 64,
-                "use_causal_conv": False, "use_conv_shortcut": False, "pad_mode": "constant",
-            } | config
-        )
-    ).eval()  # fmt: skip
-    for ours, theirs in [(model.encoder, other.encoder), (model.decoder, other.decoder)]:
-        values = list(ours.state_dict().values())
-        theirs.load_state_dict(dict(zip(theirs.state_dict(), values, strict=True)))
-    for vq, layer in zip(model.quantizer.vq.layers, other.quantizer.layers, strict=True):
-        layer.codebook.embed.copy_(vq.codebook)
-    return HFEncodecCompressionModel(other)
-
-
-def noise(seconds: float, channels: int = 1, seed: int = 1) -> Tensor:
-    """Noise that swells and fades: [C, T]."""
-    generator = torch.Generator().manual_seed(seed)
-    wav = torch.randn(channels, round(seconds * RATE_HZ), generator=generator)
-    swell = torch.sin(torch.arange(wav.shape[1]) * (2 * math.pi / RATE_HZ / 7.0))
-    return 0.3 * wav * (1.1 + swell)
-
-
+HOP = 640  # samples per frame
 KINDS: dict[str, Callable[[EncodecModel], CompressionModel]] = {
     "audiocraft": lambda m: m,
     "transformers": in_transformers,
@@ -141,7 +61,7 @@ def test_up_to_a_chunk_both_ways_are_audiocrafts_to_the_bit(model: CompressionMo
 
 
 def test_chunks_together_are_one_pass(model: CompressionModel) -> None:
-    """On a minute; each channel of stereo is the same work again, so there on a third of it."""
+    """Tested on a minute of mono, or on 20 s of stereo, whose channels each take the time of mono."""
     channels = Codec(model).channels
     wav = noise(60.0 / (1 if channels == 1 else 3) + 0.0071, channels)
     tokens, samples = one_pass(model, wav)
@@ -154,10 +74,10 @@ def test_chunks_together_are_one_pass(model: CompressionModel) -> None:
         assert rms_db(codec.decode(tokens) - samples, samples) < -60
 
 
-def test_one_pass_needs_what_the_lstm_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the test above: an LSTM that began anew in every chunk would not pass it."""
-    remember = chunked_encodec._remember
-    monkeypatch.setattr(chunked_encodec, "_remember", lambda layer, x, state: remember(layer, x, None))
+def test_chunks_need_the_state_of_the_lstm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that the test above would fail if the LSTM started without a state in each chunk."""
+    run_lstm = chunked_encodec._run_lstm
+    monkeypatch.setattr(chunked_encodec, "_run_lstm", lambda layer, x, state: run_lstm(layer, x, None))
     model = encodec()
     wav = noise(20.0)
     tokens, samples = one_pass(model, wav)
@@ -178,12 +98,11 @@ def test_one_pass_needs_what_the_lstm_remembers(monkeypatch: pytest.MonkeyPatch)
     ids=str,
 )
 @torch.no_grad()
-def test_every_chunk_sees_its_full_receptive_field(seanet: dict[str, Any]) -> None:
-    """For any SEANet and lengths that are no multiple of a frame or a chunk, to rounding."""
+def test_every_chunk_has_its_full_receptive_field(seanet: dict[str, Any]) -> None:
+    """The result is that of one pass up to rounding, for any SEANet and any length."""
     model = encodec(**seanet)
     for net, channels in [(model.encoder, 1), (model.decoder, 8)]:
         stack = ChunkedStack(net.model)
-        assert stack.cuttable
         x = noise(3.0, channels)[None, :, : 150 * stack.rate_in - stack.rate_in // 8]
         whole = net(x)
         for chunk in (70, 50):
@@ -196,7 +115,7 @@ def test_every_chunk_sees_its_full_receptive_field(seanet: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("seanet", [{"norm": "time_group_norm"}, {"lstm": 0}], ids=str)
-def test_what_is_not_understood_takes_one_pass(seanet: dict[str, Any]) -> None:
+def test_a_stack_with_unknown_layers_takes_one_pass(seanet: dict[str, Any]) -> None:
     model = encodec(**seanet)
     wav = noise(3.0)
     tokens, samples = one_pass(model, wav)
@@ -205,15 +124,19 @@ def test_what_is_not_understood_takes_one_pass(seanet: dict[str, Any]) -> None:
     assert torch.equal(codec.decode(tokens), samples)
 
 
-def test_two_lstms_or_one_that_looks_back_in_time_are_not_cut() -> None:
+@torch.no_grad()
+def test_two_lstms_or_one_that_also_runs_backwards_take_one_pass() -> None:
+    def pieces(layers: list[nn.Module]) -> int:
+        return len(list(ChunkedStack(layers).run(noise(3.0)[None], chunk=50)))
+
     layers = list(encodec().encoder.model)
-    assert ChunkedStack(layers).cuttable
-    assert not ChunkedStack([*layers, layers[-3]]).cuttable
-    layers[-3].lstm = nn.LSTM(64, 32, bidirectional=True)
-    assert not ChunkedStack(layers).cuttable
+    assert pieces(layers) == 3
+    assert pieces([*layers[:-2], layers[-3], *layers[-2:]]) == 1
+    layers[-3].lstm = nn.LSTM(64, 32, 2, bidirectional=True)
+    assert pieces(layers) == 1
 
 
-def test_latents_are_the_quantizers_and_belong_to_their_channel(model: CompressionModel) -> None:
+def test_latents_are_those_of_the_quantizer_for_each_channel(model: CompressionModel) -> None:
     codec = Codec(model)
     tokens = codec.encode(noise(1.0, codec.channels))
     latents = codec.latents(tokens)
@@ -224,7 +147,7 @@ def test_latents_are_the_quantizers_and_belong_to_their_channel(model: Compressi
     assert latents.shape == (codec.channels, 8, tokens.shape[1])
 
 
-def test_both_channels_in_one_batch_sound_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_channels_in_one_batch_give_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = Codec(InterleaveStereoCompressionModel(encodec()), chunk_frames=100)
     tokens = codec.encode(noise(3.0, channels=2))
     one_by_one = codec.decode(tokens)
@@ -235,7 +158,7 @@ def test_both_channels_in_one_batch_sound_the_same(monkeypatch: pytest.MonkeyPat
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_chunks_together_are_one_pass_on_a_gpu() -> None:
-    """In full fp32: TF32 would round one pass and chunks differently."""
+    """Tested in full fp32: TF32 would round one pass and chunks differently."""
     model = InterleaveStereoCompressionModel(encodec()).to("cuda")
     codec = Codec(model)
     wav = noise(60.0, channels=2)
@@ -257,14 +180,14 @@ def test_a_codec_of_two_channels_needs_no_interleaving() -> None:
     assert torch.equal(codec.decode(tokens), samples)
 
 
-def test_what_the_codec_says_of_itself(model: CompressionModel) -> None:
+def test_the_attributes_of_a_codec_are_those_of_the_model(model: CompressionModel) -> None:
     codec = Codec(model)
     stereo = isinstance(model, InterleaveStereoCompressionModel)
     assert (codec.sample_rate, codec.hop, codec.frame_rate, codec.cardinality) == (RATE_HZ, HOP, 50.0, 64)
     assert (codec.channels, codec.codebooks) == ((2, 8) if stereo else (1, 4))
 
 
-def test_the_same_codebooks_have_the_same_fingerprint_in_either_spelling() -> None:
+def test_the_same_codebooks_have_the_same_fingerprint_in_either_library() -> None:
     one = encodec()
     prints = {Codec(make(one)).fingerprint() for make in KINDS.values()}
     assert len(prints) == 1
@@ -272,7 +195,7 @@ def test_the_same_codebooks_have_the_same_fingerprint_in_either_spelling() -> No
     assert Codec(one).fingerprint() not in prints
 
 
-def test_ticks_come_in_every_chunk_and_end_at_all(model: CompressionModel) -> None:
+def test_every_layer_of_every_chunk_ticks_and_the_last_tick_is_the_total(model: CompressionModel) -> None:
     codec = Codec(model, chunk_frames=40)
     seen: list[tuple[int, int]] = []
     tokens = codec.encode(noise(3.0, codec.channels), lambda *args: seen.append(args))
@@ -282,11 +205,11 @@ def test_ticks_come_in_every_chunk_and_end_at_all(model: CompressionModel) -> No
         total = ticks[-1][1]
         assert [done for done, _ in ticks] == list(range(1, total + 1))
         assert {t for _, t in ticks} == {total}
-        assert total >= 4 * codec.channels * 3  # chunks, channels, stages
+        assert total >= 4 * codec.channels * 3  # chunks, channels, and several layers
 
 
 @pytest.mark.parametrize("at", [1, 20])
-def test_a_tick_that_raises_ends_the_work_and_harms_nothing(at: int) -> None:
+def test_a_tick_that_raises_ends_the_work_and_the_codec_stays_usable(at: int) -> None:
     codec = Codec(encodec(), chunk_frames=40)
     wav = noise(3.0)
     tokens = codec.encode(wav)
@@ -304,7 +227,7 @@ def test_a_tick_that_raises_ends_the_work_and_harms_nothing(at: int) -> None:
     assert torch.equal(codec.decode(tokens), samples)
 
 
-def test_tokens_that_are_no_codes_are_our_own_mistake() -> None:
+def test_tokens_out_of_range_fail_an_assertion() -> None:
     codec = Codec(encodec())
     for tokens in (torch.full((4, 3), 64), torch.full((4, 3), -1), torch.zeros(8, 3, dtype=torch.int64)):
         with pytest.raises(AssertionError):
@@ -322,31 +245,31 @@ def test_a_codec_with_more_than_tokens_is_refused(config: dict[str, Any]) -> Non
 
 
 def status_mb(field: str) -> float:
-    """A line of Linux' account of this process: VmRSS, its memory now; VmHWM, the peak of that."""
+    """Returns a field of Linux' status of this process: VmRSS, its memory now, or VmHWM, the peak of it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
 
 
 def grown_mb(codec: Codec, seconds: float) -> float:
-    """By how much memory grows at the most while audio goes there and back."""
+    """Returns the largest growth of memory while audio is encoded and decoded."""
     wav = torch.zeros(1, int(seconds * RATE_HZ)).normal_(generator=torch.Generator().manual_seed(0))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status_mb("VmRSS")
     codec.decode(codec.encode(wav))
     return status_mb("VmHWM") - before
 
 
 def growths_mb() -> tuple[float, float, float]:
-    """Of a minute and of six by a small codec, and of a chunk by a wider one."""
+    """Returns the growth for one and for six minutes with a small codec, and for a chunk with a wider one."""
     small, wide = Codec(encodec(n_filters=2)), Codec(encodec(n_filters=16))
-    grown_mb(small, 60), grown_mb(wide, 30)  # what torch and the allocator keep from a first time
+    grown_mb(small, 60), grown_mb(wide, 30)  # torch and the allocator keep some memory of a first run
     return grown_mb(small, 60), grown_mb(small, 360), grown_mb(wide, 30)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' memory peak")
 def test_memory_is_that_of_a_chunk_however_long_the_audio() -> None:
-    """Six minutes need what one does and the samples that come out; 15 at full size are below 2 GB."""
-    # In a process of its own: memory that other tests have freed, and this one kept, would be used first.
+    """Six minutes need as much as one, plus the samples; 15 minutes at full size need less than 2 GB."""
+    # In another process, because this one would first reuse memory that other tests have freed.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         minute, six, chunk = process.submit(growths_mb).result()
     samples_a_second = RATE_HZ * 4 / 1e6

@@ -1,4 +1,4 @@
-"""Who comes first is first, whoever waits can give up, and nobody is left out."""
+"""Threads acquire turns in order of arrival, a waiting thread can give up, and none waits for ever."""
 
 import threading
 from collections.abc import Callable
@@ -11,11 +11,11 @@ WAIT_S = 60.0
 
 
 def never_gives_up() -> None:
-    """Never gives up."""
+    """A check that never raises."""
 
 
 class Person:
-    """A thread that takes a turn, holds it until it is told to leave, and writes down when it came."""
+    """A thread that acquires a turn, records its name, and holds the turn until it is told to leave."""
 
     def __init__(self, queue: FairQueue, name: str, came: list[str], group: str | None = None) -> None:
         self.turn: Turn | None = None
@@ -38,23 +38,25 @@ class Person:
 
     @property
     def inside(self) -> bool:
-        """Only to be denied: what has not come by now may still come."""
+        """Whether it has acquired its turn by now. False does not mean that it never will."""
         return self._inside.wait(0.05)
 
     def enters(self) -> None:
+        """Waits until it has acquired its turn."""
         assert self._inside.wait(WAIT_S)
 
     def leaves(self, *steps: Callable[[Turn], None]) -> None:
-        """Ends its turn, after some last steps in it."""
+        """Tells it to end its turn, after some steps."""
         self._steps.extend(steps)
         self._leave.set()
 
     def has_left(self) -> None:
+        """Waits until its thread has ended."""
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive()
 
 
-def test_turns_come_in_the_order_of_asking_and_can_be_given_up() -> None:
+def test_turns_are_acquired_in_order_of_arrival_and_can_be_given_up() -> None:
     queue, came = FairQueue(1), list[str]()
 
     def give_up() -> None:
@@ -63,7 +65,7 @@ def test_turns_come_in_the_order_of_asking_and_can_be_given_up() -> None:
     holder = Person(queue, "holder", came)
     first = Person(queue, "first", came)
     with pytest.raises(TimeoutError), queue.acquire(give_up):
-        pytest.fail("a turn that was never free")
+        pytest.fail("the turn was never free")
     second = Person(queue, "second", came)
     assert not first.inside
     for person in (holder, first, second):
@@ -72,7 +74,7 @@ def test_turns_come_in_the_order_of_asking_and_can_be_given_up() -> None:
     assert came == ["holder", "first", "second"] and queue.length == 0
 
 
-def test_as_many_as_there_is_room_for_hold_one_at_once() -> None:
+def test_at_most_the_given_number_hold_a_turn_at_once() -> None:
     queue, came = FairQueue(2), list[str]()
     one, two, three = (Person(queue, name, came) for name in "123")
     one.enters()
@@ -85,7 +87,7 @@ def test_as_many_as_there_is_room_for_hold_one_at_once() -> None:
         person.has_left()
 
 
-def test_another_kind_waits_for_all_before_it_and_holds_up_all_behind_it() -> None:
+def test_another_group_waits_for_all_before_it_and_all_behind_it_wait() -> None:
     queue, came = FairQueue(9), list[str]()
     a1, a2 = Person(queue, "a1", came, "a"), Person(queue, "a2", came, "a")
     b1 = Person(queue, "b1", came, "b")
@@ -110,7 +112,7 @@ def test_another_kind_waits_for_all_before_it_and_holds_up_all_behind_it() -> No
     assert came[:3] == ["a1", "a2", "b1"] and set(came[3:5]) == {"a3", "a4"} and came[5:] == ["b2"]
 
 
-def test_one_of_another_kind_that_gives_up_no_longer_stands_between_the_others() -> None:
+def test_a_thread_of_another_group_that_gives_up_no_longer_blocks_the_others() -> None:
     queue, came = FairQueue(9), list[str]()
     a1 = Person(queue, "a1", came, "a")
     calls = 0
@@ -132,7 +134,7 @@ def test_one_of_another_kind_that_gives_up_no_longer_stands_between_the_others()
     a1.leaves()
 
 
-def test_a_turn_that_joins_the_others_kind_lets_them_in() -> None:
+def test_a_turn_that_joins_the_group_of_waiting_threads_admits_them() -> None:
     queue, came = FairQueue(2), list[str]()
     alone, other = Person(queue, "alone", came, "its own"), Person(queue, "other", came, "a")
     alone.enters()
@@ -145,7 +147,7 @@ def test_a_turn_that_joins_the_others_kind_lets_them_in() -> None:
         person.has_left()
 
 
-def test_a_turn_passed_on_comes_back_after_all_who_waited() -> None:
+def test_a_turn_that_is_yielded_comes_back_after_all_who_waited() -> None:
     queue, came = FairQueue(1), list[str]()
     with queue.acquire(never_gives_up) as turn:
         assert not turn.over, "nobody waits"
@@ -161,7 +163,7 @@ def test_a_turn_passed_on_comes_back_after_all_who_waited() -> None:
     assert queue.length == 0
 
 
-def test_what_is_raised_while_waiting_to_come_back_comes_out_in_the_very_next_turn() -> None:
+def test_an_error_while_waiting_after_a_yield_is_raised_inside_the_next_turn() -> None:
     queue, came = FairQueue(1), list[str]()
 
     def give_up() -> None:
@@ -180,7 +182,7 @@ def test_what_is_raised_while_waiting_to_come_back_comes_out_in_the_very_next_tu
     assert queue.length == 0
 
 
-def test_the_next_turn_can_be_taken_before_those_who_wait() -> None:
+def test_the_next_turn_can_be_acquired_before_all_who_wait() -> None:
     queue, came = FairQueue(1), list[str]()
     holder, queued = Person(queue, "holder", came), Person(queue, "queued", came)
 

@@ -1,4 +1,4 @@
-"""Our chroma is audiocraft's, whose filters are librosa's."""
+"""Our chroma equals audiocraft's, whose filters are librosa's."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ RELEASED: dict[str, Any] = {"sample_rate": 32_000, "n_chroma": 12, "radix2_exp":
     ],
     ids=str,
 )
-def test_it_is_audiocrafts_to_the_bit(change: dict[str, Any]) -> None:
+def test_it_equals_audiocrafts_to_the_bit(change: dict[str, Any]) -> None:
     options = RELEASED | change
     ours, theirs = Chroma(**options), ChromaExtractor(**options)
     assert torch.equal(ours.fbanks, theirs.fbanks)
@@ -37,6 +37,6 @@ def test_it_is_audiocrafts_to_the_bit(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("hz", "pitch_class"), [(261.63, 0), (440.0, 9), (466.16, 10), (987.77, 11)])
-def test_it_hears_a_note(hz: float, pitch_class: int) -> None:
-    heard = Chroma(**RELEASED)(torch.from_numpy(tone(hz, 2, 32_000))[None])
-    assert set(heard[0, 2:-2].argmax(-1).tolist()) == {pitch_class}
+def test_it_finds_the_pitch_class_of_a_note(hz: float, pitch_class: int) -> None:
+    chroma = Chroma(**RELEASED)(torch.from_numpy(tone(hz, 2, 32_000))[None])
+    assert set(chroma[0, 2:-2].argmax(-1).tolist()) == {pitch_class}

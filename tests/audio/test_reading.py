@@ -1,4 +1,4 @@
-"""Any file -> samples: pitch, level, length and place of what comes out; what is refused, and how."""
+"""Reading a clip: the pitch, level, length and position of the samples, and the errors of refused files."""
 
 import os
 import tracemalloc
@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import soxr
+import torch
 from sounds import (
     KINDS,
     Samples,
@@ -21,17 +22,18 @@ from sounds import (
     written,
 )
 
-from musicgen_svc.audio.reading import Clip, _packets, read_clip
+from musicgen_svc.audio.decoding import _packets
+from musicgen_svc.audio.reading import read_clip
 from musicgen_svc.errors import AudioError
 
 RATE = 32_000
 
 
 @pytest.fixture
-def read(tmp_path: Path) -> Callable[..., Clip]:
-    """Reads bytes from a file without a suffix, as Cog leaves it."""
+def read(tmp_path: Path) -> Callable[..., torch.Tensor]:
+    """Reads bytes from a file without a suffix, as Cog may write it."""
 
-    def from_bytes(content: bytes, **options: object) -> Clip:
+    def from_bytes(content: bytes, **options: object) -> torch.Tensor:
         path = tmp_path / "clip"
         path.write_bytes(content)
         return read_clip(path, **({"sample_rate": RATE, "channels": 1} | options))
@@ -39,14 +41,14 @@ def read(tmp_path: Path) -> Callable[..., Clip]:
     return from_bytes
 
 
-# Samples by which the encoder's padding is longer or shorter where the format says nothing of it.
+# The largest number of padding samples in formats that do not state it.
 PADDING = {kind: 3 * 1024 for kind in ("aac", "latm", "aac-flv", "aac-ts", "wma")}
 PADDING |= {kind: 3 * 1152 for kind in ("mp2", "mp2-mpeg", "mp3-mkv", "mp3-avi")}
 PADDING |= {kind: 1536 for kind in ("ac3", "ac3-ts", "eac3")} | {"ogg": 1024, "caf-alac": 4096}
 
 
 def rates(kind: str) -> list[int]:
-    """Those that the format can hold, from 8 to 192 kHz."""
+    """Returns sample rates that a format supports, from 8 to 192 kHz."""
     if kind in ("opus", "webm"):
         return [8_000, 16_000, 48_000]
     if kind in ("mp2", "mp2-mpeg", "ac3", "ac3-ts", "eac3"):
@@ -63,39 +65,37 @@ def rates(kind: str) -> list[int]:
 )
 @pytest.mark.parametrize("channels", [1, 2])
 def test_every_format_keeps_pitch_level_and_length(
-    read: Callable[..., Clip], kind: str, rate: int, channels: int
+    read: Callable[..., torch.Tensor], kind: str, rate: int, channels: int
 ) -> None:
     clip = read(encode(tone(440, 1.21, rate, channels=channels, level=0.5), rate, kind), channels=channels)
-    samples = clip.samples.numpy()
-    assert clip.sample_rate == RATE
+    samples = clip.numpy()
     assert len(samples) == channels
     assert loudest_hz(samples, RATE) == pytest.approx(440, abs=1)
     assert level_at(samples, RATE, 440) == pytest.approx(0.5, rel=0.07)
     slack_s = PADDING.get(kind, 0) / rate + 1.5 / min(rate, RATE)
     assert samples.shape[1] / RATE == pytest.approx(1.21, abs=slack_s)
-    assert clip.source_duration_s == pytest.approx(1.21, abs=slack_s)
 
 
 @pytest.mark.parametrize("kind", ["mp3", "m4a", "opus", "webm", "ogg", "flac", "wav16"])
-def test_sound_stays_where_it_was(read: Callable[..., Clip], kind: str) -> None:
-    """Encoder delay is gone: what begins after half a second still does."""
+def test_sound_keeps_its_position(read: Callable[..., torch.Tensor], kind: str) -> None:
+    """Encoder delay is removed: a tone that begins after 0.5 s still begins there."""
     sound = tone(440, 1, 48_000)
     sound[:, :24_000] = 0
-    heard = np.abs(read(encode(sound, 48_000, kind)).samples.numpy()[0]) > 0.25
-    assert heard.argmax() / RATE == pytest.approx(0.5, abs=0.005)
+    audible = np.abs(read(encode(sound, 48_000, kind)).numpy()[0]) > 0.25
+    assert audible.argmax() / RATE == pytest.approx(0.5, abs=0.005)
 
 
-def test_left_and_right_stay_apart_and_mono_is_their_mean(read: Callable[..., Clip]) -> None:
+def test_left_and_right_stay_apart_and_mono_is_their_mean(read: Callable[..., torch.Tensor]) -> None:
     sides = np.concatenate([tone(440, 1, 44_100, level=0.6), tone(1000, 1, 44_100, level=0.2)])
     content = encode(sides, 44_100, "flac")
-    stereo, mono = (read(content, channels=channels).samples.numpy() for channels in (2, 1))
+    stereo, mono = (read(content, channels=channels).numpy() for channels in (2, 1))
     assert level_at(stereo, RATE, 440) == pytest.approx([0.6, 0], abs=1e-3)
     assert level_at(stereo, RATE, 1000) == pytest.approx([0, 0.2], abs=1e-3)
     np.testing.assert_allclose(mono[0], stereo.mean(0), atol=1e-6)
 
 
-def test_stereo_from_mono_is_both_sides_alike(read: Callable[..., Clip]) -> None:
-    left, right = read(encode(tone(440, 0.5, 44_100), 44_100, "wav16"), channels=2).samples
+def test_stereo_from_mono_has_two_equal_channels(read: Callable[..., torch.Tensor]) -> None:
+    left, right = read(encode(tone(440, 0.5, 44_100), 44_100, "wav16"), channels=2)
     assert left.equal(right)
     assert level_at(left[None].numpy(), RATE, 440) == pytest.approx(0.5, abs=1e-3)
 
@@ -107,38 +107,38 @@ def test_stereo_from_mono_is_both_sides_alike(read: Callable[..., Clip]) -> None
     ids=["front-left", "front-right", "centre", "subwoofer", "side-left", "side-right"],
 )  # fmt: skip
 def test_surround_is_mixed_by_the_standard_matrix(
-    read: Callable[..., Clip], kind: str, speaker: int, left: float, right: float
+    read: Callable[..., torch.Tensor], kind: str, speaker: int, left: float, right: float
 ) -> None:
-    """ITU-R BS.775: centre and surrounds at -3 dB; scaled so that six full speakers do not clip."""
+    """ITU-R BS.775 mixes centre and surrounds at -3 dB; the sum is scaled so that it does not clip."""
     sound = np.zeros((6, 24_000), np.float32)
     sound[speaker] = tone(100, 0.5, 48_000)
-    samples = read(encode(sound, 48_000, kind, layout="5.1"), channels=2).samples.numpy()
+    samples = read(encode(sound, 48_000, kind, layout="5.1"), channels=2).numpy()
     scale = 0.5 / (1 + 2 * 0.5**0.5)
     assert level_at(samples, RATE, 100) == pytest.approx([left * scale, right * scale], abs=0.006)
 
 
 @pytest.mark.parametrize("channels", [3, 4, 5, 6, 7, 8])
-def test_channels_in_no_stated_order_are_mixed_too(read: Callable[..., Clip], channels: int) -> None:
-    samples = read(written(tone(440, 0.3, 44_100, channels=channels), 44_100)).samples.numpy()
+def test_channels_in_no_stated_order_are_mixed_too(read: Callable[..., torch.Tensor], channels: int) -> None:
+    samples = read(written(tone(440, 0.3, 44_100, channels=channels), 44_100)).numpy()
     assert level_at(samples, RATE, 440)[0] > 0.3
     assert np.abs(samples).max() < 0.51
 
 
 @pytest.mark.parametrize("name", ["clip.mp3", "clip.txt", "clip.m3u8", "clip.flac", "concat:clip"])
-def test_the_name_says_nothing(tmp_path: Path, name: str) -> None:
+def test_the_name_of_a_file_has_no_effect(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(encode(tone(440, 0.5, 44_100), 44_100, "flac"))
-    samples = read_clip(path, sample_rate=RATE, channels=1).samples.numpy()
+    samples = read_clip(path, sample_rate=RATE, channels=1).numpy()
     assert loudest_hz(samples, RATE) == pytest.approx(440, abs=2)
     path.write_bytes(np.random.default_rng(0).bytes(100_000))
-    with pytest.raises(AudioError, match="is not audio"):  # by its name, a flac with no samples
+    with pytest.raises(AudioError, match="is not audio"):  # by its name it would be a flac without samples
         read_clip(path, sample_rate=RATE, channels=1)
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 32_000, 44_100, 192_000])
-def test_resampling_in_pieces_is_resampling_at_once(read: Callable[..., Clip], rate: int) -> None:
+def test_resampling_in_blocks_equals_resampling_at_once(read: Callable[..., torch.Tensor], rate: int) -> None:
     sound = noise(3.3, rate, channels=2)
-    samples = read(encode(sound, rate, "wavf32"), channels=2).samples.numpy()
+    samples = read(encode(sound, rate, "wavf32"), channels=2).numpy()
     expected = sound.T if rate == RATE else soxr.resample(sound.T, rate, RATE, "HQ")
     np.testing.assert_array_equal(samples, expected.T)
     assert samples.shape[1] == round(sound.shape[1] * RATE / rate)
@@ -158,14 +158,13 @@ def test_resampling_in_pieces_is_resampling_at_once(read: Callable[..., Clip], r
     ],
 )
 def test_selection_is_a_cut_at_whole_seconds(
-    read: Callable[..., Clip], rate: int, start_s: int, end_s: int | None, kept: slice
+    read: Callable[..., torch.Tensor], rate: int, start_s: int, end_s: int | None, kept: slice
 ) -> None:
     sound = noise(3.3, rate)
     clip = read(encode(sound, rate, "wavf32"), start_s=start_s, end_s=end_s)
     part = sound[:, kept.start * rate : None if kept.stop is None else kept.stop * rate]
     expected = part if rate == RATE else soxr.resample(part.T, rate, RATE, "HQ").T
-    np.testing.assert_array_equal(clip.samples.numpy(), expected)
-    assert clip.source_duration_s == pytest.approx(3.3)
+    np.testing.assert_array_equal(clip.numpy(), expected)
 
 
 @pytest.mark.parametrize(
@@ -179,13 +178,13 @@ def test_selection_is_a_cut_at_whole_seconds(
     ],
 )
 def test_a_start_behind_the_end_is_refused_with_the_length(
-    read: Callable[..., Clip], start_s: int, end_s: int | None, said: str
+    read: Callable[..., torch.Tensor], start_s: int, end_s: int | None, said: str
 ) -> None:
     with pytest.raises(AudioError, match=rf"^continuation_start is {said} is 3\.00 s long; "):
         read(encode(noise(3, 32_000), 32_000, "wav16"), start_s=start_s, end_s=end_s)
 
 
-def test_a_file_that_cannot_be_read_on_ends_there() -> None:
+def test_a_file_ends_where_it_cannot_be_read_any_further() -> None:
     class BreaksOff:
         def demux(self, stream: object) -> Iterator[object]:
             yield from (1, 2)
@@ -228,7 +227,9 @@ def test_a_stream_that_begins_later_does_not_end_the_one_that_is_read() -> None:
     ],
     ids=["hls", "hls to a server", "concat", "dash", "sdp", "ffmetadata"],
 )
-def test_a_playlist_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, playlist: str) -> None:
+def test_a_playlist_opens_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, playlist: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.wav").write_bytes(encode(tone(440, 1, 44_100), 44_100, "wav16"))
     for name in ("clip", "clip.m3u8", "clip.ffconcat", "clip.mpd"):
@@ -237,16 +238,16 @@ def test_a_playlist_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             read_clip(Path(name), sample_rate=RATE, channels=1)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
     for name, word in (("pipe", "regular file"), (".", "regular file"), ("absent", "No such file")):
         with pytest.raises(AudioError, match=word):
             read_clip(tmp_path / name, sample_rate=RATE, channels=1)
 
 
-def test_size_is_limited_to_the_byte(read: Callable[..., Clip]) -> None:
+def test_size_is_limited_to_the_byte(read: Callable[..., torch.Tensor]) -> None:
     content = encode(tone(440, 1, 44_100), 44_100, "wav16")
-    assert read(content, max_bytes=len(content)).samples.numel()
+    assert read(content, max_bytes=len(content)).numel()
     with pytest.raises(AudioError, match=f"input_audio is {len(content):,} bytes.* at most"):
         read(content, max_bytes=len(content) - 1)
 
@@ -261,26 +262,26 @@ def test_a_hundred_megabytes_are_the_default_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("claimed", [16_000, 0, 2**32 - 1])
-def test_length_is_limited_by_what_is_decoded(read: Callable[..., Clip], claimed: int) -> None:
-    """The header's word counts for nothing, nor does a selection that would be short enough."""
+def test_length_is_limited_by_what_is_decoded(read: Callable[..., torch.Tensor], claimed: int) -> None:
+    """Neither the length in the header nor a short selection changes the limit."""
     sound = tone(440, 3, 8_000)
     claimed = claimed or 2 * sound.shape[1]
     content = wav_that_lies(sound, 8_000, claimed)
     length_s = min(claimed / 16_000, 3)
-    assert read(content, max_duration_s=length_s).source_duration_s == length_s
+    assert read(content, max_duration_s=length_s).shape[1] == length_s * RATE
     with pytest.raises(AudioError, match="input_audio is longer than"):
         read(content, max_duration_s=length_s - 0.001, end_s=1)
 
 
-def test_fifteen_minutes_are_the_default_limit(read: Callable[..., Clip]) -> None:
+def test_fifteen_minutes_are_the_default_limit(read: Callable[..., torch.Tensor]) -> None:
     with pytest.raises(AudioError, match=r"longer than 900 s.*\(15 minutes\)"):
         read(wav_that_lies(np.zeros((1, 901 * 8_000), np.float32), 8_000, 0))
 
 
-def test_progress_never_goes_back_and_ends_at_the_end(
-    read: Callable[..., Clip], monkeypatch: pytest.MonkeyPatch
+def test_progress_only_rises_and_reaches_the_total(
+    read: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("musicgen_svc.audio.reading.TICK_S", 0)
+    monkeypatch.setattr("musicgen_svc.audio.decoding.TICK_S", 0)
     calls: list[tuple[int, int]] = []
     content = encode(tone(440, 3, 44_100), 44_100, "mp3")
     read(content, tick=lambda done, total: calls.append((done, total)))
@@ -293,9 +294,9 @@ def test_progress_never_goes_back_and_ends_at_the_end(
 
 @pytest.mark.parametrize("kind", ["mp3", "wav16", "webm"])
 def test_a_raising_tick_ends_the_reading_and_leaks_nothing(
-    read: Callable[..., Clip], monkeypatch: pytest.MonkeyPatch, kind: str
+    read: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("musicgen_svc.audio.reading.TICK_S", 0)
+    monkeypatch.setattr("musicgen_svc.audio.decoding.TICK_S", 0)
 
     def stop(done: int, total: int) -> None:
         if done > total / 3:
@@ -308,8 +309,8 @@ def test_a_raising_tick_ends_the_reading_and_leaks_nothing(
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_memory_follows_the_result_not_the_source(read: Callable[..., Clip]) -> None:
-    """A second of source at a time, whatever is thrown away or mixed down."""
+def test_memory_grows_with_the_result_and_not_with_the_source(read: Callable[..., torch.Tensor]) -> None:
+    """A second of the source is in memory at a time, however much is cut off or mixed down."""
     sound: Samples = np.zeros((8, 192_000 * 10), np.float32)
     content = encode(sound, 192_000, "wav16", layout="7.1")
     decoded = sound.nbytes

@@ -1,4 +1,4 @@
-"""What a model is told: no more of a clip than it can hear, no more of a prompt than T5 can take."""
+"""The conditions of a model: only the relevant part of a clip is separated, and long prompts are refused."""
 
 from pathlib import Path
 
@@ -31,10 +31,10 @@ def noise(seconds: float) -> Tensor:
     return torch.randn(1, int(seconds * RATE_HZ), generator=torch.Generator().manual_seed(0)) / 5
 
 
-def test_of_a_long_melody_only_what_can_be_heard_is_looked_at(
+def test_only_the_part_of_a_melody_that_matters_is_separated(
     conditioner: Conditioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Demucs over a quarter of an hour takes minutes and gigabytes, for a condition of 30 s."""
+    """Demucs would need minutes and gigabytes for a quarter of an hour, for a condition of 30 s."""
     seen: list[int] = []
     melody = conditioner.conditioners[MELODY]
     assert isinstance(melody, MelodyConditioner)
@@ -47,11 +47,11 @@ def test_of_a_long_melody_only_what_can_be_heard_is_looked_at(
     monkeypatch.setattr(melody, "_separate", counted)
     clip = noise(50)
     embeddings = []
-    for heard in (clip, clip[:, : int(WINDOW_S + REACH_S) * RATE_HZ], clip[:, : 20 * RATE_HZ]):
+    for part in (clip, clip[:, : int(WINDOW_S + REACH_S) * RATE_HZ], clip[:, : 20 * RATE_HZ]):
         with GlobalRandom(0, CPU).pinned():
-            embeddings.append(conditioner.melody(heard)[MELODY][0])
+            embeddings.append(conditioner.melody(part)[MELODY][0])
     assert seen == [40 * RATE_HZ, 40 * RATE_HZ, 20 * RATE_HZ]
-    monkeypatch.setattr(melody, "_heard", clip.shape[1])
+    monkeypatch.setattr(melody, "_max_samples", clip.shape[1])
     with GlobalRandom(0, CPU).pinned():
         whole = conditioner.melody(clip)[MELODY][0]
     assert torch.equal(embeddings[0], whole) and torch.equal(embeddings[1], whole)
@@ -59,13 +59,13 @@ def test_of_a_long_melody_only_what_can_be_heard_is_looked_at(
 
 
 def test_a_prompt_of_too_many_tokens_is_refused(conditioner: Conditioner) -> None:
-    """T5's tokenizer writes out some signs as words, so that characters do not bound them."""
+    """T5's tokenizer expands some characters to words, so the number of characters is no bound."""
     with pytest.raises(InputError, match=rf"^prompt has \d+ tokens; at most {MAX_TOKENS} are accepted\.$"):
         conditioner.text("a b " * MAX_TOKENS)
     conditioner.text("a b " * 300)
 
 
-def test_t5_gives_a_chance_to_stop_after_each_block(conditioner: Conditioner) -> None:
+def test_t5_ticks_after_each_block(conditioner: Conditioner) -> None:
     ticks: list[tuple[int, int]] = []
     conditioner.text("rock", lambda *tick: ticks.append(tick))
     assert ticks and ticks == [(i + 1, len(ticks)) for i in range(len(ticks))]

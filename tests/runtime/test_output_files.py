@@ -1,4 +1,4 @@
-"""Outputs live as long as Cog needs them and no longer; nobody else's files are touched."""
+"""Outputs are kept as long as Cog needs them and no longer; files of others are never removed."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ from musicgen_svc.errors import GenerationError
 from musicgen_svc.runtime.output_files import WorkFolder
 
 
-def test_a_released_folder_goes_after_its_grace_and_neighbours_stay(tmp_path: Path) -> None:
+def test_a_released_folder_is_removed_after_its_grace_period_and_no_other(tmp_path: Path) -> None:
     work = WorkFolder(tmp_path)
     mine, neighbour = work.new_request(), work.new_request()
     (mine / "a.wav").touch()
@@ -34,7 +34,7 @@ def _die_without_cleaning(parent: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_what_a_killed_server_left_goes_when_the_next_one_starts(tmp_path: Path) -> None:
+def test_the_folder_of_a_killed_server_is_removed_when_the_next_one_starts(tmp_path: Path) -> None:
     (tmp_path / "musicgen-not-ours").mkdir()
     alive = WorkFolder(tmp_path)
     kept = alive.new_request()
@@ -51,7 +51,7 @@ def test_what_a_killed_server_left_goes_when_the_next_one_starts(tmp_path: Path)
 
 
 def test_a_removal_that_is_killed_leaves_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By which the next server knows that the rest is nobody's."""
+    """By the lock the next server recognizes the rest of the folder."""
     dying = WorkFolder(tmp_path)
     (dying.new_request() / "left.wav").touch()
     removed: list[Path] = []
@@ -65,22 +65,20 @@ def test_a_removal_that_is_killed_leaves_the_lock(tmp_path: Path, monkeypatch: p
         patch.setattr("musicgen_svc.runtime.output_files.shutil.rmtree", remove)
         dying.remove()
     assert [path.parent.parent for path in removed] == [tmp_path]
-    dying._lock.close()  # as its end does
+    dying._lock.close()  # as the end of the process does
     WorkFolder(tmp_path).remove()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_was_cleared_away_is_made_again(tmp_path: Path) -> None:
-    """As systemd does with what has lain in /tmp for ten days."""
+def test_a_folder_that_was_deleted_is_created_again(tmp_path: Path) -> None:
+    """systemd deletes files in /tmp that are ten days old."""
     work = WorkFolder(tmp_path / "outputs")
     shutil.rmtree(tmp_path / "outputs")
     assert work.new_request().is_dir()
     WorkFolder(tmp_path / "outputs").remove()
-    assert len(list((tmp_path / "outputs").iterdir())) == 1, "it is locked as the first one was"
+    assert len(list((tmp_path / "outputs").iterdir())) == 1, "the new folder is not locked"
     shutil.rmtree(tmp_path / "outputs")
     (tmp_path / "outputs").touch()
-    with pytest.raises(
-        GenerationError, match=r"cannot write where outputs lie \(.+\); see MUSICGEN_WORK_DIR"
-    ):
+    with pytest.raises(GenerationError, match=r"cannot write its output files \(.+\); see MUSICGEN_WORK_DIR"):
         work.new_request()
     work.remove()

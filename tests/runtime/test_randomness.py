@@ -1,4 +1,4 @@
-"""What a request draws depends on its seed alone, and leaves no trace."""
+"""What a request draws depends on its seed alone, and does not change the global generators."""
 
 import random
 
@@ -14,7 +14,7 @@ def draw() -> tuple[float, float]:
     return random.random(), torch.rand(()).item()
 
 
-def test_streams_go_on_where_they_stopped_whatever_runs_between() -> None:
+def test_streams_continue_where_they_stopped_whatever_runs_in_between() -> None:
     alone = GlobalRandom(3, CPU)
     with alone.pinned():
         expected = [draw(), draw()]
@@ -29,7 +29,7 @@ def test_streams_go_on_where_they_stopped_whatever_runs_between() -> None:
     assert got == expected
 
 
-def test_two_that_are_pinned_in_turn_each_go_on_with_their_own() -> None:
+def test_two_requests_that_are_pinned_in_turn_each_continue_their_own_streams() -> None:
     alone = GlobalRandom(3, CPU)
     with alone.pinned():
         expected = [draw(), draw()]
@@ -44,7 +44,7 @@ def test_two_that_are_pinned_in_turn_each_go_on_with_their_own() -> None:
         with first.unpinned(), second.pinned():
             others = [draw()]
             with second.unpinned():
-                assert draw() == outside, "what there was before both"
+                assert draw() == outside, "the state before both"
             others.append(draw())
         got.append(draw())
     assert got == expected
@@ -52,7 +52,7 @@ def test_two_that_are_pinned_in_turn_each_go_on_with_their_own() -> None:
         assert others == [draw(), draw()]
 
 
-def test_outside_of_pinned_there_is_nothing_to_step_out_of() -> None:
+def test_unpinned_outside_of_pinned_does_nothing() -> None:
     torch.manual_seed(1)
     expected = draw()
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Requests run on threads that no executor of Python's own, and so nobody's lock, has a part in."""
+"""Requests run on threads without an executor of Python, whose lock other code may hold for ever."""
 
 import asyncio
 import concurrent.futures.thread
@@ -23,8 +23,8 @@ def test_the_loop_gets_results_and_errors_of_what_runs_on_a_thread() -> None:
         RequestThreads(1).run(lambda: 1 // 0)
 
 
-def test_the_loop_goes_on_while_somebody_holds_the_lock_of_all_executors() -> None:
-    """Cog's own threads may hold it for ever, on Python 3.11."""
+def test_the_loop_continues_while_the_lock_of_all_executors_is_held() -> None:
+    """On Python 3.11, Cog's own threads may hold it for ever."""
 
     async def main() -> None:
         with concurrent.futures.thread._global_shutdown_lock:
@@ -35,7 +35,7 @@ def test_the_loop_goes_on_while_somebody_holds_the_lock_of_all_executors() -> No
     asyncio.run(main())
 
 
-def test_a_job_that_nobody_has_begun_can_be_withdrawn_and_another_cannot() -> None:
+def test_a_job_can_be_withdrawn_only_before_a_thread_begins_it() -> None:
     async def main() -> None:
         threads, ran = RequestThreads(1), []
         hold, held = threading.Event(), threading.Event()
