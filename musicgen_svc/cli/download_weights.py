@@ -27,7 +27,7 @@ from musicgen_svc.weights.lock_file import (
     LOCK_FILE,
     LockedFile,
     LockedSource,
-    fault,
+    content_fault,
     read_lock,
     size_fault,
     write_lock,
@@ -217,7 +217,7 @@ def verify(sources: list[Source], weights_dir: Path) -> None:
     wrong: dict[str, list[str]] = {}
     for source in sources:
         for name, file in lock[source.name].files.items():
-            sentence = fault(weights_dir / source.name / name, file)
+            sentence = content_fault(weights_dir / source.name / name, file)
             print(f"{source.name}/{name}: {'wrong' if sentence else 'good'}", flush=True)
             if sentence:
                 wrong.setdefault(source.name, []).append(sentence)

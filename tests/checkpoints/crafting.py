@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from musicgen_svc.checkpoints.unpickle import _ALLOWED
+from musicgen_svc.checkpoints.unpickle import _ALLOWED_TYPES
 from tests.fixtures import tiny_codecs, tiny_models
 
 Package = dict[str, Any]
@@ -106,7 +106,7 @@ def diffusion(change: Callable[[Package], object]) -> Make:
     def make(files: Files) -> None:
         files.copy("small")
         path = files.beside("multiband-diffusion") / "mbd_musicgen_32khz.th"
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(_ALLOWED_TYPES):
             package = torch.load(path, weights_only=True)
         for band in range(4):
             package[band]["cfg"] = OmegaConf.to_container(package[band]["cfg"])

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from musicgen_svc.checkpoints.fields import shown
+from musicgen_svc.checkpoints.field_types import quoted
+from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.loading.loader import Loader
-from musicgen_svc.request import SamplingParams
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import read_catalog
 from musicgen_svc.weights.paths import Weights
@@ -67,7 +67,7 @@ def main() -> None:
         except WeightsError as exc:
             answer["error"] = str(exc)
         except BaseException as exc:
-            answer["raw"] = f"{type(exc).__name__}: {shown(str(exc))}"
+            answer["raw"] = f"{type(exc).__name__}: {quoted(str(exc))}"
         signal.alarm(0)
         answer["grown_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
         print(json.dumps(answer), flush=True)

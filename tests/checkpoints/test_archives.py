@@ -16,7 +16,7 @@ import torch
 
 from musicgen_svc.checkpoints import CodecPointer, open_checkpoint
 from musicgen_svc.checkpoints.archives import is_archive
-from musicgen_svc.checkpoints.unpacking import sweep, unpacked
+from musicgen_svc.checkpoints.unpacking import remove_leftovers, unpack_once
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.loading.loader import Loader
 from musicgen_svc.settings import Settings
@@ -84,7 +84,7 @@ def test_what_was_unpacked_is_for_whom_the_cache_is(model: Path, tmp_path: Path)
     """Not for its owner alone: the next server may be another user's."""
     umask = os.umask(0o022)
     try:
-        folder = unpacked(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache").folder
+        folder = unpack_once(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache").folder
     finally:
         os.umask(umask)
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "m", tmp_path / "cache")]
@@ -102,18 +102,18 @@ def test_a_torch_save_file_is_no_archive_and_a_tar_that_ends_in_one_is(model: Pa
 
 def test_an_archive_is_unpacked_once_for_its_content(model: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    given = unpacked(pack(tmp_path / "x.tar", "w", {"m": model}), cache)
+    given = unpack_once(pack(tmp_path / "x.tar", "w", {"m": model}), cache)
     given.accept()
     first = given.folder
     (first / "m").chmod(0o400)
     stamp = (first / "m").stat().st_mtime_ns
     os.link(tmp_path / "x.tar", tmp_path / "same.zip")
-    assert unpacked(tmp_path / "same.zip", cache).folder == first
+    assert unpack_once(tmp_path / "same.zip", cache).folder == first
     assert (first / "m").stat().st_mtime_ns == stamp
     other = tmp_path / "other"
     other.write_bytes(b"2")
     (tmp_path / "x.tar").unlink()
-    given = unpacked(pack(tmp_path / "x.tar", "w", {"m": other}), cache)
+    given = unpack_once(pack(tmp_path / "x.tar", "w", {"m": other}), cache)
     given.accept()
     second = given.folder
     assert second != first
@@ -245,7 +245,7 @@ def test_a_bomb_is_refused_before_it_is_inflated(
 
     monkeypatch.setattr(gzip.GzipFile, "read", counting)
     with pytest.raises(WeightsError, match="more than 1000000 bytes"):
-        unpacked(archive, watched / "cache", 1_000_000)
+        unpack_once(archive, watched / "cache", 1_000_000)
     assert inflated < 10_000
 
 
@@ -274,7 +274,7 @@ def test_a_disk_too_small_is_said_before_it_is_full(
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(WeightsError, match="has 1,000 left: make room there"):
-        unpacked(pack(tmp_path / "x", "w", {"m": model}), watched / "cache")
+        unpack_once(pack(tmp_path / "x", "w", {"m": model}), watched / "cache")
 
 
 # --- what an interrupted unpacking leaves -----------------------------------------------------------
@@ -286,7 +286,7 @@ from musicgen_svc.checkpoints import archives, unpacking
 
 write = archives._write
 archives._write = lambda *args: (write(*args), print("writing", flush=True), time.sleep(60))
-unpacking.unpacked(Path(sys.argv[1]), Path(sys.argv[2]))
+unpacking.unpack_once(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -309,7 +309,7 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
 ) -> None:
     process, cache = unpacking
     (unfinished,) = cache.glob(".unpacking-*")
-    sweep(cache)
+    remove_leftovers(cache)
     assert (unfinished / "m").is_file(), "its process lives"
     process.kill()
     process.wait()
@@ -323,15 +323,15 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
 def test_unpacking_clears_up_first(model: Path, tmp_path: Path) -> None:
     """A disk that is full of leftovers would have no room for it."""
     (tmp_path / "cache" / ".unpacking-x" / "deep").mkdir(parents=True)
-    given = unpacked(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache")
+    given = unpack_once(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache")
     given.accept()
     folder = given.folder
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted([".lock", folder.name])
 
 
 def test_a_folder_without_leftovers_is_not_written_to(tmp_path: Path) -> None:
-    sweep(tmp_path)
-    sweep(tmp_path / "absent")
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path / "absent")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -442,7 +442,7 @@ def test_what_a_killed_process_had_on_trial_goes_at_the_next_start(model: Path, 
             Weights.at(tmp_path, read_catalog(), None)
             (folder, trial) = sorted(path for path in cache.iterdir() if path.name != ".lock")
             assert trial.name == f"{folder.name}.trial", "its process lives"
-            mine = unpacked(archive, cache)
+            mine = unpack_once(archive, cache)
             mine.refuse()
             assert folder.is_dir(), "another process tries it"
         finally:
@@ -453,7 +453,7 @@ def test_what_a_killed_process_had_on_trial_goes_at_the_next_start(model: Path, 
 
 def test_what_one_process_accepted_no_other_removes(model: Path, tmp_path: Path) -> None:
     archive = pack(tmp_path / "x.tar", "w", {"m": model})
-    one, other = unpacked(archive, tmp_path / "cache"), unpacked(archive, tmp_path / "cache")
+    one, other = unpack_once(archive, tmp_path / "cache"), unpack_once(archive, tmp_path / "cache")
     one.accept()
     other.refuse()
     assert left_in(tmp_path / "cache") == [one.folder.name]
@@ -481,4 +481,4 @@ def test_a_full_disk_is_said_with_the_room_that_is_needed(
     with pytest.raises(
         WeightsError, match=rf"unpacks to {model.stat().st_size:,} bytes, and the disk of .* is full"
     ):
-        unpacked(pack(tmp_path / "x", "w", {"m": model}), watched / "cache")
+        unpack_once(pack(tmp_path / "x", "w", {"m": model}), watched / "cache")

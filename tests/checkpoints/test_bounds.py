@@ -16,7 +16,7 @@ from hostile_files import CASES, VALID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from musicgen_svc.checkpoints import known_part_fields, pickle_scan
+from musicgen_svc.checkpoints import part_field_tables, pickle_scan
 from musicgen_svc.checkpoints.unpickle import load_pickle
 from musicgen_svc.errors import WeightsError
 from tests.fixtures import tiny_codecs, tiny_models
@@ -89,7 +89,7 @@ def test_a_pickle_has_so_many_opcodes_and_bytes_at_most(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = weights / "small" / "state_dict.bin"
-    for name, value in (("MAX_OPCODES", 300), ("MAX_PICKLE_BYTES", 2000), ("MAX_GIVEN", 100)):
+    for name, value in (("MAX_OPCODES", 300), ("MAX_PICKLE_BYTES", 2000), ("MAX_CALL_ENTRIES", 100)):
         with monkeypatch.context() as patch:
             patch.setattr(pickle_scan, name, value)
             with pytest.raises(WeightsError, match=f"more than {value}"):
@@ -113,9 +113,9 @@ def places(tree: Any, prefix: str = "") -> list[str]:
 
 
 OTHER_FORMATS = {
-    ("t5-small", "config.json", "small"): known_part_fields.T5,
-    ("t5-small", "tokenizer_config.json", "small"): known_part_fields.TOKENIZER,
-    ("encodec_32khz", "config.json", "hf-codec"): known_part_fields.TRANSFORMERS_ENCODEC,
+    ("t5-small", "config.json", "small"): part_field_tables.T5,
+    ("t5-small", "tokenizer_config.json", "small"): part_field_tables.TOKENIZER,
+    ("encodec_32khz", "config.json", "hf-codec"): part_field_tables.TRANSFORMERS_ENCODEC,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from musicgen_svc.checkpoints import Checkpoint, CodecPointer, open_checkpoint
-from musicgen_svc.checkpoints.unpickle import _ALLOWED
+from musicgen_svc.checkpoints.unpickle import _ALLOWED_TYPES
 from musicgen_svc.errors import WeightsError
 
 NAMES = ["small", "melody", "stereo"]
@@ -66,7 +66,7 @@ def export(config: tools.Package, state: Any, folder: Path) -> Path:
 
     folder.mkdir()
     torch.save(dora(config, state, state), folder.with_suffix(".th"))
-    with torch.serialization.safe_globals(_ALLOWED):
+    with torch.serialization.safe_globals(_ALLOWED_TYPES):
         export_lm(folder.with_suffix(".th"), folder / "state_dict.bin")
     export_pretrained_compression_model("facebook/encodec_32khz", folder / "compression_state_dict.bin")
     return folder
@@ -214,7 +214,7 @@ def test_a_codec_beside_the_model_loads_in_both_spellings_of_weight_norm(
         assert codec.keys() != package["best_state"].keys()
     training = {"xp.cfg": OmegaConf.create(package["xp.cfg"]), "best_state": {"model": codec}, "model": {}}
     torch.save(training, tmp_path / "codec.th")
-    with torch.serialization.safe_globals(_ALLOWED):
+    with torch.serialization.safe_globals(_ALLOWED_TYPES):
         export_encodec(tmp_path / "codec.th", folder / "compression_state_dict.bin")
     assert torch.equal(samples(open_checkpoint(folder).codec()), expected)
     # The training's own file beside the model does as well, whatever its name.
@@ -273,7 +273,7 @@ def test_what_is_no_musicgen_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_fit_says_what_and_in_which_format(models: Any, tmp_path: Path) -> None:
-    from musicgen_svc.checkpoints.fitting import check_fit
+    from musicgen_svc.checkpoints.tensor_checks import check_fit
 
     config, state, _ = models["small"]
     own = tools.build(
