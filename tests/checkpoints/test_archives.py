@@ -10,8 +10,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import checkpoint_models as tools
 import pytest
+import tiny_lms
 import torch
 
 from musicgen_svc.checkpoints import CodecPointer, open_checkpoint
@@ -23,7 +23,7 @@ from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import read_catalog
 from musicgen_svc.weights.paths import UNPACKED, Weights
 
-CONFIG = tools.config_of("small")
+CONFIG = tiny_lms.config_of("small")
 MODES = ["w", "w:gz", "w:bz2", "w:xz", "zip"]
 
 
@@ -31,7 +31,7 @@ MODES = ["w", "w:gz", "w:bz2", "w:xz", "zip"]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, as a file."""
     path = tmp_path_factory.mktemp("model") / "trained_model.tar"
-    torch.save({"xp.cfg": tools.dict_config(CONFIG), "model": tools.lm_of(CONFIG)}, path)
+    torch.save({"xp.cfg": tiny_lms.dict_config(CONFIG), "model": tiny_lms.lm_of(CONFIG)}, path)
     return path
 
 
@@ -353,18 +353,8 @@ def export_without(weights: Path, folder: Path, name: str) -> Path:
     )
 
 
-def loader(places: Path, given: Path) -> Loader:
-    return Loader(Weights.at(places, read_catalog(), str(given)), tools.CPU, Settings())
-
-
-@pytest.fixture
-def places(weights: Path, tmp_path: Path) -> Path:
-    """The tiny weights, where something may be unpacked beside them."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    for part in weights.iterdir():
-        (folder / part.name).symlink_to(part)
-    return folder
+def loader(writable_weights: Path, given: Path) -> Loader:
+    return Loader(Weights.at(writable_weights, read_catalog(), str(given)), tiny_lms.CPU, Settings())
 
 
 def test_an_archive_without_a_model_is_gone_when_it_is_refused(tmp_path: Path) -> None:
@@ -392,33 +382,35 @@ def test_a_damaged_file_in_an_archive_is_named_by_the_archive(tmp_path: Path) ->
 
 
 def test_what_does_not_load_is_gone_and_what_did_load_stays(
-    places: Path, weights: Path, tmp_path: Path
+    writable_weights: Path, weights: Path, tmp_path: Path
 ) -> None:
     """Also if the last tensor is the one that does not fit."""
-    cache = places / UNPACKED
+    cache = writable_weights / UNPACKED
     archive = export_without(weights, tmp_path, "out_norm.weight")
     for _ in range(2):
         with pytest.raises(WeightsError, match=rf"{archive}.* does not fit .*out_norm\.weight"):
-            loader(places, archive).start()
+            loader(writable_weights, archive).start()
         assert left_in(cache) == []
     export = {file.name: file for file in (weights / "small").iterdir()}
     good = pack(tmp_path / "good.zip", "zip", export)
-    model = loader(places, good).start()
+    model = loader(writable_weights, good).start()
     assert left_in(cache) == [model.place.name]
-    loader(places, good)
+    loader(writable_weights, good)
     assert left_in(cache) == [model.place.name], "a start keeps it"
 
 
-def test_a_codec_or_a_question_that_fails_leaves_nothing(places: Path, weights: Path, tmp_path: Path) -> None:
+def test_a_codec_or_a_question_that_fails_leaves_nothing(
+    writable_weights: Path, weights: Path, tmp_path: Path
+) -> None:
     """A request may ask for the codec, or whether a model follows melodies, before the model is loaded."""
     package = torch.load(weights / "small" / "state_dict.bin", weights_only=True)
     package["xp.cfg"] = package["xp.cfg"].replace("model: t5", "model: clap")
     torch.save(package, tmp_path / "state_dict.bin")
     archive = pack(tmp_path / "x.zip", "zip", {"state_dict.bin": tmp_path / "state_dict.bin"})
-    models = loader(places, archive)
+    models = loader(writable_weights, archive)
     with pytest.raises(WeightsError, match="conditioned on"):
         models.takes_melody("finetuned")
-    assert left_in(places / UNPACKED) == []
+    assert left_in(writable_weights / UNPACKED) == []
 
 
 KILLED = """

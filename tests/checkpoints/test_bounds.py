@@ -1,4 +1,4 @@
-"""Crafted checkpoints: each is refused in one sentence, in a bounded time and memory, or it can generate."""
+"""Each crafted checkpoint is refused in one sentence within bounds of time and memory, or can generate."""
 
 import json
 import re
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crafting import Files, Make, codec_field, json_fields, lm_field
-from hostile_files import CASES, VALID
+from file_makers import Files, Make, codec_field, json_fields, lm_field
+from hostile_cases import CASES, VALID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ MAX_GROWN_MB = 1200
 
 
 class Child:
-    """The process that opens checkpoints; a new one if the last one ended without an answer."""
+    """The process that opens checkpoints. It is started again if it ended without an answer."""
 
     def __init__(self, weights: Path) -> None:
         self._weights = weights
@@ -103,12 +103,12 @@ EXTREMES = [
 ]  # fmt: skip
 
 
-def places(tree: Any, prefix: str = "") -> list[str]:
-    """Dotted paths of every entry of a configuration, sections included."""
+def paths(tree: Any, prefix: str = "") -> list[str]:
+    """The dotted paths of every entry of a configuration, sections included."""
     own = [f"{prefix}{name}" for name in tree]
     for name, value in tree.items():
         if isinstance(value, dict):
-            own += places(value, f"{prefix}{name}.")
+            own += paths(value, f"{prefix}{name}.")
     return own
 
 
@@ -120,30 +120,31 @@ OTHER_FORMATS = {
 
 
 def mutations() -> st.SearchStrategy[Make]:
-    """One field of one format with an extreme value or a value of another type."""
+    """Makers of a checkpoint of one format, of which one field has an extreme value or another type."""
     value = st.sampled_from(EXTREMES)
-    lm = st.sampled_from(places(tiny_models.lm_config("small")))
-    followed = [p for p in places(tiny_models.lm_config("melody")) if "self_wav" in p or "fuser" in p]
+    lm = st.sampled_from(paths(tiny_models.lm_config("small")))
+    followed = [p for p in paths(tiny_models.lm_config("melody")) if "self_wav" in p or "fuser" in p]
     melody = st.sampled_from(followed)
-    codec = st.sampled_from(places(tiny_codecs.codec_config()))
+    codec = st.sampled_from(paths(tiny_codecs.codec_config()))
 
     others = [
-        st.builds(partial(in_json, *place), st.sampled_from(sorted(table)), value)
-        for place, table in OTHER_FORMATS.items()
+        st.builds(partial(in_json, *file), st.sampled_from(sorted(table)), value)
+        for file, table in OTHER_FORMATS.items()
     ]
     return st.one_of(
         st.builds(lm_field, lm, value),
-        st.builds(lambda place, v: lm_field(place, v, "melody"), melody, value),
+        st.builds(lambda path, v: lm_field(path, v, "melody"), melody, value),
         st.builds(codec_field, codec, value),
         *others,
     )
 
 
 def in_json(part: str, file: str, base: str, name: str, value: Any) -> Make:
+    """A maker of a checkpoint of which one field of a JSON file is changed."""
     return json_fields(part, file, base, **{name: value})
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None,
+@settings(max_examples=24, derandomize=True, deadline=None, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
 @given(make=mutations())
 def test_a_configuration_with_any_field_changed_generates_or_is_refused(
