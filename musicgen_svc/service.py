@@ -26,7 +26,7 @@ from musicgen_svc.runtime.request_threads import RequestThreads
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import read_catalog
 from musicgen_svc.weights.lock_file import check_sizes
-from musicgen_svc.weights.paths import Weights, local
+from musicgen_svc.weights.paths import Weights, local_path
 
 RecordMetric = Callable[[str, object], None]
 GivenUp = Callable[[], bool]
@@ -72,7 +72,7 @@ class Service:
         device = self._device = find_device(self._settings.device)
         use_device(device)
         check_sizes(self._settings.weights_dir)
-        given = local(given, self._settings)
+        given = local_path(given, self._settings)
         weights = Weights.at(self._settings.weights_dir, read_catalog(), given)
         loader = Loader(weights, device, self._settings, self._device_queue)
         with self._device_queue.acquire_next():

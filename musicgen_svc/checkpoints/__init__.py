@@ -1,24 +1,28 @@
-"""One file per on-disk format: a path in, a configuration and a state dict out.
+"""Opens checkpoints: a path in, a configuration and a state dict out. No code of a file is run.
 
-opening.py               a path -> the format, by what is inside; the only entry
-torch_file.py            which of these wrote a torch.save file:
-  audiocraft_export.py     state_dict.bin and compression_state_dict.bin
-  dora.py                  checkpoint.th of a training
-  cog_trainer.py           trained_model.tar, which is no tar
-  lightning.py             last.ckpt
-  bare.py                  a language model's state dict and nothing else
-transformers_folder.py   config.json and safetensors
-lora.py                  adapter_config.json: PEFT's adapter on a base model
-archives.py              a tar or zip around any of them
-unpacking.py             where an archive's files go, and how long they stay there
+detect.py                what format a path has, by its content: `open_checkpoint`, the only entry
+base.py                  what every format provides
+torch_file.py            torch.save files
+torch_packages.py        which tool wrote one: audiocraft's export or training, a Cog trainer, Lightning, or
+                         `torch.save` of a bare state dict
+transformers_folder.py   config.json and safetensors; transformers_names.py: its names -> audiocraft's
+lora.py                  adapter_config.json: PEFT's adapter, merged into its base model
+archives.py              a tar or zip around any of these; unpacking.py: the folder that it is unpacked to
 
-All of it is a stranger's, and is opened in a bounded time and memory, or refused in one sentence:
+Configurations:
 
-pickle_scan.py           what a pickle would make, counted before anything is made
+infer_config.py          a configuration from tensors, for formats without one
+configs.py               audiocraft's configurations; part_configs.py: those of the other models
+field_types.py           the types of fields; field_tables.py, part_field_tables.py: every field and its range
+
+Readers, each within stated bounds of time and memory:
+
+unpickle.py              torch.save files; pickle_scan.py: what a pickle would make, counted beforehand
+tensor_files.py          JSON, safetensors and shards
 expansion.py             a configuration's references and aliases, counted while they are resolved
-known_fields.py          every field that is used, its kind (fields.py) and its range
-agreement.py             numbers of a configuration against the tensors, before anything is built
-soundness.py             tensors that are all in the file, and finite
+key_names.py             names that differ between versions of a tool
+tensor_checks.py         whether tensors are complete, fit their configuration and module, and are finite
+damage.py                why a file cannot be read
 """
 
 from musicgen_svc.checkpoints.base import Checkpoint, CodecPointer, OpenedCheckpoint, TransformersPart

@@ -1,6 +1,7 @@
 """Why a file of weights cannot be read, in one sentence: told by its length and its first bytes.
 
-Every reader of such a file calls `damaged` when its library refuses the file, and repeats no words of it.
+Every reader of such a file raises `damaged_error` when its library refuses the file. The library's own words
+are not repeated.
 """
 
 import json
@@ -14,41 +15,42 @@ _AGAIN = "download or copy it again"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LFS_POINTER_BYTES = 1024
 """The specification of Git LFS makes every pointer shorter than this."""
-_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
+_WEB_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 _HEAD_BYTES = 512
-_HEADER_LENGTH_BYTES = 8  # of a safetensors file: how long its header is, little-endian
+_HEADER_LENGTH_BYTES = 8  # at the start of a safetensors file: its header's length, little-endian
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 class Fault(NamedTuple):
-    """What is wrong with a file: the rest of a sentence about it."""
+    """What is wrong with a file: the end of a sentence that begins with the file's path."""
 
-    what: str
+    description: str
     remedy: str
 
 
-def damaged(path: Path, kind: str, place: str = "") -> DamagedFileError:
-    """The error of a file that could not be read.
+def damaged_error(path: Path, expected: str, position: str = "") -> DamagedFileError:
+    """The error for a file that its library could not read.
 
     Args:
-        kind: what it should be, as the sentence says it: `a PyTorch checkpoint`.
-        place: where in the file reading stopped, if that helps its author: ` (line 3, column 7)`.
+        expected: what the file should be, as the sentence says it: `a PyTorch checkpoint`.
+        position: where in the file reading stopped, if that helps its author: ` (line 3, column 7)`.
     """
-    what = f"cannot be read as {kind}{place}, as it is damaged or truncated, or another kind of file"
+    what = f"cannot be read as {expected}{position}, as it is damaged or truncated, or another kind of file"
     return _error(path, obvious_fault(path) or Fault(what, _AGAIN))
 
 
 def check_not_damaged(path: Path) -> None:
-    """
+    """Refuses a file that no reader can read, whatever it should be.
+
     Raises:
-        DamagedFileError: the file is one that no reader can read, whatever it should be.
+        DamagedFileError: it is missing, empty, a folder, a Git LFS pointer, a web page or truncated.
     """
     if fault := obvious_fault(path):
         raise _error(path, fault)
 
 
-def is_there(path: Path) -> bool:
-    """Whether something has the name, and be it a link to nowhere: then it is damaged, and not absent."""
+def name_exists(path: Path) -> bool:
+    """Whether the folder has an entry of this name. A link to a missing file counts: it is a damaged file."""
     return path.exists() or path.is_symlink()
 
 
@@ -59,24 +61,14 @@ def obvious_fault(path: Path) -> Fault | None:
     if not path.is_file():
         return Fault("is missing", _AGAIN)
     try:
-        return _fault_of_content(path)
+        return _content_fault(path)
     except OSError as exc:
-        return Fault(f"cannot be read ({exc.strerror})", "check its permissions and its disk")
+        return unreadable_fault(exc)
 
 
-def _fault_of_content(path: Path) -> Fault | None:
-    size = path.stat().st_size
-    if size == 0:
-        return Fault("is empty (0 bytes)", _AGAIN)
-    with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-    if head.startswith(_LFS_POINTER) and size < _LFS_POINTER_BYTES:
-        return Fault(
-            "is a Git LFS pointer and not the file that it stands for", "run git lfs pull in its clone"
-        )
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES):
-        return Fault("is a web page, such as a server sends in place of a file", "download it again")
-    return _shortage(path, size) if looks_like_safetensors(path) else None
+def unreadable_fault(cause: OSError) -> Fault:
+    """What is wrong with a file or folder that the operating system does not let us read."""
+    return Fault(f"cannot be read ({cause.strerror or cause})", "check its permissions and its disk")
 
 
 def looks_like_safetensors(path: Path) -> bool:
@@ -91,8 +83,23 @@ def looks_like_safetensors(path: Path) -> bool:
     return 2 <= int(struct.unpack("<Q", head[:-1])[0]) <= _MAX_HEADER_BYTES
 
 
-def _shortage(path: Path, size: int) -> Fault | None:
-    """Whether a safetensors file ends before its header, or before the last of the tensors that are in it."""
+def _content_fault(path: Path) -> Fault | None:
+    size = path.stat().st_size
+    if size == 0:
+        return Fault("is empty (0 bytes)", _AGAIN)
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if head.startswith(_LFS_POINTER) and size < _LFS_POINTER_BYTES:
+        return Fault(
+            "is a Git LFS pointer and not the file that it stands for", "run git lfs pull in its clone"
+        )
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_WEB_PAGES):
+        return Fault("is a web page, such as a server sends in place of a file", "download it again")
+    return _truncation(path, size) if looks_like_safetensors(path) else None
+
+
+def _truncation(path: Path, size: int) -> Fault | None:
+    """The fault of a safetensors file that ends before its header does, or before its last tensor does."""
     with path.open("rb") as file:
         length = int(struct.unpack("<Q", file.read(_HEADER_LENGTH_BYTES))[0])
         header = file.read(length)
@@ -109,5 +116,6 @@ def _shortage(path: Path, size: int) -> Fault | None:
 
 
 def _error(path: Path, fault: Fault) -> DamagedFileError:
-    sentence = f"{fault.what}: {fault.remedy}."
+    """The error for the log, and for clients the same without the folders above the file's own."""
+    sentence = f"{fault.description}: {fault.remedy}."
     return DamagedFileError(f"{path} {sentence}", for_client=f"{path.parent.name}/{path.name} {sentence}")

@@ -1,12 +1,12 @@
-"""A stranger's configuration -> plain dictionaries, lists and scalars, within stated bounds.
+"""Expands an untrusted configuration into plain dictionaries, lists and scalars, within stated bounds.
 
-A few hundred bytes can stand for more entries than any memory holds: an alias in YAML and a list that a
-pickle refers to twice are one object in a file and two in what is made of it, and so is `${a}${a}`. Here
-entries and characters are counted while they are made, and nothing else expands anything: what is returned
-holds no reference, so that OmegaConf has none to follow.
+A few hundred bytes can expand to more entries than fit into any memory: a YAML alias, a list to which a
+pickle refers twice, and the reference in `${a}${a}` are each one object in the file and two in the result.
+Therefore entries and characters are counted while they are made. The result holds no references, so that
+OmegaConf, which does not count, has none to follow.
 
 Accepted are 100,000 entries, 1,000,000 characters in all, 64 levels and 256 KiB of YAML. audiocraft's own
-configurations have some 600 entries on 6 levels, in 20 KB.
+configurations have about 600 entries on 6 levels, in 20 KB.
 """
 
 import re
@@ -26,95 +26,113 @@ MAX_SCALAR_CHARACTERS = 10_000
 MAX_INTEGER_BITS = 256
 
 _REFERENCE = re.compile(r"\$\{\s*([\w.\[\]-]+)\s*\}")
-_UNRESOLVED = "\0unresolved"
-_UNREADABLE = "{} holds a configuration that cannot be read: {}; download or copy the file again."
+_NOT_FOUND = "\0not found"
 
 
-class Unreadable(ValueError):
+class _ExpansionError(ValueError):
     """The configuration exceeds a bound, refers to itself, or holds something else than plain values."""
 
 
-def expanded(source: object, origin: str) -> dict[Any, Any]:
-    """The configuration with every reference to another of its entries resolved.
+def unreadable_config(origin: str, reason: str) -> WeightsError:
+    """The error for a configuration that cannot be read.
 
-    A reference that leads nowhere, and any other `${…}`, stays as it is; `inert` takes it apart.
+    Args:
+        origin: the checkpoint's format and path.
+        reason: a clause without a full stop.
+    """
+    return WeightsError(
+        f"{origin} holds a configuration that cannot be read: {reason}; download or copy the file again."
+    )
+
+
+def expand(source: object, origin: str) -> dict[Any, Any]:
+    """The configuration as plain values, with every reference to another of its entries resolved.
+
+    A reference to an entry that does not exist, and any other `${…}`, stays as it is; `defused` disables it.
 
     Args:
         source: a YAML string, OmegaConf's object or a plain dictionary.
         origin: the checkpoint's format and path, for messages.
 
     Raises:
-        WeightsError: it is no mapping, exceeds a bound, or cannot be read.
+        WeightsError: it is not a mapping, exceeds a bound, or cannot be read.
     """
     try:
-        plain = _Unwrapping().of(_parsed(source) if isinstance(source, str) else source)
+        plain = _Unwrapper().unwrap(_parse_yaml(source) if isinstance(source, str) else source)
         if isinstance(plain, dict):
-            return _Resolving(plain).all()
-    except KeyError as exc:  # of an object that a pickle restored by half
-        raise WeightsError(_UNREADABLE.format(origin, f"it lacks {exc}")) from exc
+            return _Resolver(plain).resolve_all()
+    except KeyError as exc:  # a pickle may restore an object without all of its attributes
+        raise unreadable_config(origin, f"it lacks {exc}") from exc
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as exc:
-        raise WeightsError(_UNREADABLE.format(origin, first_line(exc))) from exc
-    raise WeightsError(_UNREADABLE.format(origin, f"it is a {type(plain).__name__}, not a mapping"))
+        raise unreadable_config(origin, first_line(exc)) from exc
+    raise unreadable_config(origin, f"it is a {type(plain).__name__}, not a mapping")
 
 
-def dangling(value: object) -> str | None:
-    """The first text in an expanded configuration that still holds a reference."""
+def first_reference(value: object) -> str | None:
+    """The first text in an expanded configuration that still holds a reference; None if there is none."""
     if isinstance(value, str):
         return value if "${" in value else None
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((found for item in items if (found := dangling(item)) is not None), None)
+    return next((found for item in items if (found := first_reference(item)) is not None), None)
 
 
-def inert(value: Any) -> Any:
-    """The same without the `$` of what is still a reference or a call: OmegaConf would follow it."""
+def defused(value: Any) -> Any:
+    """The value without the `$` of what is still a reference or a call, which OmegaConf would follow."""
     if isinstance(value, dict):
-        return {key: inert(item) for key, item in value.items()}
+        return {key: defused(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [inert(item) for item in value]
+        return [defused(item) for item in value]
     return value.replace("$", "") if isinstance(value, str) and "${" in value else value
 
 
 class _Budget:
-    """Counts what is made."""
+    """Counts entries, characters and levels, and fails when there are too many."""
 
     def __init__(self) -> None:
         self._entries = self._characters = 0
 
     def spend(self, value: object, depth: int) -> None:
+        """Counts one value at a depth.
+
+        Raises:
+            _ExpansionError: a bound is exceeded.
+        """
         self._entries += 1
         if isinstance(value, str):
             self._characters += len(value)
         if self._entries > MAX_ENTRIES:
-            raise Unreadable(f"it expands to more than {MAX_ENTRIES} entries")
+            raise _ExpansionError(f"it expands to more than {MAX_ENTRIES} entries")
         if self._characters > MAX_CHARACTERS:
-            raise Unreadable(f"it expands to more than {MAX_CHARACTERS} characters")
+            raise _ExpansionError(f"it expands to more than {MAX_CHARACTERS} characters")
         if depth > MAX_DEPTH:
-            raise Unreadable(f"its entries are nested more than {MAX_DEPTH} levels deep")
+            raise _ExpansionError(f"its entries are nested more than {MAX_DEPTH} levels deep")
 
 
-def _parsed(text: str) -> object:
+def _parse_yaml(text: str) -> object:
+    """The value of a YAML text, in which aliases are shared objects."""
     if len(text) > MAX_YAML_CHARACTERS:
-        raise Unreadable(f"it is YAML of {len(text)} characters; at most {MAX_YAML_CHARACTERS} are read")
+        raise _ExpansionError(f"it is YAML of {len(text)} characters; at most {MAX_YAML_CHARACTERS} are read")
     return yaml.load(text, _Loader)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML as OmegaConf reads it, without merge keys and overlong scalars.
+    """Loads YAML as OmegaConf does, but refuses merge keys and very long scalars.
 
-    Aliases make shared objects, which are counted when they are copied; merge keys would be expanded here.
+    An alias becomes a shared object, which is counted when it is copied. PyYAML would expand a merge key
+    without any count.
     """
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-            raise Unreadable("it uses YAML's merge keys (<<), which are not read")
+            raise _ExpansionError("it uses YAML's merge keys (<<), which are not read")
 
     def construct_scalar(self, node: Any) -> Any:
         if isinstance(node, yaml.ScalarNode) and len(node.value) > MAX_SCALAR_CHARACTERS:
-            raise Unreadable(f"it holds a value of {len(node.value)} characters")
+            raise _ExpansionError(f"it holds a value of {len(node.value)} characters")
         return super().construct_scalar(node)
 
 
-# Numbers such as 1e-5, which YAML 1.1 takes for text; and dates stay text.
+# As in OmegaConf, 1e-5 is a number, which is a text in YAML 1.1, and a date is a text.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d+|\d*\.\d+|\d+\.\d*)[eE][-+]?\d+$"),
@@ -126,104 +144,112 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-class _Unwrapping:
-    """OmegaConf's containers, which may come out of a pickle, as plain ones.
+class _Unwrapper:
+    """Copies OmegaConf's containers, which may come from a pickle, to plain ones.
 
-    None of their methods is called.
+    It calls no methods of these objects, because a pickle may have set any attribute.
     """
 
     def __init__(self) -> None:
         self._budget = _Budget()
 
-    def of(self, value: object, depth: int = 0) -> Any:
+    def unwrap(self, value: object, depth: int = 0) -> Any:
+        """The plain value of an entry at a depth."""
         self._budget.spend(value, depth)
         if isinstance(value, DictConfig | ListConfig):
             return self._container(value.__dict__["_content"], depth)
         if isinstance(value, AnyNode):
-            return self.of(value.__dict__["_val"], depth + 1)
+            return self.unwrap(value.__dict__["_val"], depth + 1)
         return self._container(value, depth)
 
     def _container(self, value: object, depth: int) -> Any:
         if isinstance(value, dict):
-            return {self._key(key): self.of(item, depth + 1) for key, item in value.items()}
+            return {self._key(key): self.unwrap(item, depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.of(item, depth + 1) for item in value]
+            return [self.unwrap(item, depth + 1) for item in value]
         return self._scalar(value)
 
     def _key(self, key: object) -> object:
         if not isinstance(key, str | int | float):
-            raise Unreadable(f"it has a {type(key).__name__} for a name")
+            raise _ExpansionError(f"it has a {type(key).__name__} for a name")
         self._budget.spend(key, 0)
         return key
 
     def _scalar(self, value: object) -> object:
         if isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
-            raise Unreadable(f"it holds an integer of {value.bit_length()} bits")
+            raise _ExpansionError(f"it holds an integer of {value.bit_length()} bits")
         if value is None or isinstance(value, str | int | float):
             return value
-        raise Unreadable(f"it holds a {type(value).__name__}")
+        raise _ExpansionError(f"it holds a {type(value).__name__}")
 
 
-class _Resolving:
-    """References to other entries, `${a.b[0]}` from the top and `${..b}` from where they stand."""
+class _Resolver:
+    """Resolves references: `${a.b[0]}` starts from the top, `${..b}` from the entry that holds it."""
 
     def __init__(self, root: dict[Any, Any]) -> None:
         self._root, self._budget = root, _Budget()
         self._following: list[tuple[Any, ...]] = []
 
-    def all(self) -> dict[Any, Any]:
-        return {key: self._of(item, (key,)) for key, item in self._root.items()}
+    def resolve_all(self) -> dict[Any, Any]:
+        """The whole configuration, resolved."""
+        return {key: self._resolve(item, (key,)) for key, item in self._root.items()}
 
-    def _of(self, value: Any, path: tuple[Any, ...]) -> Any:
-        """`path`: where the value stands, which relative references count from."""
+    def _resolve(self, value: Any, path: tuple[Any, ...]) -> Any:
+        """The resolved value of the entry at `path`, from which relative references start."""
         self._budget.spend(value, len(path) + len(self._following))
         if isinstance(value, dict):
-            return {key: self._of(item, (*path, key)) for key, item in value.items()}
+            return {key: self._resolve(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._of(item, (*path, index)) for index, item in enumerate(value)]
+            return [self._resolve(item, (*path, index)) for index, item in enumerate(value)]
         if not isinstance(value, str) or "${" not in value:
             return value
         if whole := _REFERENCE.fullmatch(value):
             found = self._follow(whole[1], path)
-            return value if found is _UNRESOLVED else found
+            return value if found is _NOT_FOUND else found
         if _REFERENCE.sub("", value).count("${") or "\\$" in value:
             return value  # a call, a reference inside a reference, or an escaped one
-        return self._joined(value, path)
+        return self._interpolate(value, path)
 
-    def _joined(self, value: str, path: tuple[Any, ...]) -> str:
+    def _interpolate(self, value: str, path: tuple[Any, ...]) -> str:
+        """The text with each of its references replaced; unchanged if one has no value that is a scalar."""
         pieces: list[str] = []
-        at = 0
+        end = 0
         for match in _REFERENCE.finditer(value):
             found = self._follow(match[1], path)
-            if found is _UNRESOLVED or isinstance(found, dict | list):
+            if found is _NOT_FOUND or isinstance(found, dict | list):
                 return value
-            pieces += [value[at : match.start()], str(found)]
-            at = match.end()
+            pieces += [value[end : match.start()], str(found)]
+            end = match.end()
             self._budget.spend(pieces[-1], 0)
-        return "".join([*pieces, value[at:]])
+        return "".join([*pieces, value[end:]])
 
     def _follow(self, reference: str, path: tuple[Any, ...]) -> Any:
+        """The resolved value that a reference in the entry at `path` means, or `_NOT_FOUND`.
+
+        Raises:
+            _ExpansionError: the entry refers to itself, or a bound is exceeded.
+        """
         target = _steps(reference, path)
         node: Any = self._root
         for index, step in enumerate(target):
             if isinstance(node, str) and (through := _REFERENCE.fullmatch(node)):
                 node = self._follow(through[1], target[:index])
             node = _child(node, step)
-            if node is _UNRESOLVED:
+            if node is _NOT_FOUND:
                 return node
         if target in self._following:
-            raise Unreadable(f"its entry {'.'.join(map(str, target))[:80]} refers to itself")
+            raise _ExpansionError(f"its entry {'.'.join(map(str, target))[:80]} refers to itself")
         self._following.append(target)
         try:
-            return self._of(node, target)
+            return self._resolve(node, target)
         finally:
             self._following.pop()
 
 
 def _steps(reference: str, path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`a.b[0]` as the steps from the top.
+    """The keys and indices that lead from the top to what a reference such as `a.b[0]` means.
 
-    One leading dot is the container of the value that the reference stands in, each more is its parent.
+    One leading dot means the container of the entry at `path`; each further dot means the next parent.
     """
     up = len(reference) - len(reference.lstrip("."))
     start = path[: max(0, len(path) - up)] if up else ()
@@ -232,11 +258,12 @@ def _steps(reference: str, path: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _child(node: Any, step: Any) -> Any:
+    """The entry of a dictionary or list under a key or index, or `_NOT_FOUND`."""
     if isinstance(node, dict):
-        found = node.get(step, _UNRESOLVED)
-        if found is _UNRESOLVED and isinstance(step, str) and step.isdecimal():
-            found = node.get(int(step[:9]), _UNRESOLVED)
+        found = node.get(step, _NOT_FOUND)
+        if found is _NOT_FOUND and isinstance(step, str) and step.isdecimal():
+            found = node.get(int(step[:9]), _NOT_FOUND)
         return found
     if isinstance(node, list) and str(step).isdecimal() and int(str(step)[:9]) < len(node):
         return node[int(str(step)[:9])]
-    return _UNRESOLVED
+    return _NOT_FOUND

@@ -1,4 +1,4 @@
-"""The configuration of the released models, for checkpoints that carry none: sizes from the tensors."""
+"""Infers a configuration from tensors alone: that of the released models, with the sizes of the tensors."""
 
 import re
 from collections.abc import Mapping
@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from musicgen_svc.checkpoints.base import some
 from musicgen_svc.checkpoints.configs import check_lm
+from musicgen_svc.checkpoints.tensor_checks import summarize_tensors
 from musicgen_svc.errors import WeightsError
 
 ENCODEC = "facebook/encodec_32khz"
 PROVIDER = "condition_provider.conditioners."
 WINDOW = PROVIDER + "self_wav.chroma.spec.window"
 
-_HEAD = 64
+_HEAD_WIDTH = 64
 _SAMPLE_RATE_HZ = 32_000
-_RADIX2_EXP = 14  # of the chroma's window: 16,384 samples, a hop of 4,096
+_RADIX2_EXP = 14  # the chroma's window is 2 ** 14 = 16,384 samples, and its hop 4,096
 _DURATION_S = 30
 T5_BY_WIDTH = {512: "t5-small", 768: "t5-base", 1024: "t5-large"}
 
@@ -26,21 +26,21 @@ def infer_config(
     state: Mapping[str, torch.Tensor], origin: str, *,
     heads: int | None = None, stereo: bool | None = None, t5: str | None = None,
 ) -> DictConfig:  # fmt: skip
-    """A released model's configuration with the sizes of `state`, which is in audiocraft's spelling.
+    """A released model's configuration with the sizes of `state`, which has audiocraft's names.
 
     Args:
-        heads: of attention; by default, heads are 64 wide.
-        stereo: whether the codebooks are those of two channels; by default, eight are.
-        t5: the text encoder's name; by default the one of its width.
+        heads: how many attention heads; by default, as many as are 64 wide.
+        stereo: whether the codebooks are those of two channels; by default, whether there are eight.
+        t5: the text encoder's name; by default that of the released T5 of the same width.
 
     Raises:
-        WeightsError: the tensors that tell the sizes are not there, or these are out of their bounds.
+        WeightsError: tensors that determine the sizes are missing, or the sizes are out of their bounds.
     """
     sizes = _Sizes(state, origin)
     if heads is None:
-        if sizes.dim % _HEAD:
+        if sizes.dim % _HEAD_WIDTH:
             raise WeightsError(f"{origin} is {sizes.dim} wide; MusicGen's heads are 64 each.")
-        heads = sizes.dim // _HEAD
+        heads = sizes.dim // _HEAD_WIDTH
     stereo = sizes.codebooks == 8 if stereo is None else stereo
     if t5 is None:
         if sizes.text_width not in T5_BY_WIDTH:
@@ -55,14 +55,14 @@ def infer_config(
 
 
 def with_window(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Adds the window of the chroma's spectrogram, a constant that some tools do not save."""
+    """The state with the window of the chroma's spectrogram, a constant that some tools do not save."""
     if any(key.startswith(PROVIDER + "self_wav.") for key in state) and WINDOW not in state:
         return state | {WINDOW: torch.hann_window(2**_RADIX2_EXP)}
     return state
 
 
 class _Sizes:
-    """What names and shapes tell."""
+    """The sizes of a language model, from the names and shapes of its tensors."""
 
     def __init__(self, state: Mapping[str, torch.Tensor], origin: str) -> None:
         text, melody = PROVIDER + "description.output_proj.weight", PROVIDER + "self_wav.output_proj.weight"
@@ -70,15 +70,15 @@ class _Sizes:
         needed = ["emb.0.weight", first + "linear1.weight", text]
         missing = [key for key in needed if key not in state or state[key].ndim != 2]
         if missing:
-            raise WeightsError(f"{origin} does not tell its sizes, as it lacks {some(missing)}.")
+            raise WeightsError(f"{origin} does not tell its sizes, as it lacks {summarize_tensors(missing)}.")
         entries, self.dim = state["emb.0.weight"].shape
         self.card = entries - 1  # the last entry is the special token
         self.codebooks = _count(state, r"emb\.(\d+)\.weight")
         self.layers = _count(state, r"transformer\.layers\.(\d+)\..*")
         self.hidden_scale = state[first + "linear1.weight"].shape[0] / max(1, self.dim)
-        self.cross = any(".cross_attention." in key for key in state)
+        self.has_cross_attention = any(".cross_attention." in key for key in state)
         self.text_width = state[text].shape[1]
-        self.chroma = state[melody].shape[1] if melody in state else None
+        self.chroma_classes = state[melody].shape[1] if melody in state else None
         self.biases = {
             "bias_ff": first + "linear1.bias" in state,
             "bias_attn": first + "self_attn.in_proj_bias" in state,
@@ -89,12 +89,14 @@ class _Sizes:
 
 
 def _count(state: Mapping[str, torch.Tensor], pattern: str) -> int:
+    """How many different numbers the names have in the pattern's group."""
     return len({match[1] for key in state if (match := re.fullmatch(pattern, key))})
 
 
 def _released(sizes: _Sizes, heads: int, stereo: bool, t5: str) -> dict[str, Any]:
-    melody = sizes.chroma is not None
-    prepend = (["self_wav"] if melody else []) + ([] if sizes.cross else ["description"])
+    """The configuration of a released model with these sizes."""
+    melody = sizes.chroma_classes is not None
+    prepend = (["self_wav"] if melody else []) + ([] if sizes.has_cross_attention else ["description"])
     conditioners: dict[str, Any] = {
         "description": {
             "model": "t5",
@@ -106,7 +108,7 @@ def _released(sizes: _Sizes, heads: int, stereo: bool, t5: str) -> dict[str, Any
             "model": "chroma_stem",
             "chroma_stem": {
                 "sample_rate": _SAMPLE_RATE_HZ,
-                "n_chroma": sizes.chroma,
+                "n_chroma": sizes.chroma_classes,
                 "radix2_exp": sizes.radix2_exp,
                 "argmax": True,
                 "match_len_on_eval": True,
@@ -122,7 +124,7 @@ def _released(sizes: _Sizes, heads: int, stereo: bool, t5: str) -> dict[str, Any
         "codebooks_pattern": {
             "modeling": "delay",
             "delay": {
-                # Left and right share a delay.
+                # The left and right codebooks of a level share a delay.
                 "delays": [k // 2 if stereo else k for k in range(sizes.codebooks)],
                 "flatten_first": 0,
                 "empty_initial": 0,
@@ -138,7 +140,7 @@ def _released(sizes: _Sizes, heads: int, stereo: bool, t5: str) -> dict[str, Any
             "cross_attention_pos_emb_scale": 1,
             "sum": [],
             "prepend": prepend,
-            "cross": ["description"] if sizes.cross else [],
+            "cross": ["description"] if sizes.has_cross_attention else [],
             "input_interpolate": [],
         },
         "conditioners": conditioners,
@@ -147,6 +149,7 @@ def _released(sizes: _Sizes, heads: int, stereo: bool, t5: str) -> dict[str, Any
 
 
 def _transformer(sizes: _Sizes, heads: int) -> dict[str, Any]:
+    """The section `transformer_lm` of a released model with these sizes."""
     return {
         "dim": sizes.dim,
         "num_heads": heads,
@@ -172,7 +175,7 @@ def _transformer(sizes: _Sizes, heads: int) -> dict[str, Any]:
         "depthwise_init": "current",
         "zero_bias_init": True,
         "norm": "layer_norm",
-        "cross_attention": False,  # the fuser says
+        "cross_attention": False,  # audiocraft takes it from the fuser
         "qk_layer_norm": False,
         "qk_layer_norm_cross": False,
         "attention_dropout": None,

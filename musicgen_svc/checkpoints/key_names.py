@@ -1,4 +1,4 @@
-"""The spellings of one tensor's name that tools and their versions disagree on."""
+"""Names of one tensor that differ between tools, or between versions of a tool."""
 
 from typing import TypeAlias
 
@@ -13,25 +13,30 @@ _WEIGHT_NORM = {
 
 
 def plain_weight_norm(state: State) -> State:
-    """Weight norm as `weight_g` and `weight_v`, which audiocraft's modules have."""
-    return _respelled(state, _WEIGHT_NORM)
+    """The state with weight norm as `weight_g` and `weight_v`, which audiocraft's modules have."""
+    return _with_endings(state, _WEIGHT_NORM)
 
 
 def parametrized_weight_norm(state: State) -> State:
-    """Weight norm as parametrizations, which transformers' modules have."""
-    return _respelled(state, {new: old for old, new in _WEIGHT_NORM.items()})
+    """The state with weight norm as parametrizations, which transformers' modules have."""
+    return _with_endings(state, {plain: parametrized for parametrized, plain in _WEIGHT_NORM.items()})
 
 
 def plain_attention(state: State) -> State:
-    """Attention's tensors without the wrapper that models not marked as memory efficient have."""
+    """The state with attention's tensors under the names of a memory-efficient model.
+
+    Other models keep them one module deeper, in `mha`.
+    """
     return {plain_attention_name(key): tensor for key, tensor in state.items()}
 
 
 def plain_attention_name(key: str) -> str:
+    """One name without the `mha` module that only models without memory-efficient attention have."""
     return key.replace("_attn.mha.", "_attn.").replace("_attention.mha.", "_attention.")
 
 
-def _respelled(state: State, endings: dict[str, str]) -> State:
+def _with_endings(state: State, endings: dict[str, str]) -> State:
+    """The state with the last parts of its names replaced: old -> new."""
     result = {}
     for key, tensor in state.items():
         for old, new in endings.items():

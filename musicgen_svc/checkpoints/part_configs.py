@@ -1,26 +1,27 @@
-"""Configurations of what stands beside a language model: T5, EnCodec, Demucs, MultiBand Diffusion."""
+"""Reads and checks the configurations of transformers' EnCodec, T5, Demucs and MultiBand Diffusion."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import musicgen_svc.checkpoints.known_part_fields as known
-from musicgen_svc.checkpoints.configs import check_stack
-from musicgen_svc.checkpoints.expansion import expanded
-from musicgen_svc.checkpoints.fields import checked, shown
+import musicgen_svc.checkpoints.part_field_tables as tables
+from musicgen_svc.checkpoints.configs import check_codec_stack
+from musicgen_svc.checkpoints.expansion import expand
+from musicgen_svc.checkpoints.field_types import quoted, read_fields
 from musicgen_svc.errors import WeightsError
 
 _MAX_CODEBOOKS = 64
 
 
 def t5_fields(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """What `T5Encoder` takes, from transformers' `T5Config`.
+    """The arguments of `T5Encoder`, from the fields of transformers' `T5Config`.
 
     Raises:
-        WeightsError: a field is of another kind or out of its range, or the positions have no buckets.
+        WeightsError: a field has another type or is out of its range, or the buckets of the positions do not
+            fit their greatest distance.
     """
-    fields = checked(config, known.T5, "", origin, others=True)
+    fields = read_fields(config, tables.T5, "", origin, skip_unknown=True)
     count, farthest = fields["relative_attention_num_buckets"], fields["relative_attention_max_distance"]
     if count % 2 or farthest <= count // 4:
         raise WeightsError(
@@ -31,13 +32,13 @@ def t5_fields(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 def encodec_fields(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """What builds transformers' `EncodecModel`, from its configuration.
+    """The fields that build transformers' `EncodecModel`, from its configuration.
 
     Raises:
-        WeightsError: a field is of another kind or out of its range, or they do not go together.
+        WeightsError: a field has another type, is out of its range, or contradicts another field.
     """
-    own = checked(config, known.TRANSFORMERS_ENCODEC, "", origin, others=True)
-    check_stack(
+    own = read_fields(config, tables.TRANSFORMERS_ENCODEC, "", origin, skip_unknown=True)
+    check_codec_stack(
         origin,
         rate_hz=own["sampling_rate"],
         ratios=own["upsampling_ratios"],
@@ -64,7 +65,7 @@ def encodec_fields(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     greatest, rounded_up = max(own["target_bandwidths"]), math.ceil(rate)
     if int(greatest * 1000 / (rate * bits)) != 1000 * own["target_bandwidths"][-1] // (rounded_up * bits):
         raise WeightsError(
-            f"{origin} has target_bandwidths {shown(own['target_bandwidths'])}; the last must be the "
+            f"{origin} has target_bandwidths {quoted(own['target_bandwidths'])}; the last must be the "
             f"greatest, and as many codebooks at {rounded_up} frames a second."
         )
     return own
@@ -72,7 +73,7 @@ def encodec_fields(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class BandFields:
-    """What builds one band's model of MultiBand Diffusion."""
+    """The fields that build one band's model of MultiBand Diffusion: one dictionary for each class."""
 
     channels: int
     unet: dict[str, Any]
@@ -81,27 +82,29 @@ class BandFields:
 
 
 def diffusion_fields(package: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """`sample_rate` and `n_bands` of audiocraft's file.
+    """The fields `sample_rate` and `n_bands` of audiocraft's file for MultiBand Diffusion.
 
     Raises:
-        WeightsError: they are of another kind or out of their range.
-        KeyError, TypeError: it is another kind of file.
+        WeightsError: a field has another type or is out of its range.
+        KeyError, TypeError: it is the file of something else.
     """
-    own = {name: package[name] for name in known.DIFFUSION}
-    return checked(own, known.DIFFUSION, "", origin)
+    own = {name: package[name] for name in tables.DIFFUSION}
+    return read_fields(own, tables.DIFFUSION, "", origin)
 
 
 def band_fields(config: object, origin: str) -> BandFields:
     """The configuration of one band, from a YAML string or OmegaConf's object.
 
     Raises:
-        WeightsError: a field is of another kind or out of its range, or they do not go together.
+        WeightsError: a field has another type, is out of its range, or contradicts another field.
     """
-    plain = expanded(config, origin)
-    unet = checked(plain.get("diffusion_unet"), known.DIFFUSION_UNET, "diffusion_unet", origin)
-    schedule = checked(plain.get("schedule"), known.DIFFUSION_SCHEDULE, "schedule", origin, others=True)
-    processor = checked(plain.get("processor"), known.DIFFUSION_PROCESSOR, "processor", origin)
-    top = checked(plain, known.BAND, "", origin, others=True)
+    plain = expand(config, origin)
+    unet = read_fields(plain.get("diffusion_unet"), tables.DIFFUSION_UNET, "diffusion_unet", origin)
+    schedule = read_fields(
+        plain.get("schedule"), tables.DIFFUSION_SCHEDULE, "schedule", origin, skip_unknown=True
+    )
+    processor = read_fields(plain.get("processor"), tables.DIFFUSION_PROCESSOR, "processor", origin)
+    top = read_fields(plain, tables.BAND, "", origin, skip_unknown=True)
     powers = processor.get("power_std")
     if isinstance(powers, list) and len(powers) != processor.get("n_bands", 8):
         raise WeightsError(
@@ -117,35 +120,36 @@ def band_fields(config: object, origin: str) -> BandFields:
 
 
 def demucs_bag(text: str, origin: str) -> dict[str, Any]:
-    """`htdemucs.yaml`: the models' names, and optionally their weights and their segment's length.
+    """The fields of `htdemucs.yaml`: the models' names and, optionally, their weights and segment in seconds.
 
     Raises:
-        WeightsError: a field is missing, of another kind or out of its range, or the weights cancel out.
+        WeightsError: a field is missing, has another type or is out of its range, or the weights of a stem
+            add up to 0.
     """
-    bag = checked(expanded(text, origin), known.DEMUCS_BAG, "", origin, others=True)
+    bag = read_fields(expand(text, origin), tables.DEMUCS_BAG, "", origin, skip_unknown=True)
     weights = bag.get("weights")
     if weights is not None:
         sums = [sum(column) for column in zip(*weights, strict=False)]
         if len(weights) != len(bag["models"]) or len({len(row) for row in weights}) > 1 or 0 in sums:
             raise WeightsError(
-                f"{origin} has weights {shown(weights)}; each of the {len(bag['models'])} models must have "
+                f"{origin} has weights {quoted(weights)}; each of the {len(bag['models'])} models must have "
                 "one for each stem, which do not cancel out."
             )
     return bag
 
 
 def check_demucs(arguments: Mapping[str, Any], origin: str) -> None:
-    """Arguments of a Demucs class by their names, as its file has them.
+    """Checks the arguments of a Demucs class, by name, that its file holds.
 
     Raises:
-        WeightsError: one is of another kind or out of its range, or layers are too wide.
+        WeightsError: an argument has another type or is out of its range, or layers would be too wide.
     """
-    own = checked(arguments, known.DEMUCS, "", origin, others=True)
+    own = read_fields(arguments, tables.DEMUCS, "", origin, skip_unknown=True)
     for name, value in arguments.items():
-        if name not in known.DEMUCS and not known.DEMUCS_OTHER.accepts(value):
-            raise WeightsError(f"{origin} has {name} {shown(value)}; it must be {known.DEMUCS_OTHER}.")
+        if name not in tables.DEMUCS and not tables.DEMUCS_OTHER.accepts(value):
+            raise WeightsError(f"{origin} has {name} {quoted(value)}; it must be {tables.DEMUCS_OTHER}.")
     width = own.get("channels", 64) * max(1, own.get("growth", 2)) ** (own.get("depth", 6) - 1)
-    if width > known.MAX_DEMUCS_WIDTH:
+    if width > tables.MAX_DEMUCS_WIDTH:
         raise WeightsError(
-            f"{origin} has layers of {width:g} channels; at most {known.MAX_DEMUCS_WIDTH} are accepted."
+            f"{origin} has layers of {width:g} channels; at most {tables.MAX_DEMUCS_WIDTH} are accepted."
         )

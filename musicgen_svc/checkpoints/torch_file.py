@@ -1,6 +1,6 @@
-"""Models in files of one state dict each, whichever tool wrote them: told apart by what is inside.
+"""Models in files of one state dict each: torch.save files and, for a bare state dict, safetensors files.
 
-They are torch.save files, and for a bare state dict safetensors too.
+Which tool wrote a file is decided by its content, in `torch_packages.py`.
 """
 
 from dataclasses import dataclass
@@ -9,41 +9,69 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from musicgen_svc.checkpoints.archives import is_archive
-from musicgen_svc.checkpoints.audiocraft_export import find as find_export
-from musicgen_svc.checkpoints.audiocraft_export import find_pointer
-from musicgen_svc.checkpoints.bare import find as find_bare
 from musicgen_svc.checkpoints.base import Checkpoint, CodecPointer, OpenedCheckpoint, component_name
-from musicgen_svc.checkpoints.cog_trainer import find as find_cog_trainer
-from musicgen_svc.checkpoints.damage import check_not_damaged, damaged, is_there, looks_like_safetensors
-from musicgen_svc.checkpoints.dora import find as find_dora
-from musicgen_svc.checkpoints.lightning import find as find_lightning
+from musicgen_svc.checkpoints.damage import (
+    check_not_damaged,
+    damaged_error,
+    looks_like_safetensors,
+    name_exists,
+)
 from musicgen_svc.checkpoints.tensor_files import read_safetensors
-from musicgen_svc.checkpoints.torch_packages import Found, as_codec, as_lm
+from musicgen_svc.checkpoints.torch_packages import PackagedModel, as_codec, as_lm, find_model
 from musicgen_svc.checkpoints.unpickle import begins_like_torch_file, is_torch_file, load_pickle
 from musicgen_svc.errors import DamagedFileError, WeightsError
 
 EXPORT_LM, EXPORT_CODEC = "state_dict.bin", "compression_state_dict.bin"
-"""What audiocraft's export, and nothing else, calls its files."""
+"""The names that audiocraft's export, and no other tool, gives its files."""
 _SUFFIXES = {".bin", ".th", ".pt", ".pth", ".ckpt", ".tar", ".safetensors"}
-_FINDERS = (find_export, find_dora, find_cog_trainer, find_lightning, find_bare)
 _PRETRAINED = "//pretrained/"
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What is known of the torch.save and safetensors files in a folder."""
+class FolderModels:
+    """The models in the torch.save and safetensors files of a folder."""
 
     folder: Path
-    found: dict[Path, Found | CodecPointer]
+    found: dict[Path, PackagedModel | CodecPointer]
     error: WeightsError | None
-    """Of a file that is not read, a damaged one before another tool's pickle; nothing if all is found."""
+    """The error of a file that could not be read, if there was one."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "FolderModels":
+        """Reads the files of a folder. The error of a file that cannot be read is kept, and not raised.
+
+        Of several errors, that of a damaged file is kept rather than that of another tool's pickle.
+        """
+        found: dict[Path, PackagedModel | CodecPointer] = {}
+        errors: list[WeightsError] = []
+        entries = sorted(folder.iterdir())
+        for file in entries:
+            try:
+                if _may_be_model(file) and (model := find_model(_read_package(file))):
+                    found[file] = model
+            except WeightsError as exc:
+                errors.append(exc)
+        errors.sort(key=lambda exc: isinstance(exc, DamagedFileError))
+        if not (found or errors):
+            # Some unpacking tools put a file into a folder with the file's name.
+            errors = [
+                damaged_error(entry, "a file")
+                for entry in entries
+                if entry.is_dir() and entry.suffix in _SUFFIXES
+            ]
+        return cls(folder, found, errors[-1] if errors else None)
 
     def lm(self) -> "TorchFile | None":
-        """
+        """The language model; None if there is none.
+
         Raises:
             WeightsError: there are several.
         """
-        lms = {file: model for file, model in self.found.items() if isinstance(model, Found) and model.is_lm}
+        lms = {
+            file: model
+            for file, model in self.found.items()
+            if isinstance(model, PackagedModel) and model.is_lm
+        }
         if len(lms) > 1:
             names = ", ".join([file.name for file in lms][:4])
             raise WeightsError(
@@ -54,9 +82,10 @@ class Contents:
         return None
 
     def codec(self) -> Checkpoint | CodecPointer | None:
-        """
+        """The codec, or the pointer to one; None if there is neither.
+
         Raises:
-            WeightsError: there are several, or none while one of the files cannot be read: it may be the one.
+            WeightsError: there are several, or there is none and a file that may be the codec cannot be read.
         """
         codecs = {
             file: model
@@ -74,40 +103,53 @@ class Contents:
 
 
 class TorchFile(OpenedCheckpoint):
-    """A language model in a torch.save file, or in a safetensors file."""
+    """A language model in a torch.save file or a safetensors file."""
 
-    def __init__(self, file: Path, found: Found, beside: Contents | None) -> None:
-        """`beside`: the folder that was named, if it was not the file itself."""
-        # The two files of an export belong together, whichever of the three was named.
-        self.path = file.parent if beside or file.name == EXPORT_LM else file
+    def __init__(self, file: Path, model: PackagedModel, folder: FolderModels | None) -> None:
+        """Reads the configuration, and checks it against the tensors.
+
+        Args:
+            folder: the models of the file's folder, if the user named the folder; None for a named file.
+
+        Raises:
+            WeightsError: the file is not a MusicGen, or its configuration and tensors differ.
+        """
+        # An export is its folder, even if the user named one of the export's two files.
+        self.path = file.parent if folder or file.name == EXPORT_LM else file
         self.files = (file,)
-        self.format = found.format
-        self._lm = as_lm(found, file)
-        self._beside = beside
+        self.format = model.format
+        self._lm = as_lm(model, file)
+        self._folder = folder
 
     def config(self) -> DictConfig:
+        """The language model's configuration."""
         return self._lm.config
 
     def lm(self) -> Checkpoint:
+        """The language model."""
         return self._lm
 
     def codec(self) -> Checkpoint | CodecPointer:
-        """The one in the same folder, else the one that the configuration names.
+        """The codec in the same folder, else the one that the configuration names.
 
-        A file that was named by itself may lie among unrelated ones. It takes `compression_state_dict.bin`,
-        unless that belongs to a `state_dict.bin` there, then its configuration's word, then any other.
+        A file that was named itself may lie among unrelated files. It takes, in this order: the
+        `compression_state_dict.bin` beside it, unless that belongs to a `state_dict.bin` there; the public
+        codec that its configuration names; the only codec in the folder.
+
+        Raises:
+            WeightsError: there is none of these, or it cannot be read.
         """
         file = self.files[0]
         named = self._lm.config.get("compression_model_checkpoint") or _PRETRAINED + "facebook/encodec_32khz"
-        public = str(named).startswith(_PRETRAINED)
-        if self._beside is None:
+        is_public = str(named).startswith(_PRETRAINED)
+        if self._folder is None:
             if own := _codec_beside(file):
-                return codec_in_file(own)
-            if public:
+                return _read_codec(own)
+            if is_public:
                 return CodecPointer(component_name(named))
-        if codec := (self._beside or read_all(file.parent)).codec():
+        if codec := (self._folder or FolderModels.read(file.parent)).codec():
             return codec
-        if public:
+        if is_public:
             return CodecPointer(component_name(named))
         raise WeightsError(
             f"{file} was trained with the codec {str(named)!r:.80}, which only its trainer has: "
@@ -115,13 +157,14 @@ class TorchFile(OpenedCheckpoint):
         )
 
 
-def open_file(file: Path) -> TorchFile:
-    """
+def open_torch_file(file: Path) -> TorchFile:
+    """Opens a file that the user named.
+
     Raises:
-        WeightsError: the file cannot be read safely, or is nothing that is known.
+        WeightsError: the file cannot be read safely, or is not a MusicGen.
     """
-    found = _find(_package(file))
-    if not isinstance(found, Found) or not found.is_lm:
+    found = find_model(_read_package(file))
+    if not isinstance(found, PackagedModel) or not found.is_lm:
         what = "a codec" if found else "none of them"
         raise WeightsError(
             f"{file} is {what}; a MusicGen in a single file is an audiocraft export, a dora checkpoint, "
@@ -130,12 +173,13 @@ def open_file(file: Path) -> TorchFile:
     return TorchFile(file, found, None)
 
 
-def codec_in_file(file: Path) -> Checkpoint | CodecPointer:
-    """
+def _read_codec(file: Path) -> Checkpoint | CodecPointer:
+    """The codec in a file, or the pointer to one.
+
     Raises:
-        WeightsError: the file cannot be read safely, or is no codec.
+        WeightsError: the file cannot be read safely, or is not a codec.
     """
-    found = _find(load_pickle(file))
+    found = find_model(load_pickle(file))
     if isinstance(found, CodecPointer):
         return found
     if found is None or not found.is_codec:
@@ -143,27 +187,8 @@ def codec_in_file(file: Path) -> Checkpoint | CodecPointer:
     return as_codec(found, file)
 
 
-def read_all(folder: Path) -> Contents:
-    """What the files of a folder hold. One that cannot be read is an error only if nothing else is found."""
-    found: dict[Path, Found | CodecPointer] = {}
-    errors: list[WeightsError] = []
-    entries = sorted(folder.iterdir())
-    for file in entries:
-        try:
-            if _may_be_model(file) and (model := _find(_package(file))):
-                found[file] = model
-        except WeightsError as exc:
-            errors.append(exc)
-    errors.sort(key=lambda exc: isinstance(exc, DamagedFileError))
-    if not (found or errors):  # then a folder with a model's name is one that an unpacking tool put there
-        errors = [
-            damaged(entry, "a file") for entry in entries if entry.is_dir() and entry.suffix in _SUFFIXES
-        ]
-    return Contents(folder, found, errors[-1] if errors else None)
-
-
 def _may_be_model(file: Path) -> bool:
-    """Whether a file is to be read: by its content, or because a damaged one has the name of a model's."""
+    """Whether a file is to be read: its content, or its name in case it is damaged, may be a model's."""
     if file.is_dir():
         return file.name in (EXPORT_LM, EXPORT_CODEC)
     known = file.suffix in _SUFFIXES or begins_like_torch_file(file) or looks_like_safetensors(file)
@@ -171,27 +196,18 @@ def _may_be_model(file: Path) -> bool:
 
 
 def _codec_beside(file: Path) -> Path | None:
-    """`compression_state_dict.bin` beside a model, unless it belongs to another one there."""
+    """The `compression_state_dict.bin` beside a model, unless it belongs to another model there."""
     codec, owner = file.parent / EXPORT_CODEC, file.parent / EXPORT_LM
-    return codec if is_there(codec) and (file == owner or not is_there(owner)) else None
+    return codec if name_exists(codec) and (file == owner or not name_exists(owner)) else None
 
 
-def _package(file: Path) -> object:
-    """What a file holds; of safetensors, tensors by name.
+def _read_package(file: Path) -> object:
+    """The content of a torch.save file, or the tensors of a safetensors file by name.
 
     Raises:
-        WeightsError: it is damaged, or cannot be read safely.
+        WeightsError: the file is damaged, or cannot be read safely.
     """
     check_not_damaged(file)
     if file.suffix == ".safetensors" or (not is_torch_file(file) and looks_like_safetensors(file)):
         return read_safetensors(file)
     return load_pickle(file)
-
-
-def _find(package: object) -> Found | CodecPointer | None:
-    if not isinstance(package, dict):
-        return None
-    for finder in _FINDERS:
-        if found := finder(package):
-            return found
-    return find_pointer(package)

@@ -1,4 +1,7 @@
-"""Names of a MusicGen's tensors in transformers -> audiocraft's. The inverse of transformers' conversion."""
+"""Maps the names of a MusicGen's tensors in transformers to those in audiocraft.
+
+It is the inverse of transformers' own conversion.
+"""
 
 import re
 from dataclasses import dataclass
@@ -26,40 +29,40 @@ _IN_LAYER = {
 }
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 THIRDS = (0, 1, 2)
-"""Query, key and value."""
+"""The thirds of an `in_proj_weight`: query, key and value."""
 _ATTENTIONS = {"self_attn": "self_attn", "encoder_attn": "cross_attention"}
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor belongs in audiocraft's state dict."""
+class Target:
+    """The tensor, or the third of its rows, that a tensor of transformers is in audiocraft's state dict."""
 
     key: str
     third: int | None = None
-    """Of the rows of the tensor at `key`: query, key or value. None: all of it."""
+    """0, 1 or 2: the rows of the query, the key or the value. None: all rows."""
 
 
-def place(name: str) -> Place | None:
-    """The place of a parameter `module.weight` or `module.bias`; None: it is not the language model's."""
+def target_of(name: str) -> Target | None:
+    """The target of `module.weight` or `module.bias`; None if the language model has no such parameter."""
     module, _, parameter = name.rpartition(".")
     if parameter not in ("weight", "bias"):
         return None
     for pattern, replacement in _MODULES.items():
         if match := re.fullmatch(pattern, module):
-            return Place(f"{match.expand(replacement)}.{parameter}")
+            return Target(f"{match.expand(replacement)}.{parameter}")
     if not (match := _LAYER.fullmatch(module)):
         return None
     prefix, inner = f"transformer.layers.{match[1]}.", match[2]
     if inner in _IN_LAYER:
-        return Place(f"{prefix}{_IN_LAYER[inner]}.{parameter}")
+        return Target(f"{prefix}{_IN_LAYER[inner]}.{parameter}")
     attention, _, projection = inner.rpartition(".")
     if attention in _ATTENTIONS and projection in _PROJECTIONS:
-        return Place(f"{prefix}{_ATTENTIONS[attention]}.in_proj_{parameter}", _PROJECTIONS.index(projection))
+        return Target(f"{prefix}{_ATTENTIONS[attention]}.in_proj_{parameter}", _PROJECTIONS.index(projection))
     return None
 
 
 def name_of_third(key: str, third: int) -> str:
-    """transformers' name of one third of `in_proj_weight`, for messages."""
+    """The name in transformers of one third of `in_proj_weight`, for messages."""
     attention = key.rpartition(".")[0].replace("transformer.", "decoder.model.decoder.")
     attention = attention.replace("cross_attention", "encoder_attn")
     return f"{attention}.{_PROJECTIONS[third]}.{key.rpartition('_')[2]}"

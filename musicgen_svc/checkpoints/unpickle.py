@@ -1,4 +1,4 @@
-"""torch.save files, read without running what they carry."""
+"""Reads torch.save files without running any code of theirs."""
 
 import pickle
 import re
@@ -13,18 +13,18 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
-from musicgen_svc.checkpoints.damage import check_not_damaged, damaged
-from musicgen_svc.checkpoints.pickle_scan import Costly, scan_torch_file
+from musicgen_svc.checkpoints.damage import check_not_damaged, damaged_error
+from musicgen_svc.checkpoints.pickle_scan import CostlyPickleError, scan_torch_file
 from musicgen_svc.errors import WeightsError
 
-_ALLOWED = [
+_ALLOWED_TYPES = [
     DictConfig, ListConfig, AnyNode, Metadata, ContainerMetadata, defaultdict, dict, list, int, typing.Any,
 ]  # fmt: skip
-"""What audiocraft's checkpoints hold besides tensors: OmegaConf's view of their configuration."""
+"""The types in audiocraft's checkpoints besides tensors: those of OmegaConf's configurations."""
 
 ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
-"""The first bytes that torch.save wrote before version 1.6, or writes when asked not to zip."""
+"""The first bytes of torch.save's older layout: before version 1.6, and later on request."""
 
 
 def is_torch_file(path: Path) -> bool:
@@ -49,32 +49,36 @@ def _head(path: Path) -> bytes:
 
 
 def load_pickle(path: Path) -> Any:
-    """The content of a torch.save file, its tensors mapped from disk.
+    """The content of a torch.save file, with its tensors mapped from disk.
 
     Raises:
-        WeightsError: the file is absent or damaged, is no torch.save file, names a type that is not on the
-            short list above, or its pickle makes more than its size tells. Nothing of it has been run then.
+        WeightsError: the file is missing or damaged, is not a torch.save file, names a type that is not
+            allowed, or its pickle could take more time or memory than its size suggests. No code of the
+            file has run in any of these cases.
     """
     check_not_damaged(path)
     try:
-        mapped = _is_torch_zip(path)  # older files have no layout that could be mapped
-        scan_torch_file(path, zipped=mapped)
-        with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Costly as exc:
+        zipped = _is_torch_zip(path)
+        scan_torch_file(path, zipped=zipped)
+        with torch.serialization.safe_globals(_ALLOWED_TYPES):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except CostlyPickleError as exc:
         raise WeightsError(f"{path} cannot be read as a PyTorch checkpoint: {exc}.") from exc
     except Exception as exc:  # torch.load raises whatever its zip, pickle or tensor reader raises
-        # Nothing else of the message: PyTorch advises to read the file unsafely.
+        # The rest of PyTorch's message is left out: it advises to read the file unsafely.
         named = re.search(r"GLOBAL (\S+)", str(exc)) if isinstance(exc, pickle.UnpicklingError) else None
         if named is None:
-            raise damaged(path, "a PyTorch checkpoint") from exc
+            raise damaged_error(path, "a PyTorch checkpoint") from exc
         raise WeightsError(
             f"{path} cannot be read as a PyTorch checkpoint: it holds {named[1]}, which is not read."
         ) from exc
 
 
 def _is_torch_zip(path: Path) -> bool:
-    """One folder at the top, `data.pkl` in it: any other zip is an archive of somebody's files."""
+    """Whether it is a zip with one folder at the top that holds `data.pkl` and `version`.
+
+    Any other zip is an archive of files.
+    """
     if not _head(path).startswith(ZIP_MAGIC):
         return False
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import Catalog, Source
-from musicgen_svc.weights.lock_file import LOCK_FILE, LockedSource, fault, read_lock, size_fault
+from musicgen_svc.weights.lock_file import LOCK_FILE, LockedSource, read_lock, size_fault
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTIAL = ".partial"
@@ -57,7 +57,7 @@ def verify(sources: list[Source], weights_dir: Path) -> None:
     wrong: dict[str, list[str]] = {}
     for source in sources:
         for name, file in lock[source.name].files.items():
-            sentence = fault(weights_dir / source.name / name, file)
+            sentence = content_fault(weights_dir / source.name / name, file)
             print(f"{source.name}/{name}: {'wrong' if sentence else 'good'}", flush=True)
             if sentence:
                 wrong.setdefault(source.name, []).append(sentence)

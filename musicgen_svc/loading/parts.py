@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from musicgen_svc.audiocraft_compat import CompressionModel
 from musicgen_svc.checkpoints import Checkpoint, CodecPointer, OpenedCheckpoint, TransformersPart
 from musicgen_svc.checkpoints.base import component_name
-from musicgen_svc.checkpoints.damage import is_there
+from musicgen_svc.checkpoints.damage import name_exists
 from musicgen_svc.checkpoints.tensor_files import TRANSFORMERS_FILES, read_tensors, tensor_files
 from musicgen_svc.checkpoints.unpickle import load_pickle
 from musicgen_svc.errors import WeightsError
@@ -98,7 +98,7 @@ def text(
     if wanted.get("normalize_text"):
         raise WeightsError("The checkpoint normalizes its prompts (normalize_text), which needs spaCy.")
     inside = opened.text_encoder()
-    if inside is not None and any(is_there(opened.path / name) for name in TOKENIZER_FILES):
+    if inside is not None and any(name_exists(opened.path / name) for name in TOKENIZER_FILES):
         folder = opened.path
     else:
         folder = weights.component(component_name(wanted.name), opened.path)
@@ -117,7 +117,7 @@ def text(
 
     return Recipe(
         kind="text",
-        files=(*files, *(path for path in tokenizer_files if is_there(path))),
+        files=(*files, *(path for path in tokenizer_files if name_exists(path))),
         draft=lambda: Draft(_fp32_bytes([*encoder, *embedding[:1]]), built),
     )
 

@@ -18,12 +18,11 @@ from musicgen_svc.audiocraft_compat import (
     builders,
 )
 from musicgen_svc.checkpoints import Checkpoint, TransformersPart
-from musicgen_svc.checkpoints import known_fields as known
-from musicgen_svc.checkpoints.fields import checked
-from musicgen_svc.checkpoints.fitting import check_fit
+from musicgen_svc.checkpoints import field_tables as tables
+from musicgen_svc.checkpoints.field_types import read_fields
 from musicgen_svc.checkpoints.key_names import State, parametrized_weight_norm
 from musicgen_svc.checkpoints.part_configs import encodec_fields
-from musicgen_svc.checkpoints.soundness import check_finite
+from musicgen_svc.checkpoints.tensor_checks import check_finite, check_fit
 from musicgen_svc.checkpoints.tensor_files import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
 from musicgen_svc.errors import WeightsError, first_line
 from musicgen_svc.models.chroma import Chroma
@@ -125,7 +124,7 @@ def draft_lm(config: DictConfig, origin: str, device: torch.device) -> LMDraft:
     Raises:
         WeightsError: the configuration builds no MusicGen.
     """
-    kwargs = checked(_plain(config.transformer_lm), known.TRANSFORMER_LM, "transformer_lm", origin)
+    kwargs = read_fields(_plain(config.transformer_lm), tables.TRANSFORMER_LM, "transformer_lm", origin)
     q_modeling = kwargs.pop("q_modeling", None)
     pattern = config.codebooks_pattern
     if pattern.modeling is None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from musicgen_svc.checkpoints.damage import check_not_damaged, damaged
+from musicgen_svc.checkpoints.damage import check_not_damaged, damaged_error
 from musicgen_svc.checkpoints.expansion import MAX_YAML_CHARACTERS
 from musicgen_svc.checkpoints.part_configs import check_demucs, demucs_bag
-from musicgen_svc.checkpoints.soundness import check_finite
+from musicgen_svc.checkpoints.tensor_checks import check_finite
 from musicgen_svc.errors import WeightsError, first_line
 from musicgen_svc.models.meta_init import on_meta
 from musicgen_svc.runtime.ticks import Tick, no_tick
@@ -131,7 +131,7 @@ def read_bag(folder: Path) -> dict[str, Any]:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_YAML_CHARACTERS + 1)
     except (OSError, ValueError) as exc:
-        raise damaged(path, "YAML") from exc
+        raise damaged_error(path, "YAML") from exc
     bag = demucs_bag(text, str(path))
     for name in bag["models"]:
         if not _NAME.fullmatch(str(name)):
@@ -151,7 +151,7 @@ def _load_model(path: Path) -> Any:
     try:
         return _built(path)
     except SafetensorError as exc:
-        raise damaged(path, "safetensors") from exc
+        raise damaged_error(path, "safetensors") from exc
     except WeightsError:
         raise
     except Exception as exc:  # Demucs' constructors raise errors of any class

@@ -11,7 +11,7 @@ from torch import nn
 
 from musicgen_svc.audiocraft_compat import DiffusionUnet, NoiseSchedule, SampleProcessor, builders
 from musicgen_svc.checkpoints.part_configs import band_fields, diffusion_fields
-from musicgen_svc.checkpoints.soundness import check_finite, check_stored
+from musicgen_svc.checkpoints.tensor_checks import check_finite, check_stored
 from musicgen_svc.checkpoints.unpickle import load_pickle
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.models.meta_init import on_meta

@@ -13,10 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from musicgen_svc.checkpoints import TransformersPart
-from musicgen_svc.checkpoints.agreement import agree_t5
-from musicgen_svc.checkpoints.fitting import check_fit
 from musicgen_svc.checkpoints.part_configs import t5_fields
-from musicgen_svc.checkpoints.soundness import check_finite
+from musicgen_svc.checkpoints.tensor_checks import check_finite, check_fit, check_t5_sizes
 from musicgen_svc.checkpoints.tensor_files import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.models.meta_init import on_meta
@@ -50,7 +48,7 @@ def load_t5(source: Path | TransformersPart, device: torch.device) -> "T5Encoder
     if embedding is not None:
         own.setdefault(_SHARED, embedding)
     fields = t5_fields(config, origin)
-    agree_t5(fields, own, origin)
+    check_t5_sizes(fields, own, origin)
     with on_meta():
         encoder = T5Encoder(**fields)
     check_fit(encoder.state_dict(), own, "T5 encoder", origin)

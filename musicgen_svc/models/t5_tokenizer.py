@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from musicgen_svc.checkpoints import known_part_fields as known
-from musicgen_svc.checkpoints.damage import check_not_damaged, is_there
-from musicgen_svc.checkpoints.fields import checked
+from musicgen_svc.checkpoints import part_field_tables as tables
+from musicgen_svc.checkpoints.damage import check_not_damaged, name_exists
+from musicgen_svc.checkpoints.field_types import read_fields
 from musicgen_svc.checkpoints.tensor_files import read_json
 from musicgen_svc.errors import WeightsError, first_line
 
@@ -71,7 +71,7 @@ def load_tokenizer(folder: Path, vocabulary: int) -> PromptTokenizer:
     _check_files(folder)
     config = folder / _CONFIG
     if config.is_file():
-        checked(read_json(config), known.TOKENIZER, "", str(config), others=True)
+        read_fields(read_json(config), tables.TOKENIZER, "", str(config), skip_unknown=True)
     _check_charsmap(folder / TOKENIZER_FILES[0])
     from transformers import T5Tokenizer
 
@@ -86,7 +86,7 @@ def _check_files(folder: Path) -> None:
     Raises:
         WeightsError: there is no tokenizer, one of its files is damaged, or one names files elsewhere.
     """
-    present = [folder / name for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZER) if is_there(folder / name)]
+    present = [folder / name for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZER) if name_exists(folder / name)]
     if not any(path.name in TOKENIZER_FILES for path in present):  # transformers would make an empty one
         raise WeightsError(f"{folder} holds no tokenizer: {' or '.join(TOKENIZER_FILES)} is one.")
     for path in present:

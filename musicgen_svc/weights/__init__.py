@@ -1,1 +1,1 @@
-"""From a model's name to files."""
+"""Finds the files of a model, by the model's name or by COG_WEIGHTS."""

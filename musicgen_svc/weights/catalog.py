@@ -1,4 +1,4 @@
-"""The models and what they need, as `weights/manifest.json` lists them. No torch, no network."""
+"""Reads `weights/manifest.json`: the models and the components that they need. Needs no torch."""
 
 import json
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ DIFFUSION_FILE = "mbd_musicgen_32khz.th"
 
 @dataclass(frozen=True)
 class Source:
-    """One folder under `weights/` and the Hugging Face repository that it is filled from."""
+    """A folder under `weights/`, and the Hugging Face repository that its files come from."""
 
     name: str
     repository: str
     files: tuple[str, ...]
-    """File names, each of which must be there, and patterns, each of which must match a file."""
+    """File names, each of which must exist, and patterns, each of which must match a file."""
     needs: tuple[str, ...] = ()
-    """Names of the other sources without which this one does not run."""
+    """The names of other sources that this one needs in order to run."""
     size_gb: float | None = None
-    """What the files take, in units of 10^9 bytes and rounded, where it is known beforehand."""
+    """The size of the files in units of 10^9 bytes, rounded; None if the manifest does not have it."""
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """Base models and the components they share, by name."""
+    """Base models and the components that they share, by name."""
 
     models: dict[str, Source]
     components: dict[str, Source]
@@ -36,10 +36,10 @@ class Catalog:
         """The source called `name`, or its alias.
 
         Raises:
-            WeightsError: no such source.
+            WeightsError: there is no such source.
         """
-        every = self.models | self.components
-        source = every.get(self.aliases.get(name, name))
+        sources = self.models | self.components
+        source = sources.get(self.aliases.get(name, name))
         if source is None:
             names = [*self.models, *self.components, *self.aliases]
             raise WeightsError(f"There are no weights called {name!r}; there are {', '.join(names)}.")
@@ -47,6 +47,7 @@ class Catalog:
 
 
 def read_catalog(path: Path = MANIFEST) -> Catalog:
+    """The catalog in a manifest."""
     manifest = json.loads(path.read_text())
     return Catalog(
         models={

@@ -1,4 +1,4 @@
-"""What was downloaded into the weights folder, and whether it still lies there. No torch, no network."""
+"""The lock file of the weights folder: what was downloaded into it. Needs no torch."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ LOCK_FILE = "weights.lock.json"
 
 @dataclass(frozen=True)
 class LockedFile:
-    """A file as it was when it had arrived and its hash was right."""
+    """The size and hash of a file after its download, when the hash had been verified."""
 
     size: int
     """In bytes."""
@@ -22,7 +22,7 @@ class LockedFile:
 
 @dataclass(frozen=True)
 class LockedSource:
-    """One folder of weights: where it came from and what it holds."""
+    """A folder of weights: the repository that it came from, and its files."""
 
     repository: str
     revision: str
@@ -31,10 +31,10 @@ class LockedSource:
 
 
 def read_lock(weights_dir: Path) -> dict[str, LockedSource]:
-    """Every source that was downloaded completely, by name; nothing where there is no lock file.
+    """Every source that was downloaded completely, by name; empty if there is no lock file.
 
     Raises:
-        WeightsError: the file is not what `write_lock` wrote.
+        WeightsError: the lock file is damaged.
     """
     path = weights_dir / LOCK_FILE
     if not path.exists():
@@ -46,60 +46,61 @@ def read_lock(weights_dir: Path) -> dict[str, LockedSource]:
                 repository=str(entry["repository"]),
                 revision=str(entry["revision"]),
                 files={
-                    file: LockedFile(int(is_there["size"]), str(is_there["sha256"]))
-                    for file, is_there in entry["files"].items()
+                    file: LockedFile(int(locked["size"]), str(locked["sha256"]))
+                    for file, locked in entry["files"].items()
                 },
             )
             for name, entry in entries.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        found = obvious_fault(path)
+        fault = obvious_fault(path)
         raise WeightsError(
-            f"{path} {found.what if found else 'is damaged or truncated'}: delete it and run "
+            f"{path} {fault.description if fault else 'is damaged or truncated'}: delete it and run "
             "scripts/download_weights again."
         ) from exc
 
 
 def write_lock(weights_dir: Path, lock: dict[str, LockedSource]) -> None:
-    """Replaces the lock file in one step, so that a reader sees the old one or the new one."""
-    draft = weights_dir / f"{LOCK_FILE}.new"
+    """Replaces the lock file in one step, so that a reader sees either the old one or the new one."""
+    temporary = weights_dir / f"{LOCK_FILE}.new"
     entries = {name: asdict(lock[name]) for name in sorted(lock)}
-    draft.write_text(json.dumps(entries, indent=2) + "\n")
-    draft.replace(weights_dir / LOCK_FILE)
+    temporary.write_text(json.dumps(entries, indent=2) + "\n")
+    temporary.replace(weights_dir / LOCK_FILE)
 
 
 def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def size_fault(path: Path, expected: LockedFile) -> str | None:
-    """What is wrong with a file, without reading it: the start of a sentence, or nothing."""
+    """What is wrong with a file's size: the start of a sentence, or None. Does not read it all."""
     if not path.is_file():
         return f"{path} is a folder, and must be a file" if path.is_dir() else f"{path} is missing"
     size = path.stat().st_size
-    if size != expected.size and (found := obvious_fault(path)):
-        return f"{path} {found.what}"
+    if size != expected.size and (fault := obvious_fault(path)):
+        return f"{path} {fault.description}"
     if size != expected.size:
         return f"{path} has {size:,} bytes instead of {expected.size:,}"
     return None
 
 
-def fault(path: Path, expected: LockedFile) -> str | None:
-    """What is wrong with a file, which is read from start to end."""
-    found = size_fault(path, expected)
-    if found is None and sha256_of(path) != expected.sha256:
+def content_fault(path: Path, expected: LockedFile) -> str | None:
+    """What is wrong with a file: the start of a sentence, or None. Reads the whole file."""
+    fault = size_fault(path, expected)
+    if fault is None and sha256_of(path) != expected.sha256:
         return f"{path} has another sha256 than {LOCK_FILE} says"
-    return found
+    return fault
 
 
 def check_sizes(weights_dir: Path) -> None:
-    """Compares what lies in `weights_dir` with its lock file. Only asks for sizes: at once, at any start.
+    """Compares the sizes of the files in `weights_dir` with its lock file. Fast: it runs at each start.
 
-    Folders that were removed, and folders that were never downloaded, are none of its business.
+    Folders that were removed or never downloaded are not checked.
 
     Raises:
-        WeightsError: names the first file that is missing or of another size.
+        WeightsError: a file is missing or has another size; the message names the first one.
     """
     for name, source in read_lock(weights_dir).items():
         folder = weights_dir / name

@@ -1,78 +1,82 @@
-"""Names -> paths on this machine. Base models are not downloaded here: see scripts/download_weights."""
+"""Finds the path of each model and component on this machine. Base models are downloaded by `cli/`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from musicgen_svc.checkpoints.unpacking import sweep as sweep_unpacked
+from musicgen_svc.checkpoints.unpacking import remove_leftovers as remove_unpacked_leftovers
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import Catalog
-from musicgen_svc.weights.fetched import sweep as sweep_fetched
-from musicgen_svc.weights.given_path import exists, is_url, shown
+from musicgen_svc.weights.cog_weights import is_url, path_exists, quoted_path
+from musicgen_svc.weights.url_cache import remove_leftovers as remove_fetched_leftovers
 
 FINETUNED = "finetuned"
 DEMO = Path(__file__).resolve().parents[2] / "weights" / "8songs"
-"""The model that comes with the service, wherever the other weights are."""
+"""The demo model, which is part of the repository and does not depend on where the other weights are."""
 UNPACKED = ".unpacked"
 FETCHED = ".fetched"
 
 
-def local(given: str | None, settings: Settings) -> str | None:
-    """COG_WEIGHTS as a path on this machine: what a URL names is fetched, anything else stays as it is.
+def local_path(cog_weights: str | None, settings: Settings) -> str | None:
+    """The path that COG_WEIGHTS means: a URL is fetched into a file, any other value is returned as it is.
 
     Raises:
         WeightsError: the URL is not allowed, or cannot be fetched.
     """
     cache = settings.weights_dir / FETCHED
-    if not given or not is_url(given):
-        sweep_fetched(cache)
-        return given
-    from musicgen_svc.weights.remote import fetch  # an HTTP client takes its time to import
+    if not cog_weights or not is_url(cog_weights):
+        remove_fetched_leftovers(cache)
+        return cog_weights
+    from musicgen_svc.weights.remote import fetch  # importing an HTTP client takes long
     from musicgen_svc.weights.url_rules import Rules
 
     hosts = tuple(host.strip().lower() for host in settings.weights_hosts.split(",") if host.strip())
     rules = Rules(hosts, int(settings.weights_max_gb * 1e9))
-    return str(fetch(given, cache, rules))
+    return str(fetch(cog_weights, cache, rules))
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Where checkpoints and the components they share lie."""
+    """The paths of the checkpoints and of the components that they share."""
 
     folder: Path
+    """The folder of the base models and components."""
     catalog: Catalog
     finetuned: Path | None
-    """The checkpoint of `finetuned`, a file or a folder, if there is one: the demo model at least."""
+    """The file or folder of the model `finetuned`; None if there is none, not even the demo model."""
     is_demo: bool = False
-    """Whether that is the demo model."""
+    """Whether `finetuned` is the demo model."""
 
     @classmethod
     def at(cls, folder: Path, catalog: Catalog, given: str | None, demo: Path = DEMO) -> "Weights":
-        """`given`: the path in COG_WEIGHTS, which comes before `finetuned` in `folder` and the demo model.
+        """The paths below `folder`; also removes what interrupted unpackings left there.
+
+        Args:
+            given: the path in COG_WEIGHTS. It is preferred to `folder`/finetuned, and that to the demo model.
 
         Raises:
-            WeightsError: a checkpoint was given and is not there.
+            WeightsError: `given` is a path at which there is nothing.
         """
-        sweep_unpacked(folder / UNPACKED)
+        remove_unpacked_leftovers(folder / UNPACKED)
         if given:
-            if not exists(given):
-                raise WeightsError(f"COG_WEIGHTS is {shown(given)}, where there is nothing.")
+            if not path_exists(given):
+                raise WeightsError(f"COG_WEIGHTS is {quoted_path(given)}, where there is nothing.")
             return cls(folder, catalog, Path(given))
-        if _holds_something(folder / FINETUNED):
+        if _is_filled_folder(folder / FINETUNED):
             return cls(folder, catalog, folder / FINETUNED)
-        if _holds_something(demo):
+        if _is_filled_folder(demo):
             return cls(folder, catalog, demo, is_demo=True)
         return cls(folder, catalog, None)
 
     def base_models(self) -> list[str]:
         """The base models that are present, in the manifest's order."""
-        return [name for name in self.catalog.models if _holds_something(self.folder / name)]
+        return [name for name in self.catalog.models if _is_filled_folder(self.folder / name)]
 
     def model(self, name: str) -> Path:
-        """Where a model lies.
+        """The path of a model.
 
         Raises:
-            WeightsError: it is not there; the message says how to get it.
+            WeightsError: there is no such model; the message says how to get it.
         """
         if name == FINETUNED:
             if self.finetuned is None:
@@ -92,10 +96,10 @@ class Weights:
         return self.folder / name
 
     def base(self, repository: str) -> Path:
-        """Where the model lies that an adapter was trained on, by its Hugging Face repository.
+        """The path of the model that an adapter was trained on, by its Hugging Face repository.
 
         Raises:
-            WeightsError: it is none of the base models, or not present.
+            WeightsError: it is not one of the base models, or it is not present.
         """
         for name, source in self.catalog.models.items():
             if repository in (source.repository, name):
@@ -106,20 +110,19 @@ class Weights:
         )
 
     def component(self, name: str, checkpoint: Path) -> Path:
-        """The folder of a component: the checkpoint's own, else one beside it, else the common one.
+        """The folder of a component: inside the checkpoint, else beside it, else among all weights.
 
         Raises:
-            WeightsError: it is in none of them.
+            WeightsError: it is in none of these.
         """
-        places = [checkpoint / name, checkpoint.parent / name, self.folder / name]
-        if (
-            self.finetuned and (self.folder / UNPACKED) in checkpoint.parents
-        ):  # an archive that lies elsewhere
-            places.insert(2, self.finetuned.parent / name)
-        for place in places:
-            if place.is_dir():
-                return place
-        parents = " or ".join(str(place.parent) for place in dict.fromkeys(places))
+        candidates = [checkpoint / name, checkpoint.parent / name, self.folder / name]
+        is_unpacked = (self.folder / UNPACKED) in checkpoint.parents
+        if self.finetuned and is_unpacked:  # then "beside it" also means beside the archive
+            candidates.insert(2, self.finetuned.parent / name)
+        for candidate in candidates:
+            if candidate.is_dir():
+                return candidate
+        parents = " or ".join(str(candidate.parent) for candidate in dict.fromkeys(candidates))
         remedy = f"run scripts/download_weights {name}"
         raise WeightsError(
             f"{checkpoint.name} needs {name}, which is not in {parents}: {remedy}.",
@@ -127,9 +130,11 @@ class Weights:
         )
 
     def _alternatives(self) -> str:
+        """The models that are present, as a clause."""
         present = self.base_models() + ([FINETUNED] if self.finetuned else [])
         return f"present are {', '.join(present)}" if present else "no model is present"
 
 
-def _holds_something(folder: Path) -> bool:
+def _is_filled_folder(folder: Path) -> bool:
+    """Whether the folder exists and is not empty."""
     return folder.is_dir() and any(folder.iterdir())

@@ -1,7 +1,7 @@
-"""Which URLs a checkpoint may come from, and what messages call them.
+"""Which URLs a checkpoint may be fetched from, and how messages name a URL.
 
-Any part of a URL may be a secret, most of all of one that was mistyped. So nothing of its text is shown: only
-the entry of MUSICGEN_WEIGHTS_HOSTS that it falls under and, of a redirect, the host, if it is spelled as one.
+Any part of a URL may be a secret, above all if the URL was mistyped. Therefore messages show only the entry
+of MUSICGEN_WEIGHTS_HOSTS that allows its host and, for a redirect, the host, if the URL has the usual form.
 """
 
 import re
@@ -12,7 +12,7 @@ import requests
 
 from musicgen_svc.errors import WeightsError
 
-_PUBLIC = re.compile(
+_USUAL_FORM = re.compile(
     r"https?://((?:[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,63})(?::[0-9]{1,5})?(?:[/?#].*)?",
     re.ASCII | re.DOTALL,
 )
@@ -20,25 +20,25 @@ _PUBLIC = re.compile(
 
 @dataclass(frozen=True)
 class Rules:
-    """What may be fetched."""
+    """What may be fetched: from which hosts, and how large a file."""
 
     hosts: tuple[str, ...]
-    """Names of hosts; each stands for its subdomains too."""
+    """Names of hosts. Each allows its subdomains too."""
     max_bytes: int
 
     def check(self, url: str) -> str:
-        """The URL as it is sent.
+        """The URL in the form in which it is requested.
 
         Raises:
-            WeightsError: it is not https, or its host is none of `hosts`.
+            WeightsError: it is not https, or its host is not allowed.
         """
-        sent, fault = self._judged(url)
+        prepared, fault = self._prepare(url)
         if fault:
-            raise WeightsError(f"{self.shown(url)} {fault}.")
-        return sent
+            raise WeightsError(f"{self.label(url)} {fault}.")
+        return prepared
 
     def check_redirect(self, url: str, location: str) -> str:
-        """The URL that a server sends us on to, as it is sent.
+        """The URL that a server redirects to, in the form in which it is requested.
 
         Raises:
             WeightsError: as `check`.
@@ -47,49 +47,56 @@ class Rules:
             target = urljoin(url, location)
         except ValueError:
             target = ""
-        sent, fault = self._judged(target)
+        prepared, fault = self._prepare(target)
         if fault:
-            raise WeightsError(f"{self.shown(url)} is redirected to {_public(target)}, which {fault}.")
-        return sent
+            raise WeightsError(
+                f"{self.label(url)} is redirected to {_redirect_label(target)}, which {fault}."
+            )
+        return prepared
 
-    def shown(self, url: str) -> str:
-        """What messages call the URL."""
+    def label(self, url: str) -> str:
+        """The name of the URL in messages, without any text of the URL."""
         try:
             entry = self._entry(_host(url))
         except ValueError:
             entry = None
         return f"COG_WEIGHTS (a URL of {entry})" if entry else "COG_WEIGHTS (a URL)"
 
-    def _judged(self, url: str) -> tuple[str, str]:
-        """The URL as it is sent, and why it is not: the rest of a sentence about it, or nothing."""
+    def _prepare(self, url: str) -> tuple[str, str]:
+        """The URL as it is requested, and why it must not be: the end of a sentence, or an empty text."""
         try:
-            # In requests' own spelling: what is checked is what is asked.
-            sent = requests.Request("GET", url).prepare().url or ""
-            scheme, named_user, host = urlsplit(sent).scheme, urlsplit(sent).username, _host(sent)
+            # requests normalizes the URL: the normalized one is checked, because it is requested.
+            prepared = requests.Request("GET", url).prepare().url or ""
+            scheme, user, host = urlsplit(prepared).scheme, urlsplit(prepared).username, _host(prepared)
         except (requests.RequestException, ValueError):
             return "", "is not a URL that can be fetched"
         if scheme != "https":
             return "", "cannot be fetched: a URL must begin with https://"
-        if named_user is not None or not self._entry(host):
+        if user is not None or not self._entry(host):
             return "", f"may not be fetched: MUSICGEN_WEIGHTS_HOSTS allows {', '.join(self.hosts)}"
-        return sent, ""
+        return prepared, ""
 
     def _entry(self, host: str) -> str | None:
-        """The entry of `hosts` that a host falls under."""
-        return next((own for own in self.hosts if host == own or host.endswith(f".{own}")), None)
+        """The entry of `hosts` that allows a host; None if none does."""
+        return next((entry for entry in self.hosts if host == entry or host.endswith(f".{entry}")), None)
 
 
 def is_page(url: str) -> bool:
-    """Whether it is the page of a Hugging Face repository, and no file."""
+    """Whether the URL is the page of a Hugging Face repository, and not one of its files."""
     parts = urlsplit(url)
     return parts.hostname == "huggingface.co" and "/resolve/" not in parts.path
 
 
 def _host(url: str) -> str:
+    """The host's name, without the dot that may end it."""
     return (urlsplit(url).hostname or "").rstrip(".")
 
 
-def _public(url: str) -> str:
-    """The host, which whoever carries the request can read; only if all before it is as it must be."""
-    found = _PUBLIC.fullmatch(url)
-    return f"the host {found[1]}" if found else "a URL that is not shown"
+def _redirect_label(url: str) -> str:
+    """The name of a redirect's target in messages.
+
+    It is the host, which is no secret from whoever carries the request, but only if the URL has the usual
+    form: otherwise the text that is parsed as the host may be something else.
+    """
+    match = _USUAL_FORM.fullmatch(url)
+    return f"the host {match[1]}" if match else "a URL that is not shown"

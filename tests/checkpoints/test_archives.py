@@ -10,20 +10,20 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import checkpoint_models as tools
 import pytest
+import tiny_lms
 import torch
 
 from musicgen_svc.checkpoints import CodecPointer, open_checkpoint
 from musicgen_svc.checkpoints.archives import is_archive
-from musicgen_svc.checkpoints.unpacking import sweep, unpacked
+from musicgen_svc.checkpoints.unpacking import remove_leftovers, unpack_once
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.loading.loader import Loader
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import read_catalog
 from musicgen_svc.weights.paths import UNPACKED, Weights
 
-CONFIG = tools.config_of("small")
+CONFIG = tiny_lms.config_of("small")
 MODES = ["w", "w:gz", "w:bz2", "w:xz", "zip"]
 
 
@@ -31,7 +31,7 @@ MODES = ["w", "w:gz", "w:bz2", "w:xz", "zip"]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, as a file."""
     path = tmp_path_factory.mktemp("model") / "trained_model.tar"
-    torch.save({"xp.cfg": tools.dict_config(CONFIG), "model": tools.lm_of(CONFIG)}, path)
+    torch.save({"xp.cfg": tiny_lms.dict_config(CONFIG), "model": tiny_lms.lm_of(CONFIG)}, path)
     return path
 
 
@@ -84,7 +84,7 @@ def test_what_was_unpacked_is_for_whom_the_cache_is(model: Path, tmp_path: Path)
     """Not for its owner alone: the next server may be another user's."""
     umask = os.umask(0o022)
     try:
-        folder = unpacked(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache").folder
+        folder = unpack_once(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache").folder
     finally:
         os.umask(umask)
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "m", tmp_path / "cache")]
@@ -102,18 +102,18 @@ def test_a_torch_save_file_is_no_archive_and_a_tar_that_ends_in_one_is(model: Pa
 
 def test_an_archive_is_unpacked_once_for_its_content(model: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    given = unpacked(pack(tmp_path / "x.tar", "w", {"m": model}), cache)
+    given = unpack_once(pack(tmp_path / "x.tar", "w", {"m": model}), cache)
     given.accept()
     first = given.folder
     (first / "m").chmod(0o400)
     stamp = (first / "m").stat().st_mtime_ns
     os.link(tmp_path / "x.tar", tmp_path / "same.zip")
-    assert unpacked(tmp_path / "same.zip", cache).folder == first
+    assert unpack_once(tmp_path / "same.zip", cache).folder == first
     assert (first / "m").stat().st_mtime_ns == stamp
     other = tmp_path / "other"
     other.write_bytes(b"2")
     (tmp_path / "x.tar").unlink()
-    given = unpacked(pack(tmp_path / "x.tar", "w", {"m": other}), cache)
+    given = unpack_once(pack(tmp_path / "x.tar", "w", {"m": other}), cache)
     given.accept()
     second = given.folder
     assert second != first
@@ -245,7 +245,7 @@ def test_a_bomb_is_refused_before_it_is_inflated(
 
     monkeypatch.setattr(gzip.GzipFile, "read", counting)
     with pytest.raises(WeightsError, match="more than 1000000 bytes"):
-        unpacked(archive, watched / "cache", 1_000_000)
+        unpack_once(archive, watched / "cache", 1_000_000)
     assert inflated < 10_000
 
 
@@ -274,7 +274,7 @@ def test_a_disk_too_small_is_said_before_it_is_full(
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(WeightsError, match="has 1,000 left: make room there"):
-        unpacked(pack(tmp_path / "x", "w", {"m": model}), watched / "cache")
+        unpack_once(pack(tmp_path / "x", "w", {"m": model}), watched / "cache")
 
 
 # --- what an interrupted unpacking leaves -----------------------------------------------------------
@@ -286,7 +286,7 @@ from musicgen_svc.checkpoints import archives, unpacking
 
 write = archives._write
 archives._write = lambda *args: (write(*args), print("writing", flush=True), time.sleep(60))
-unpacking.unpacked(Path(sys.argv[1]), Path(sys.argv[2]))
+unpacking.unpack_once(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -309,7 +309,7 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
 ) -> None:
     process, cache = unpacking
     (unfinished,) = cache.glob(".unpacking-*")
-    sweep(cache)
+    remove_leftovers(cache)
     assert (unfinished / "m").is_file(), "its process lives"
     process.kill()
     process.wait()
@@ -323,15 +323,15 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
 def test_unpacking_clears_up_first(model: Path, tmp_path: Path) -> None:
     """A disk that is full of leftovers would have no room for it."""
     (tmp_path / "cache" / ".unpacking-x" / "deep").mkdir(parents=True)
-    given = unpacked(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache")
+    given = unpack_once(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache")
     given.accept()
     folder = given.folder
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted([".lock", folder.name])
 
 
 def test_a_folder_without_leftovers_is_not_written_to(tmp_path: Path) -> None:
-    sweep(tmp_path)
-    sweep(tmp_path / "absent")
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path / "absent")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -353,18 +353,8 @@ def export_without(weights: Path, folder: Path, name: str) -> Path:
     )
 
 
-def loader(places: Path, given: Path) -> Loader:
-    return Loader(Weights.at(places, read_catalog(), str(given)), tools.CPU, Settings())
-
-
-@pytest.fixture
-def places(weights: Path, tmp_path: Path) -> Path:
-    """The tiny weights, where something may be unpacked beside them."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    for part in weights.iterdir():
-        (folder / part.name).symlink_to(part)
-    return folder
+def loader(writable_weights: Path, given: Path) -> Loader:
+    return Loader(Weights.at(writable_weights, read_catalog(), str(given)), tiny_lms.CPU, Settings())
 
 
 def test_an_archive_without_a_model_is_gone_when_it_is_refused(tmp_path: Path) -> None:
@@ -392,33 +382,35 @@ def test_a_damaged_file_in_an_archive_is_named_by_the_archive(tmp_path: Path) ->
 
 
 def test_what_does_not_load_is_gone_and_what_did_load_stays(
-    places: Path, weights: Path, tmp_path: Path
+    writable_weights: Path, weights: Path, tmp_path: Path
 ) -> None:
     """Also if the last tensor is the one that does not fit."""
-    cache = places / UNPACKED
+    cache = writable_weights / UNPACKED
     archive = export_without(weights, tmp_path, "out_norm.weight")
     for _ in range(2):
         with pytest.raises(WeightsError, match=rf"{archive}.* does not fit .*out_norm\.weight"):
-            loader(places, archive).start()
+            loader(writable_weights, archive).start()
         assert left_in(cache) == []
     export = {file.name: file for file in (weights / "small").iterdir()}
     good = pack(tmp_path / "good.zip", "zip", export)
-    model = loader(places, good).start()
+    model = loader(writable_weights, good).start()
     assert left_in(cache) == [model.place.name]
-    loader(places, good)
+    loader(writable_weights, good)
     assert left_in(cache) == [model.place.name], "a start keeps it"
 
 
-def test_a_codec_or_a_question_that_fails_leaves_nothing(places: Path, weights: Path, tmp_path: Path) -> None:
+def test_a_codec_or_a_question_that_fails_leaves_nothing(
+    writable_weights: Path, weights: Path, tmp_path: Path
+) -> None:
     """A request may ask for the codec, or whether a model follows melodies, before the model is loaded."""
     package = torch.load(weights / "small" / "state_dict.bin", weights_only=True)
     package["xp.cfg"] = package["xp.cfg"].replace("model: t5", "model: clap")
     torch.save(package, tmp_path / "state_dict.bin")
     archive = pack(tmp_path / "x.zip", "zip", {"state_dict.bin": tmp_path / "state_dict.bin"})
-    models = loader(places, archive)
+    models = loader(writable_weights, archive)
     with pytest.raises(WeightsError, match="conditioned on"):
         models.takes_melody("finetuned")
-    assert left_in(places / UNPACKED) == []
+    assert left_in(writable_weights / UNPACKED) == []
 
 
 KILLED = """
@@ -442,7 +434,7 @@ def test_what_a_killed_process_had_on_trial_goes_at_the_next_start(model: Path, 
             Weights.at(tmp_path, read_catalog(), None)
             (folder, trial) = sorted(path for path in cache.iterdir() if path.name != ".lock")
             assert trial.name == f"{folder.name}.trial", "its process lives"
-            mine = unpacked(archive, cache)
+            mine = unpack_once(archive, cache)
             mine.refuse()
             assert folder.is_dir(), "another process tries it"
         finally:
@@ -453,7 +445,7 @@ def test_what_a_killed_process_had_on_trial_goes_at_the_next_start(model: Path, 
 
 def test_what_one_process_accepted_no_other_removes(model: Path, tmp_path: Path) -> None:
     archive = pack(tmp_path / "x.tar", "w", {"m": model})
-    one, other = unpacked(archive, tmp_path / "cache"), unpacked(archive, tmp_path / "cache")
+    one, other = unpack_once(archive, tmp_path / "cache"), unpack_once(archive, tmp_path / "cache")
     one.accept()
     other.refuse()
     assert left_in(tmp_path / "cache") == [one.folder.name]
@@ -481,4 +473,4 @@ def test_a_full_disk_is_said_with_the_room_that_is_needed(
     with pytest.raises(
         WeightsError, match=rf"unpacks to {model.stat().st_size:,} bytes, and the disk of .* is full"
     ):
-        unpacked(pack(tmp_path / "x", "w", {"m": model}), watched / "cache")
+        unpack_once(pack(tmp_path / "x", "w", {"m": model}), watched / "cache")

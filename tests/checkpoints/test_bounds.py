@@ -1,4 +1,4 @@
-"""Crafted checkpoints: each is refused in one sentence, in a bounded time and memory, or it can generate."""
+"""Each crafted checkpoint is refused in one sentence within bounds of time and memory, or can generate."""
 
 import json
 import re
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crafting import Files, Make, codec_field, json_fields, lm_field
-from hostile_files import CASES, VALID
+from file_makers import Files, Make, codec_field, json_fields, lm_field
+from hostile_cases import CASES, VALID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from musicgen_svc.checkpoints import known_part_fields, pickle_scan
+from musicgen_svc.checkpoints import part_field_tables, pickle_scan
 from musicgen_svc.checkpoints.unpickle import load_pickle
 from musicgen_svc.errors import WeightsError
 from tests.fixtures import tiny_codecs, tiny_models
@@ -26,7 +26,7 @@ MAX_GROWN_MB = 1200
 
 
 class Child:
-    """The process that opens checkpoints; a new one if the last one ended without an answer."""
+    """The process that opens checkpoints. It is started again if it ended without an answer."""
 
     def __init__(self, weights: Path) -> None:
         self._weights = weights
@@ -89,7 +89,7 @@ def test_a_pickle_has_so_many_opcodes_and_bytes_at_most(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = weights / "small" / "state_dict.bin"
-    for name, value in (("MAX_OPCODES", 300), ("MAX_PICKLE_BYTES", 2000), ("MAX_GIVEN", 100)):
+    for name, value in (("MAX_OPCODES", 300), ("MAX_PICKLE_BYTES", 2000), ("MAX_CALL_ENTRIES", 100)):
         with monkeypatch.context() as patch:
             patch.setattr(pickle_scan, name, value)
             with pytest.raises(WeightsError, match=f"more than {value}"):
@@ -103,47 +103,48 @@ EXTREMES = [
 ]  # fmt: skip
 
 
-def places(tree: Any, prefix: str = "") -> list[str]:
-    """Dotted paths of every entry of a configuration, sections included."""
+def paths(tree: Any, prefix: str = "") -> list[str]:
+    """The dotted paths of every entry of a configuration, sections included."""
     own = [f"{prefix}{name}" for name in tree]
     for name, value in tree.items():
         if isinstance(value, dict):
-            own += places(value, f"{prefix}{name}.")
+            own += paths(value, f"{prefix}{name}.")
     return own
 
 
 OTHER_FORMATS = {
-    ("t5-small", "config.json", "small"): known_part_fields.T5,
-    ("t5-small", "tokenizer_config.json", "small"): known_part_fields.TOKENIZER,
-    ("encodec_32khz", "config.json", "hf-codec"): known_part_fields.TRANSFORMERS_ENCODEC,
+    ("t5-small", "config.json", "small"): part_field_tables.T5,
+    ("t5-small", "tokenizer_config.json", "small"): part_field_tables.TOKENIZER,
+    ("encodec_32khz", "config.json", "hf-codec"): part_field_tables.TRANSFORMERS_ENCODEC,
 }
 
 
 def mutations() -> st.SearchStrategy[Make]:
-    """One field of one format with an extreme value or a value of another type."""
+    """Makers of a checkpoint of one format, of which one field has an extreme value or another type."""
     value = st.sampled_from(EXTREMES)
-    lm = st.sampled_from(places(tiny_models.lm_config("small")))
-    followed = [p for p in places(tiny_models.lm_config("melody")) if "self_wav" in p or "fuser" in p]
+    lm = st.sampled_from(paths(tiny_models.lm_config("small")))
+    followed = [p for p in paths(tiny_models.lm_config("melody")) if "self_wav" in p or "fuser" in p]
     melody = st.sampled_from(followed)
-    codec = st.sampled_from(places(tiny_codecs.codec_config()))
+    codec = st.sampled_from(paths(tiny_codecs.codec_config()))
 
     others = [
-        st.builds(partial(in_json, *place), st.sampled_from(sorted(table)), value)
-        for place, table in OTHER_FORMATS.items()
+        st.builds(partial(in_json, *file), st.sampled_from(sorted(table)), value)
+        for file, table in OTHER_FORMATS.items()
     ]
     return st.one_of(
         st.builds(lm_field, lm, value),
-        st.builds(lambda place, v: lm_field(place, v, "melody"), melody, value),
+        st.builds(lambda path, v: lm_field(path, v, "melody"), melody, value),
         st.builds(codec_field, codec, value),
         *others,
     )
 
 
 def in_json(part: str, file: str, base: str, name: str, value: Any) -> Make:
+    """A maker of a checkpoint of which one field of a JSON file is changed."""
     return json_fields(part, file, base, **{name: value})
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None,
+@settings(max_examples=24, derandomize=True, deadline=None, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
 @given(make=mutations())
 def test_a_configuration_with_any_field_changed_generates_or_is_refused(

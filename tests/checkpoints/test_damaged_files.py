@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from format_makers import bare, cog_trainer, dora, lightning, lora
 from safetensors.torch import save_file
-from test_served import bare, cog_trainer, dora, lightning, lora
-from test_transformers_folder import model_of
+from transformers_models import model_of
 
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.loading.loader import Loader
@@ -173,18 +173,8 @@ def whole(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return get
 
 
-@pytest.fixture
-def places(weights: Path, tmp_path: Path) -> Path:
-    """The tiny weights, where something may be unpacked beside them."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    for part in weights.iterdir():
-        (folder / part.name).symlink_to(part)
-    return folder
-
-
-def start(places: Path, given: Path, diffusion: bool = False) -> None:
-    loader = Loader(Weights.at(places, read_catalog(), str(given)), CPU, Settings())
+def start(writable_weights: Path, given: Path, diffusion: bool = False) -> None:
+    loader = Loader(Weights.at(writable_weights, read_catalog(), str(given)), CPU, Settings())
     if diffusion:
         place, codec = loader.codec()
         loader.diffusion(place if place == given else given, codec)
@@ -195,7 +185,7 @@ def start(places: Path, given: Path, diffusion: bool = False) -> None:
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_damaged_file_is_named_with_what_to_do(
-    case: str, damage: str, whole: Callable[[str], tuple[Path, Path]], places: Path, tmp_path: Path
+    case: str, damage: str, whole: Callable[[str], tuple[Path, Path]], writable_weights: Path, tmp_path: Path
 ) -> None:
     pristine, given = whole(case)
     folder = Path(shutil.copytree(pristine, tmp_path / "given"))
@@ -205,7 +195,7 @@ def test_a_damaged_file_is_named_with_what_to_do(
     if damage == "link to nowhere" and file == folder / given:
         words = "where there is nothing"
     with pytest.raises(WeightsError, match=rf"{file.name}\b.*({words})") as caught:
-        start(places, folder / given, diffusion="diffusion" in CASES[case][1])
+        start(writable_weights, folder / given, diffusion="diffusion" in CASES[case][1])
     said = str(caught.value)
     assert said.endswith(".") and "\n" not in said
     assert not any(word in said for word in LIBRARY_WORDS), said

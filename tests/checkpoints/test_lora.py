@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_models as tools
 import peft
 import pytest
+import tiny_lms
 import torch
-from test_transformers_folder import model_of, theirs
+from transformers_models import model_of, theirs
 
 from musicgen_svc.checkpoints import OpenedCheckpoint, open_checkpoint
 from musicgen_svc.errors import WeightsError
@@ -84,9 +84,9 @@ def test_logits_are_pefts(name: str, bases: Path, tmp_path: Path) -> None:
     adapter = opened(tmp_path, bases / "musicgen")
     assert adapter.format == "LoRA adapter"
     expected = theirs(model.merge_and_unload())
-    plain = tools.logits(open_checkpoint(bases / "musicgen").lm())
+    plain = tiny_lms.logits(open_checkpoint(bases / "musicgen").lm())
     assert (expected - plain).abs().max() > 0.05
-    torch.testing.assert_close(tools.logits(adapter.lm()), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(tiny_lms.logits(adapter.lm()), expected, rtol=0, atol=1e-4)
 
 
 def test_a_melody_models_adapter_reaches_its_projections(bases: Path, tmp_path: Path) -> None:
@@ -96,15 +96,15 @@ def test_a_melody_models_adapter_reaches_its_projections(bases: Path, tmp_path: 
     save(model, tmp_path)
     adapter = opened(tmp_path, bases / "musicgen_melody")
     torch.testing.assert_close(
-        tools.logits(adapter.lm()), theirs(model.merge_and_unload()), rtol=0, atol=1e-4
+        tiny_lms.logits(adapter.lm()), theirs(model.merge_and_unload()), rtol=0, atol=1e-4
     )
 
 
 def test_an_adapter_of_audiocrafts_own_model_loads(tmp_path: Path) -> None:
-    config = tools.config_of("small")
-    state = tools.lm_of(config)
-    torch.save({"xp.cfg": tools.dict_config(config), "model": state}, tmp_path / "base")
-    lm = tools.build(open_checkpoint(tmp_path / "base").lm())
+    config = tiny_lms.config_of("small")
+    state = tiny_lms.lm_of(config)
+    torch.save({"xp.cfg": tiny_lms.dict_config(config), "model": state}, tmp_path / "base")
+    lm = tiny_lms.build(open_checkpoint(tmp_path / "base").lm())
     settings = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["linear1", "linear2", "linears.0"])
     model = peft.get_peft_model(lm, settings).eval()
     with torch.no_grad():
@@ -115,8 +115,8 @@ def test_an_adapter_of_audiocrafts_own_model_loads(tmp_path: Path) -> None:
     save(model, tmp_path / "adapter")
     merged = {name: tensor.clone() for name, tensor in model.merge_and_unload().state_dict().items()}
     loaded = opened(tmp_path / "adapter", tmp_path / "base").lm()
-    expected = tools.reference_logits(config, merged)
-    torch.testing.assert_close(tools.logits(loaded), expected, rtol=0, atol=1e-4)
+    expected = tiny_lms.reference_logits(config, merged)
+    torch.testing.assert_close(tiny_lms.logits(loaded), expected, rtol=0, atol=1e-4)
     assert not torch.equal(loaded.state["linears.0.weight"], state["linears.0.weight"])
 
 
@@ -168,7 +168,7 @@ def test_an_adapter_in_a_torch_save_file_loads(bases: Path, tmp_path: Path) -> N
     (tmp_path / "adapter_model.safetensors").unlink()
     expected = theirs(model.merge_and_unload())
     torch.testing.assert_close(
-        tools.logits(opened(tmp_path, bases / "musicgen").lm()), expected, rtol=0, atol=1e-4
+        tiny_lms.logits(opened(tmp_path, bases / "musicgen").lm()), expected, rtol=0, atol=1e-4
     )
 
 

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import checkpoint_models as tools
 import pytest
+import tiny_lms
 import torch
 from omegaconf import OmegaConf
 from torch import nn
@@ -54,10 +54,10 @@ def shapes(size: str, melody: bool, codebooks: int) -> dict[str, list[int]]:
     table |= {f"{layer}{name}.{part}": [d] for name in norms for part in ("weight", "bias")}
     table |= {f"{layer}linear1.weight": [4 * d, d], f"{layer}linear2.weight": [d, 4 * d]}
     for name, width in conditioners.items():
-        table |= {f"{tools.PROVIDER}{name}.output_proj.{part}": shape
+        table |= {f"{tiny_lms.PROVIDER}{name}.output_proj.{part}": shape
                   for part, shape in (("weight", [d, width]), ("bias", [d]))}  # fmt: skip
     if melody:
-        table[tools.PROVIDER + "self_wav.chroma.spec.window"] = [WINDOW]
+        table[tiny_lms.PROVIDER + "self_wav.chroma.spec.window"] = [WINDOW]
     return table
 
 

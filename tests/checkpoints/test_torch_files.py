@@ -3,33 +3,33 @@
 from pathlib import Path
 from typing import Any
 
-import checkpoint_models as tools
 import pytest
+import tiny_lms
 import torch
 from omegaconf import OmegaConf
 
 from musicgen_svc.checkpoints import Checkpoint, CodecPointer, open_checkpoint
-from musicgen_svc.checkpoints.unpickle import _ALLOWED
+from musicgen_svc.checkpoints.unpickle import _ALLOWED_TYPES
 from musicgen_svc.errors import WeightsError
 
 NAMES = ["small", "melody", "stereo"]
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, tuple[tools.Package, dict[str, torch.Tensor], torch.Tensor]]:
+def models() -> dict[str, tuple[tiny_lms.Package, dict[str, torch.Tensor], torch.Tensor]]:
     """Configuration, weights and logits of each architecture."""
     made = {}
     for name in NAMES:
-        config = tools.config_of(name)
-        state = tools.lm_of(config)
-        made[name] = config, state, tools.reference_logits(config, state)
+        config = tiny_lms.config_of(name)
+        state = tiny_lms.lm_of(config)
+        made[name] = config, state, tiny_lms.reference_logits(config, state)
     return made
 
 
-def dora(config: tools.Package, state: Any, best: Any = None, sharded: Any = None) -> tools.Package:
+def dora(config: tiny_lms.Package, state: Any, best: Any = None, sharded: Any = None) -> tiny_lms.Package:
     """What audiocraft's solver hands to torch.save."""
     return {
-        "xp.cfg": tools.dict_config(config),
+        "xp.cfg": tiny_lms.dict_config(config),
         "xp.sig": "9f1c2a3b",
         "history": [{"train": {"ce": 3.1, "ppl": 22.0}, "valid": {"ce": 3.2}}],
         "best_state": {"model": best} if best else {},
@@ -41,7 +41,7 @@ def dora(config: tools.Package, state: Any, best: Any = None, sharded: Any = Non
     }
 
 
-def lightning(state: dict[str, torch.Tensor]) -> tools.Package:
+def lightning(state: dict[str, torch.Tensor]) -> tiny_lms.Package:
     """What Lightning's trainer hands to torch.save."""
     return {
         "epoch": 3,
@@ -60,25 +60,25 @@ def lightning(state: dict[str, torch.Tensor]) -> tools.Package:
     }
 
 
-def export(config: tools.Package, state: Any, folder: Path) -> Path:
+def export(config: tiny_lms.Package, state: Any, folder: Path) -> Path:
     """audiocraft's own export of a training, a pointer for its codec."""
     from audiocraft.utils.export import export_lm, export_pretrained_compression_model
 
     folder.mkdir()
     torch.save(dora(config, state, state), folder.with_suffix(".th"))
-    with torch.serialization.safe_globals(_ALLOWED):
+    with torch.serialization.safe_globals(_ALLOWED_TYPES):
         export_lm(folder.with_suffix(".th"), folder / "state_dict.bin")
     export_pretrained_compression_model("facebook/encodec_32khz", folder / "compression_state_dict.bin")
     return folder
 
 
-def written(kind: str, config: tools.Package, state: dict[str, torch.Tensor], folder: Path) -> Path:
+def written(kind: str, config: tiny_lms.Package, state: dict[str, torch.Tensor], folder: Path) -> Path:
     """A checkpoint of the kind, under a name that says nothing."""
     if kind == "audiocraft export":
         return export(config, state, folder / "export")
     package: Any = {
         "dora checkpoint": lambda: dora(config, {}, state),
-        "Cog trainer's file": lambda: {"xp.cfg": tools.dict_config(config), "model": state},
+        "Cog trainer's file": lambda: {"xp.cfg": tiny_lms.dict_config(config), "model": state},
         "Lightning checkpoint": lambda: lightning(state),
         "bare state dict": lambda: state,
     }[kind]()
@@ -103,8 +103,8 @@ def test_every_file_computes_what_its_model_did(kind: str, name: str, models: An
     opened = open_checkpoint(written(kind, config, state, tmp_path))
     assert opened.format == kind
     assert opened.codec() == CodecPointer("encodec_32khz")
-    assert opened.config().transformer_lm.dim == tools.build(opened.lm()).dim
-    torch.testing.assert_close(tools.logits(opened.lm()), expected, rtol=0, atol=1e-5)
+    assert opened.config().transformer_lm.dim == tiny_lms.build(opened.lm()).dim
+    torch.testing.assert_close(tiny_lms.logits(opened.lm()), expected, rtol=0, atol=1e-5)
 
 
 SECTIONS = (
@@ -147,11 +147,11 @@ def test_a_training_gives_its_sharded_best_then_its_best_then_its_last(models: A
 
 def test_tensors_are_mapped_and_the_older_layout_of_torch_save_is_read(models: Any, tmp_path: Path) -> None:
     config, state, expected = models["small"]
-    package = {"xp.cfg": tools.dict_config(config), "model": state}
+    package = {"xp.cfg": tiny_lms.dict_config(config), "model": state}
     for name, zipped in (("new", True), ("old", False)):
         torch.save(package, tmp_path / name, _use_new_zipfile_serialization=zipped)
         lm = open_checkpoint(tmp_path / name).lm()
-        torch.testing.assert_close(tools.logits(lm), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(tiny_lms.logits(lm), expected, rtol=0, atol=1e-5)
     maps = Path("/proc/self/maps")
     lm = open_checkpoint(tmp_path / "new").lm()
     if maps.exists():
@@ -169,12 +169,12 @@ def test_a_model_without_the_efficient_attention_computes_the_same(models: Any, 
     }
     without = OmegaConf.create(plain | {"device": "cpu", "dtype": "float32", "conditioners": {}})
     lm = builders.get_lm_model(without)
-    lm.load_state_dict({n: t for n, t in state.items() if not n.startswith(tools.PROVIDER)})  # it respells
-    wrapped = lm.state_dict() | {n: t for n, t in state.items() if n.startswith(tools.PROVIDER)}
+    lm.load_state_dict({n: t for n, t in state.items() if not n.startswith(tiny_lms.PROVIDER)})  # it respells
+    wrapped = lm.state_dict() | {n: t for n, t in state.items() if n.startswith(tiny_lms.PROVIDER)}
     assert "transformer.layers.0.self_attn.mha.in_proj_weight" in wrapped
-    torch.save({"xp.cfg": tools.dict_config(plain), "model": wrapped}, tmp_path / "x")
+    torch.save({"xp.cfg": tiny_lms.dict_config(plain), "model": wrapped}, tmp_path / "x")
     torch.testing.assert_close(
-        tools.logits(open_checkpoint(tmp_path / "x").lm()), expected, rtol=0, atol=1e-5
+        tiny_lms.logits(open_checkpoint(tmp_path / "x").lm()), expected, rtol=0, atol=1e-5
     )
 
 
@@ -187,7 +187,7 @@ def samples(codec: Any) -> torch.Tensor:
 
     assert isinstance(codec, Checkpoint)
     tokens = torch.randint(0, 400, (4, 20), generator=torch.Generator().manual_seed(0))
-    return Codec(build_codec(codec, tools.CPU)).decode(tokens)
+    return Codec(build_codec(codec, tiny_lms.CPU)).decode(tokens)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
@@ -199,7 +199,7 @@ def test_a_codec_beside_the_model_loads_in_both_spellings_of_weight_norm(
 
     config, state, _ = models["small"]
     folder = export(config, state, tmp_path / "export")
-    package = tools.codec_package()
+    package = tiny_lms.codec_package()
     expected = samples(Checkpoint(OmegaConf.create(package["xp.cfg"]), package["best_state"]))
     codec = package["best_state"]
     if spelling == "parametrizations":
@@ -214,7 +214,7 @@ def test_a_codec_beside_the_model_loads_in_both_spellings_of_weight_norm(
         assert codec.keys() != package["best_state"].keys()
     training = {"xp.cfg": OmegaConf.create(package["xp.cfg"]), "best_state": {"model": codec}, "model": {}}
     torch.save(training, tmp_path / "codec.th")
-    with torch.serialization.safe_globals(_ALLOWED):
+    with torch.serialization.safe_globals(_ALLOWED_TYPES):
         export_encodec(tmp_path / "codec.th", folder / "compression_state_dict.bin")
     assert torch.equal(samples(open_checkpoint(folder).codec()), expected)
     # The training's own file beside the model does as well, whatever its name.
@@ -226,7 +226,7 @@ def test_a_codec_beside_the_model_loads_in_both_spellings_of_weight_norm(
 def test_a_file_named_by_itself_takes_no_stranger_s_codec(models: Any, tmp_path: Path) -> None:
     config, state, _ = models["small"]
     path = written("Cog trainer's file", config, state, tmp_path)
-    torch.save(tools.codec_package(), tmp_path / "of-another-model.bin")
+    torch.save(tiny_lms.codec_package(), tmp_path / "of-another-model.bin")
     assert open_checkpoint(path).codec() == CodecPointer("encodec_32khz")
     assert isinstance(open_checkpoint(tmp_path).codec(), Checkpoint)
 
@@ -240,9 +240,9 @@ def test_a_codec_that_only_the_trainer_has_is_looked_for_beside_and_missed(
     )
     with pytest.raises(WeightsError, match=r"//sig/1a2b3c.*put the compression_state_dict\.bin"):
         open_checkpoint(path).codec()
-    torch.save(tools.codec_package(), tmp_path / "codec")
+    torch.save(tiny_lms.codec_package(), tmp_path / "codec")
     assert isinstance(open_checkpoint(path).codec(), Checkpoint)
-    torch.save(tools.codec_package(), tmp_path / "codec2")
+    torch.save(tiny_lms.codec_package(), tmp_path / "codec2")
     with pytest.raises(WeightsError, match="2 codecs"):
         open_checkpoint(path).codec()
 
@@ -262,7 +262,7 @@ def test_what_is_no_musicgen_is_refused_by_name(tmp_path: Path) -> None:
     torch.save({"weights": torch.ones(2)}, tmp_path / "x")
     with pytest.raises(WeightsError, match="a Lightning checkpoint or a bare state dict"):
         open_checkpoint(tmp_path / "x")
-    torch.save(tools.codec_package(), tmp_path / "x")
+    torch.save(tiny_lms.codec_package(), tmp_path / "x")
     with pytest.raises(WeightsError, match="is a codec"):
         open_checkpoint(tmp_path / "x")
     (tmp_path / "x").unlink()
@@ -273,10 +273,10 @@ def test_what_is_no_musicgen_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_fit_says_what_and_in_which_format(models: Any, tmp_path: Path) -> None:
-    from musicgen_svc.checkpoints.fitting import check_fit
+    from musicgen_svc.checkpoints.tensor_checks import check_fit
 
     config, state, _ = models["small"]
-    own = tools.build(
+    own = tiny_lms.build(
         open_checkpoint(written("Cog trainer's file", config, state, tmp_path)).lm()
     ).state_dict()
     broken = dict(state)
@@ -306,7 +306,7 @@ def test_a_model_that_does_not_fit_says_what_and_in_which_format(models: Any, tm
             r"does not tell its sizes, as it lacks 1 tensor",
         ),
         (
-            lambda s: s.update({tools.PROVIDER + "description.output_proj.weight": torch.ones(64, 99)}),
+            lambda s: s.update({tiny_lms.PROVIDER + "description.output_proj.weight": torch.ones(64, 99)}),
             "99 wide",
         ),
         (lambda s: s.update({"emb.0.weight": torch.ones(5, 63)}), "63 wide"),
@@ -327,7 +327,7 @@ def test_a_bare_state_dict_without_its_sizes_says_which(
 
 def other_codec(path: Path) -> torch.Tensor:
     """Writes a codec of encodec_32khz's shape that is another one, and returns one of its codebooks."""
-    package = tools.codec_package()
+    package = tiny_lms.codec_package()
     name = next(name for name in package["best_state"] if name.endswith("embed"))
     package["best_state"][name] = package["best_state"][name] + 1
     torch.save(package, path)
@@ -372,4 +372,4 @@ def test_a_bare_state_dict_in_safetensors_is_read_as_one_in_a_torch_file(
     opened = open_checkpoint(tmp_path / "lm.safetensors" if where == "file" else tmp_path)
     assert opened.format == "bare state dict"
     assert opened.files == (tmp_path / "lm.safetensors",)
-    torch.testing.assert_close(tools.logits(opened.lm()), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(tiny_lms.logits(opened.lm()), expected, rtol=0, atol=1e-5)

@@ -6,52 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_models as tools
 import pytest
+import tiny_lms
 import torch
 import transformers
-from transformers.modeling_outputs import BaseModelOutput
+from transformers_models import CARD, DIM, model_of, theirs
 
 from musicgen_svc.checkpoints import CodecPointer, TransformersPart, open_checkpoint
 from musicgen_svc.errors import WeightsError
-
-CARD, TEXT_WIDTH, DIM = 64, 24, 128
-
-
-def model_of(kind: str, channels: int = 1, seed: int = 0, dim: int = DIM) -> Any:
-    """A random MusicGen of transformers whose tokens and conditions all matter."""
-    melody = kind == "musicgen_melody"
-    decoder_class, config_class, model_class = (
-        (transformers.MusicgenMelodyDecoderConfig, transformers.MusicgenMelodyConfig,
-         transformers.MusicgenMelodyForConditionalGeneration)
-        if melody else
-        (transformers.MusicgenDecoderConfig, transformers.MusicgenConfig,
-         transformers.MusicgenForConditionalGeneration)
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    config = config_class(
-        text_encoder=transformers.T5Config(
-            vocab_size=40, d_model=TEXT_WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-        ),
-        audio_encoder=transformers.EncodecConfig(
-            target_bandwidths=[4 * 50 * 6 / 1000], sampling_rate=32_000, hidden_size=8, num_filters=2,
-            num_residual_layers=1, upsampling_ratios=[8, 5, 4, 4], use_causal_conv=False, num_lstm_layers=1,
-            codebook_size=CARD, codebook_dim=8, use_conv_shortcut=False, normalize=False,
-        ),
-        decoder=decoder_class(
-            vocab_size=CARD, hidden_size=dim, num_hidden_layers=2, num_attention_heads=2, ffn_dim=4 * dim,
-            num_codebooks=4 * channels, audio_channels=channels, dropout=0.0, pad_token_id=CARD,
-            bos_token_id=CARD,
-        ),
-    )  # fmt: skip
-    model = model_class(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases and norms are all alike when fresh, and could be confused unseen
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            else:
-                parameter.mul_(3)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +26,6 @@ def models() -> Callable[..., Any]:
         return made[kind, channels]
 
     return get
-
-
-@torch.inference_mode()
-def theirs(model: Any) -> torch.Tensor:
-    """[2, K, 7, card] by transformers."""
-    codebooks, melody = model.decoder.config.num_codebooks, hasattr(model, "audio_enc_to_dec_proj")
-    tokens, text, *chroma = tools.inputs(codebooks, CARD, TEXT_WIDTH, melody)
-    if melody:
-        prefix = torch.cat([model.audio_enc_to_dec_proj(chroma[0]), model.enc_to_dec_proj(text)], 1)
-        logits = model(encoder_hidden_states=prefix, decoder_input_ids=tokens.flatten(0, 1)).logits
-        logits = logits[:, -tokens.shape[-1] :]
-    else:
-        hidden = BaseModelOutput(last_hidden_state=text)
-        logits = model(encoder_outputs=hidden, decoder_input_ids=tokens.flatten(0, 1)).logits
-    return logits.unflatten(0, (2, codebooks))
 
 
 KINDS = [("musicgen", 1), ("musicgen", 2), ("musicgen_melody", 1), ("musicgen_melody", 2)]
@@ -94,7 +41,7 @@ def test_logits_are_transformers(kind: str, channels: int, shard: str, models: A
     assert opened.format == f"transformers folder ({kind})"
     lm, expected = opened.lm(), theirs(model)
     assert expected.std() > 0.3
-    torch.testing.assert_close(tools.logits(lm), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(tiny_lms.logits(lm), expected, rtol=0, atol=1e-4)
     assert opened.config() == lm.config
     assert lm.config.interleave_stereo_codebooks.use is (channels == 2)
     assert lm.config.codebooks_pattern.delay.delays == (
@@ -152,7 +99,9 @@ def test_a_text_encoding_as_wide_as_the_model_needs_no_projection(tmp_path: Path
     model = model_of("musicgen", dim=24)
     assert not hasattr(model, "enc_to_dec_proj")
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(tools.logits(open_checkpoint(tmp_path).lm()), theirs(model), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        tiny_lms.logits(open_checkpoint(tmp_path).lm()), theirs(model), rtol=0, atol=1e-4
+    )
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -169,12 +118,14 @@ def test_weights_of_older_versions_load(models: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     table = {"decoder.model.decoder.embed_positions.weights": torch.ones(2048, DIM)}
     rewritten(tmp_path, lambda state: state.update(table))
-    torch.testing.assert_close(tools.logits(open_checkpoint(tmp_path).lm()), theirs(model), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        tiny_lms.logits(open_checkpoint(tmp_path).lm()), theirs(model), rtol=0, atol=1e-4
+    )
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     opened = open_checkpoint(tmp_path)
     assert opened.format == "transformers folder (musicgen)"
-    torch.testing.assert_close(tools.logits(opened.lm()), theirs(model), rtol=0, atol=1e-4)
+    torch.testing.assert_close(tiny_lms.logits(opened.lm()), theirs(model), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("beside", ["training_args.bin", "rng_state.pth"])
@@ -182,7 +133,9 @@ def test_what_a_trainer_leaves_beside_it_does_not_matter(beside: str, models: An
     model = models("musicgen")
     model.save_pretrained(tmp_path)
     torch.save(Namespace(learning_rate=1e-5), tmp_path / beside)
-    torch.testing.assert_close(tools.logits(open_checkpoint(tmp_path).lm()), theirs(model), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        tiny_lms.logits(open_checkpoint(tmp_path).lm()), theirs(model), rtol=0, atol=1e-4
+    )
     (tmp_path / "config.json").unlink()
     message = (
         rf"{beside} cannot be read as a PyTorch checkpoint: it holds argparse\.Namespace, which is not read\."

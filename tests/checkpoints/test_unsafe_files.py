@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_models as tools
 import pytest
+import tiny_lms
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,7 +16,7 @@ from musicgen_svc.checkpoints import open_checkpoint
 from musicgen_svc.checkpoints.configs import lm_config, plain_config
 from musicgen_svc.errors import WeightsError
 
-CONFIG = tools.config_of("small")
+CONFIG = tiny_lms.config_of("small")
 
 
 class Bomb:
@@ -30,7 +30,7 @@ class Bomb:
 
 
 def state() -> dict[str, torch.Tensor]:
-    return tools.lm_of(CONFIG)
+    return tiny_lms.lm_of(CONFIG)
 
 
 def in_file(
@@ -109,7 +109,7 @@ def test_no_entry_runs_what_a_pickle_says(name: str, tmp_path: Path) -> None:
 
 
 def test_a_codec_s_file_is_read_as_carefully(tmp_path: Path) -> None:
-    torch.save({"xp.cfg": tools.dict_config(CONFIG), "best_state": state()}, tmp_path / "state_dict.bin")
+    torch.save({"xp.cfg": tiny_lms.dict_config(CONFIG), "best_state": state()}, tmp_path / "state_dict.bin")
     torch.save({"pretrained": Bomb(tmp_path / "proof")}, tmp_path / "compression_state_dict.bin")
     opened = open_checkpoint(tmp_path)
     with pytest.raises(WeightsError, match=r"compression_state_dict\.bin cannot be read"):
@@ -147,10 +147,10 @@ def test_a_configuration_keeps_its_references() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda c: c, tools.dict_config, lambda c: OmegaConf.to_yaml(OmegaConf.create(c))]
+    "make", [lambda c: c, tiny_lms.dict_config, lambda c: OmegaConf.to_yaml(OmegaConf.create(c))]
 )
 def test_a_configuration_loses_what_only_training_needed_and_stays_open(make: Callable[[Any], Any]) -> None:
-    source = tools.config_of("melody")
+    source = tiny_lms.config_of("melody")
     source["conditioners"]["self_wav"]["chroma_stem"]["cache_path"] = "/checkpoint/someone/cache"
     source["conditioners"]["args"] = {"merge_text_conditions_p": 0.25, "drop_desc_p": 0.5, "kept": 1}
     source["dora"] = {"dir": "/tmp/audiocraft_${oc.env:USER}"}
@@ -187,7 +187,7 @@ def test_a_configuration_that_is_none_is_refused(source: Any, message: str) -> N
 
 @pytest.mark.parametrize("name", ["..", "a/..", "", "a b", "a\\b"])
 def test_a_codec_s_name_is_a_name(name: str, tmp_path: Path) -> None:
-    torch.save({"xp.cfg": tools.dict_config(CONFIG), "best_state": state()}, tmp_path / "state_dict.bin")
+    torch.save({"xp.cfg": tiny_lms.dict_config(CONFIG), "best_state": state()}, tmp_path / "state_dict.bin")
     torch.save({"pretrained": name}, tmp_path / "compression_state_dict.bin")
     with pytest.raises(WeightsError, match="no name of a model"):
         open_checkpoint(tmp_path).codec()

@@ -1,4 +1,4 @@
-"""Tiny models for the formats' tests, and logits by audiocraft's own model and by ours as loaded."""
+"""Tiny language models, and their logits: by audiocraft's own model, and by ours as it is loaded."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ Package = dict[str, Any]
 
 
 def config_of(name: str) -> Package:
-    """A released model's configuration of tiny sizes, its heads 64 wide as theirs."""
+    """A released model's configuration with tiny sizes, and with heads of 64 as the released models have."""
     config = tiny_models.lm_config(name)
     config["transformer_lm"]["num_heads"] = 1
     return config
@@ -32,7 +32,7 @@ def lm_of(config: Package, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def codec_package() -> Package:
-    """What audiocraft's export writes for a codec."""
+    """The package that audiocraft's export writes for a codec."""
     with tiny_codecs.seeded(1):
         return tiny_codecs.codec_checkpoint()
 
@@ -57,7 +57,7 @@ def build(checkpoint: Checkpoint) -> LMModel:
 
 @torch.inference_mode()
 def logits(checkpoint: Checkpoint) -> torch.Tensor:
-    """[2, K, 7, card] of the loaded model."""
+    """The logits [2, K, 7, card] of the loaded model."""
     lm = build(checkpoint)
     own = lm.condition_provider.conditioners
     width = own["description"].output_proj.in_features
@@ -67,7 +67,7 @@ def logits(checkpoint: Checkpoint) -> torch.Tensor:
 
 @torch.inference_mode()
 def reference_logits(config: Package, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The same by audiocraft's own model of that configuration."""
+    """The logits [2, K, 7, card] of audiocraft's own model of a configuration."""
     without = OmegaConf.create(config | {"device": "cpu", "dtype": "float32", "conditioners": {}})
     lm = builders.get_lm_model(without).eval()
     lm.load_state_dict({name: t for name, t in state.items() if not name.startswith(PROVIDER)})
@@ -85,12 +85,13 @@ def reference_logits(config: Package, state: dict[str, torch.Tensor]) -> torch.T
 
 
 def _conditions(text: torch.Tensor, chroma: list[torch.Tensor], projection: Any) -> dict[str, Any]:
+    """The condition tensors: each projected input [2, S, D], with a mask [2, S] of ones."""
     hidden = {"description": text} | ({"self_wav": chroma[0]} if chroma else {})
     return {name: (projection(name)(x), torch.ones(x.shape[:2])) for name, x in hidden.items()}
 
 
 def dict_config(config: Package) -> DictConfig:
-    """As a running audiocraft holds it: an OmegaConf object that takes no new entries."""
+    """The configuration as a running audiocraft has it: an OmegaConf object that takes no new entries."""
     created = OmegaConf.create(config)
     OmegaConf.set_struct(created, True)
     return created

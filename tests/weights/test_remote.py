@@ -25,10 +25,10 @@ from musicgen_svc.errors import WeightsError
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights import remote
 from musicgen_svc.weights.catalog import read_catalog
-from musicgen_svc.weights.fetched import Place
-from musicgen_svc.weights.given_path import is_url, shown
-from musicgen_svc.weights.paths import FETCHED, Weights, local
+from musicgen_svc.weights.cog_weights import is_url, quoted_path
+from musicgen_svc.weights.paths import FETCHED, Weights, local_path
 from musicgen_svc.weights.remote import fetch
+from musicgen_svc.weights.url_cache import CacheEntry
 from musicgen_svc.weights.url_rules import Rules
 
 URL = "https://weights.example.com/a/trained_model.tar"
@@ -313,7 +313,7 @@ def test_a_copy_is_used_while_the_server_has_the_same_or_cannot_be_asked(
     host.statuses = [500]
     assert get() == first
     assert first.stat().st_mtime_ns == stamp
-    assert "what it gave last is used" in capsys.readouterr().out
+    assert "the file of an earlier fetch is used" in capsys.readouterr().out
     host.files["weights.example.com/a/trained_model.tar"] = CHANGED
     assert get().read_bytes() == CHANGED
     assert first.read_bytes() == CONTENT, "another process may have it open"
@@ -370,7 +370,7 @@ def test_two_that_fetch_at_once_end_with_one_whole_file(host: Host, get: Any) ->
 
 def test_a_repository_is_no_file() -> None:
     with pytest.raises(WeightsError, match="is a page of a repository and no file"):
-        local("https://huggingface.co/facebook/musicgen-small", Settings())
+        local_path("https://huggingface.co/facebook/musicgen-small", Settings())
 
 
 def test_cog_weights_may_be_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Path) -> None:
@@ -383,10 +383,10 @@ def test_cog_weights_may_be_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(remote, "fetch", fetched)
     settings = Settings(weights_dir=tmp_path, weights_hosts=" Example.com , b.org", weights_max_gb=2)
-    given = local(URL, settings)
+    given = local_path(URL, settings)
     assert seen == [(URL, tmp_path / FETCHED, Rules(("example.com", "b.org"), 2_000_000_000))]
     assert Weights.at(tmp_path, None, given).finetuned == weights / "small"  # type: ignore[arg-type]
-    assert local("a/path", settings) == "a/path" and local(None, settings) is None
+    assert local_path("a/path", settings) == "a/path" and local_path(None, settings) is None
 
 
 def test_by_default_replicate_and_hugging_face_are_allowed() -> None:
@@ -435,7 +435,7 @@ def refused_with(url: str, cache: Path) -> str:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(remote.time, "sleep", lambda _: None)
             patch.setattr(remote.requests, "Session", lambda: nobody)
-            Weights.at(cache, read_catalog(), local(url, own))
+            Weights.at(cache, read_catalog(), local_path(url, own))
     except WeightsError as exc:
         return "".join(traceback.format_exception(exc, chain=True))
     raise AssertionError("there is no such server")
@@ -453,7 +453,7 @@ def test_a_secret_at_any_place_of_a_url_is_never_shown(
 ) -> None:
     at = round(place * len(url))
     given_url = url[:at] + sign + secret + sign + url[at:]
-    hypothesis.assume(is_url(given_url) or shown(given_url) == "a path that is not shown")
+    hypothesis.assume(is_url(given_url) or quoted_path(given_url) == "a path that is not shown")
     said = refused_with(given_url, tmp_path) + capsys.readouterr().out
     assert secret.lower() not in said.lower()
 
@@ -491,7 +491,7 @@ def test_a_redirect_to_a_host_that_is_not_allowed_names_it(host: Host, get: Any)
 def test_a_path_with_a_colon_is_a_path_if_something_is_there(tmp_path: Path) -> None:
     (tmp_path / "a:b").mkdir()
     given_path = str(tmp_path / "a:b")
-    assert local(given_path, Settings(weights_dir=tmp_path)) == given_path
+    assert local_path(given_path, Settings(weights_dir=tmp_path)) == given_path
     with pytest.raises(WeightsError, match=r"COG_WEIGHTS is '/none/own\.pt', where there is nothing"):
         Weights.at(tmp_path, read_catalog(), "/none/own.pt")
 
@@ -502,7 +502,7 @@ def test_a_path_with_a_colon_is_a_path_if_something_is_there(tmp_path: Path) -> 
 def test_a_disk_that_becomes_full_is_said_with_the_size_and_is_left_empty(
     host: Host, get: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = remote._Fetching._write
+    write = remote._Fetch._write
     pieces: list[bytes] = []
 
     class Full:
@@ -513,7 +513,7 @@ def test_a_disk_that_becomes_full_is_said_with_the_size_and_is_left_empty(
         pieces.append(piece)
         write(self, out if len(pieces) == 1 else Full(), piece, total, offset)
 
-    monkeypatch.setattr(remote._Fetching, "_write", second_fails)
+    monkeypatch.setattr(remote._Fetch, "_write", second_fails)
     with pytest.raises(WeightsError, match=r"takes 3,072,000 bytes, and the disk of .* is full: make room"):
         get()
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
@@ -524,9 +524,9 @@ def test_what_another_url_left_long_ago_is_removed_and_what_is_resumed_or_in_use
 ) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
-    old, young, held = (Place.of(cache, f"{URL}/{name}") for name in ("old", "young", "held"))
+    old, young, held = (CacheEntry.of(cache, f"{URL}/{name}") for name in ("old", "young", "held"))
     for place in (old, young, held):
-        place.begin('"etag"')
+        place.start_partial('"etag"')
     for place in (old, held):
         os.utime(place.partial, (0, 0))
     with held.lock.open("ab") as lock:
@@ -535,10 +535,10 @@ def test_what_another_url_left_long_ago_is_removed_and_what_is_resumed_or_in_use
     assert not old.partial.exists() and not old.partial_etag.exists()
     assert young.partial.exists() and held.partial.exists()
     os.utime(young.partial, (0, 0))
-    local(None, Settings(weights_dir=tmp_path))
+    local_path(None, Settings(weights_dir=tmp_path))
     assert young.partial.exists(), "another folder's"
     cache.rename(tmp_path / FETCHED)
-    local(None, Settings(weights_dir=tmp_path))
+    local_path(None, Settings(weights_dir=tmp_path))
     assert not list((tmp_path / FETCHED).glob("*.partial"))
 
 
@@ -547,7 +547,7 @@ def test_its_own_partial_file_is_gone_on_with_however_old(host: Host, get: Any, 
     host.cuts, host.statuses = [cut], [200, 503, 503, 503, 503]
     with pytest.raises(WeightsError):
         get()
-    os.utime(Place.of(tmp_path / "cache", URL).partial, (0, 0))
+    os.utime(CacheEntry.of(tmp_path / "cache", URL).partial, (0, 0))
     host.statuses, host.asked = [], []
     get()
     assert host.starts() == [f"bytes={cut}-"]

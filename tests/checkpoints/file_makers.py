@@ -1,4 +1,4 @@
-"""Makers of checkpoints that are valid but for one thing."""
+"""Functions that make a checkpoint which is valid but for one thing."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from musicgen_svc.checkpoints.unpickle import _ALLOWED
+from musicgen_svc.checkpoints.unpickle import _ALLOWED_TYPES
 from tests.fixtures import tiny_codecs, tiny_models
 
 Package = dict[str, Any]
@@ -22,17 +22,17 @@ Package = dict[str, Any]
 
 @dataclass(frozen=True)
 class Files:
-    """Where the valid checkpoints lie, and the folder that the crafted one is made in."""
+    """The folder of the valid checkpoints, and the folder in which the crafted one is made."""
 
     weights: Path
     folder: Path
 
     def copy(self, name: str) -> Path:
-        """The folder, holding a copy of what is in that one of the weights."""
+        """Copies the files of one of the valid checkpoints into the folder, and returns the folder."""
         return Path(shutil.copytree(self.weights / name, self.folder, dirs_exist_ok=True))
 
     def beside(self, name: str) -> Path:
-        """A part's folder inside the crafted one, as valid as elsewhere."""
+        """Copies a valid part into a folder of its own inside the folder, and returns that one."""
         return Path(shutil.copytree(self.weights / name, self.folder / name))
 
 
@@ -40,7 +40,7 @@ Make = Callable[[Files], object]
 
 
 def changed(tree: Any, path: str, value: Any) -> Any:
-    """The tree with the value in the place of the one at a dotted path."""
+    """The tree after the value at a dotted path was replaced."""
     *steps, last = path.split(".")
     node = tree
     for step in steps:
@@ -50,7 +50,12 @@ def changed(tree: Any, path: str, value: Any) -> Any:
 
 
 def lm(change: Callable[[Package], object], name: str = "small", *, raw: bool = False) -> Make:
-    """The language model's package with its configuration as a dictionary (and not as YAML), changed."""
+    """Changes the package of a language model.
+
+    Args:
+        change: gets the package, with its configuration as a dictionary.
+        raw: whether the changed configuration is saved as a dictionary, and not as YAML.
+    """
 
     def make(files: Files) -> None:
         path = files.copy(name) / "state_dict.bin"
@@ -65,11 +70,12 @@ def lm(change: Callable[[Package], object], name: str = "small", *, raw: bool = 
 
 
 def lm_field(path: str, value: Any, name: str = "small") -> Make:
+    """Replaces the value at a dotted path of a language model's configuration."""
     return lm(lambda package: changed(package["xp.cfg"], path, value), name, raw=True)
 
 
 def yaml_after(text: str) -> Make:
-    """YAML behind that of a valid configuration."""
+    """Appends text to the YAML of a valid configuration."""
 
     def change(package: Package) -> None:
         package["xp.cfg"] = OmegaConf.to_yaml(OmegaConf.create(package["xp.cfg"])) + text
@@ -78,10 +84,13 @@ def yaml_after(text: str) -> Make:
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], object], name: str = "small") -> Make:
+    """Changes the tensors of a language model."""
     return lm(lambda package: change(package["best_state"]), name)
 
 
 def codec_field(path: str, value: Any) -> Make:
+    """Replaces the value at a dotted path of a codec's configuration."""
+
     def make(files: Files) -> None:
         file = files.copy("small") / "compression_state_dict.bin"
         package = torch.load(file, weights_only=True)
@@ -92,7 +101,7 @@ def codec_field(path: str, value: Any) -> Make:
 
 
 def json_fields(part: str, file: str, base: str = "small", **values: Any) -> Make:
-    """A JSON file of a part, with other values."""
+    """Replaces values in a JSON file of a part."""
 
     def make(files: Files) -> None:
         files.copy(base)
@@ -103,10 +112,12 @@ def json_fields(part: str, file: str, base: str = "small", **values: Any) -> Mak
 
 
 def diffusion(change: Callable[[Package], object]) -> Make:
+    """Changes the package of MultiBand Diffusion."""
+
     def make(files: Files) -> None:
         files.copy("small")
         path = files.beside("multiband-diffusion") / "mbd_musicgen_32khz.th"
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(_ALLOWED_TYPES):
             package = torch.load(path, weights_only=True)
         for band in range(4):
             package[band]["cfg"] = OmegaConf.to_container(package[band]["cfg"])
@@ -117,6 +128,8 @@ def diffusion(change: Callable[[Package], object]) -> Make:
 
 
 def demucs(listing: str | None = None, metadata: Package | None = None, **arguments: Any) -> Make:
+    """Replaces the text of Demucs's YAML file, or metadata or class arguments in its safetensors file."""
+
     def make(files: Files) -> None:
         files.copy("melody")
         folder = files.beside("htdemucs")
@@ -132,7 +145,7 @@ def demucs(listing: str | None = None, metadata: Package | None = None, **argume
 
 
 def adapter(a: torch.Tensor, b: torch.Tensor, **settings: Any) -> Make:
-    """A LoRA adapter of `small` for one of its heads."""
+    """Makes a LoRA adapter of `small` for one of its heads, with the factors A and B."""
 
     def make(files: Files) -> None:
         own = {"peft_type": "LORA", "base_model_name_or_path": "facebook/musicgen-small", "lora_alpha": 1}
@@ -144,7 +157,7 @@ def adapter(a: torch.Tensor, b: torch.Tensor, **settings: Any) -> Make:
 
 
 def deflated(files: Files) -> None:
-    """The pickle of a torch.save file is compressed to a thousandth of what it takes."""
+    """Makes a torch.save file whose pickle is compressed to a thousandth of its size."""
     path = files.copy("small") / "state_dict.bin"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         file.writestr("archive/version", "3\n")
@@ -155,7 +168,7 @@ def deflated(files: Files) -> None:
 
 
 def nested(levels: int) -> Any:
-    """Two entries a level, each the same object: few bytes in a pickle, 2 ** levels entries when copied."""
+    """A list that holds the same object twice on each level: a copy has 2 ** levels entries."""
     value: Any = [1]
     for _ in range(levels):
         value = [value, value]
@@ -163,26 +176,27 @@ def nested(levels: int) -> Any:
 
 
 def stride_0(state: dict[str, torch.Tensor]) -> None:
+    """Replaces each tensor by one stored number with a stride of 0."""
     for name, tensor in state.items():
         state[name] = torch.zeros(1).expand(tensor.shape)
 
 
 def one_storage(state: dict[str, torch.Tensor]) -> None:
-    """All tensors are views of the largest one's numbers."""
+    """Replaces all tensors by views of one array, which is as large as the largest tensor."""
     numbers = torch.randn(max(tensor.numel() for tensor in state.values()))
     for name, tensor in state.items():
         state[name] = numbers[: tensor.numel()].view(tensor.shape)
 
 
 def charsmap(content: bytes) -> Make:
-    """SentencePiece's table of characters: the length of a tree, the tree, and texts that it leads to."""
+    """Replaces SentencePiece's table of characters: the length of a tree, the tree, and texts."""
     table = base64.b64encode(content).decode()
     normalizer = {"type": "Precompiled", "precompiled_charsmap": table}
     return json_fields("t5-small", "tokenizer.json", normalizer=normalizer)
 
 
 class Call:
-    """Pickled, it is a call of a function that torch.load holds for harmless."""
+    """An object whose pickle is a call of a function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._call = function, arguments
@@ -192,6 +206,8 @@ class Call:
 
 
 def pickled(value: Any, **options: Any) -> Make:
+    """Adds a value to the package of a language model; the options are those of torch.save."""
+
     def make(files: Files) -> None:
         path = files.copy("small") / "state_dict.bin"
         torch.save(torch.load(path, weights_only=True) | {"x": value}, path, **options)
