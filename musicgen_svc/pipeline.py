@@ -88,7 +88,7 @@ class Pipeline:
         with progress.stage("load") as tick, self._device_held(progress, random, tick):
             model = self._loader.model(request.model)
             if request.multi_band_diffusion:  # refused before the work that it would decode
-                self._loader.diffusion_weights(model.place, model.codec)
+                self._loader.diffusion_weights(model.path, model.codec)
         codec = model.codec
         with progress.stage("condition") as tick:
             clip = _read_clip(request, codec, tick)
@@ -107,7 +107,7 @@ class Pipeline:
         with progress.stage("generate") as tick:
             generator = torch.Generator().manual_seed(request.seed)
             tokens, steps = generate(model, plan, request.sampling, generator, tick)
-        samples = self._decode(request, model.place, codec, tokens, random, progress)
+        samples = self._decode(request, model.path, codec, tokens, random, progress)
         made_by = {
             "model_sha256": model.content_hash,
             "model_format": model.format,

@@ -38,12 +38,25 @@ class Band:
 
 
 def load_bands(path: Path, device: torch.device) -> list[Band]:
-    """The models in audiocraft's file, such as Meta's `mbd_musicgen_32khz.th`.
+    """Builds the models in audiocraft's file, such as Meta's `mbd_musicgen_32khz.th`.
 
     Raises:
         WeightsError: the file is absent, unsafe or of another kind.
     """
-    package = load_pickle(path)
+    return build_bands(load_pickle(path), path, device)
+
+
+def build_bands(package: Any, path: Path, device: torch.device) -> list[Band]:
+    """Builds the models in the content of audiocraft's file.
+
+    Args:
+        package: what the file holds.
+        path: the file, for messages.
+        device: where the models will run.
+
+    Raises:
+        WeightsError: the file is of another kind.
+    """
     try:
         top = diffusion_fields(package, str(path))
         return [

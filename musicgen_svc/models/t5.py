@@ -7,7 +7,6 @@ is in `tokenizer.py`.
 """
 
 import math
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,7 +17,6 @@ from musicgen_svc.checkpoints.agreement import agree_t5
 from musicgen_svc.checkpoints.fitting import check_fit
 from musicgen_svc.checkpoints.part_configs import t5_fields
 from musicgen_svc.checkpoints.soundness import check_finite
-from musicgen_svc.checkpoints.tensor_files import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.models.meta_init import on_meta
 from musicgen_svc.runtime.ticks import Tick, no_tick
@@ -27,18 +25,14 @@ _SHARED = "shared.weight"
 _EMBEDDING = "encoder.embed_tokens.weight"
 
 
-def load_t5(source: Path | TransformersPart, device: torch.device) -> "T5Encoder":
-    """The encoder in fp32, from its own folder or from inside a checkpoint.
+def load_t5(source: TransformersPart, device: torch.device) -> "T5Encoder":
+    """Builds the encoder in fp32, from its own folder or from inside a checkpoint.
 
     Raises:
-        WeightsError: there is no T5, it is a variant of it, its weights do not fit its configuration, or they
+        WeightsError: it is no T5, or a variant of it, its weights do not fit its configuration, or they
             are not finite.
     """
-    if isinstance(source, TransformersPart):
-        config, state, origin = source.config, source.state, source.origin
-    else:
-        config, origin = read_json(source / "config.json"), str(source)
-        state = read_tensors(tensor_files(source, TRANSFORMERS_FILES))
+    config, state, origin = source.config, source.state, source.origin
     if config.get("model_type", "t5") != "t5":
         raise WeightsError(f"{origin} holds a {config['model_type']!r:.40}; the text encoder must be a 't5'.")
     # One tensor under one or both of two names. The decoder, where there is one, is not needed.

@@ -44,7 +44,7 @@ def generated(weights: Path, given: str) -> None:
     )
     wav = model.codec.decode(tokens)
     if (Path(given) / "multiband-diffusion").is_dir():
-        wav = loader.diffusion(model.place, model.codec).decode(tokens)
+        wav = loader.diffusion(model.path, model.codec).decode(tokens)
     assert wav.isfinite().all(), "what was generated is not finite"
 
 

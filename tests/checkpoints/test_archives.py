@@ -404,9 +404,9 @@ def test_what_does_not_load_is_gone_and_what_did_load_stays(
     export = {file.name: file for file in (weights / "small").iterdir()}
     good = pack(tmp_path / "good.zip", "zip", export)
     model = loader(places, good).start()
-    assert left_in(cache) == [model.place.name]
+    assert left_in(cache) == [model.path.name]
     loader(places, good)
-    assert left_in(cache) == [model.place.name], "a start keeps it"
+    assert left_in(cache) == [model.path.name], "a start keeps it"
 
 
 def test_a_codec_or_a_question_that_fails_leaves_nothing(places: Path, weights: Path, tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from torch import nn
 from musicgen_svc.checkpoints import Checkpoint
 from musicgen_svc.checkpoints.configs import lm_config
 from musicgen_svc.checkpoints.infer_config import infer_config
-from musicgen_svc.models.building import build_lm, build_melody_conditioner
-from musicgen_svc.models.conditioners import Conditioner, TextConditioner
+from musicgen_svc.models.conditioners import Conditioner, TextConditioner, build_melody_conditioner
 from tests.fixtures import tiny_models
 
 TABLE = Path(__file__).parent / "released_shapes.json"
@@ -106,7 +105,7 @@ def test_what_we_build_has_these_names_and_shapes_and_no_others(name: str) -> No
     if MODELS[name][1]:
         melody = build_melody_conditioner(config, lambda wav, _: wav, 32_000, META)
     state = {key: torch.empty(shape, device="meta") for key, shape in table.items()}
-    lm = build_lm(Checkpoint(config, state), Conditioner(text, melody), META)  # refuses any difference
+    lm = tools.build_lm(Checkpoint(config, state), Conditioner(text, melody), META)  # refuses any difference
     assert {key: tuple(tensor.shape) for key, tensor in lm.state_dict().items()} == table
 
 

@@ -10,7 +10,8 @@ import torch
 
 from musicgen_svc.checkpoints import open_checkpoint
 from musicgen_svc.errors import InputError, WeightsError
-from musicgen_svc.loading.loader import Loader, Model
+from musicgen_svc.loading.loader import Loader
+from musicgen_svc.loading.model import Model
 from musicgen_svc.models.conditioners import TEXT, TextConditioner
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import read_catalog
@@ -36,16 +37,16 @@ def test_start_loads_the_finetune_or_else_the_first_base_model(weights: Path, ow
 
 
 def test_the_demo_model_is_there_wherever_the_weights_are(weights: Path, tmp_path: Path) -> None:
-    assert loader(tmp_path).start().place == DEMO
+    assert loader(tmp_path).start().path == DEMO
     beside = loader(weights)
-    assert beside.start().name == "small" and beside.model("finetuned").place == DEMO
+    assert beside.start().name == "small" and beside.model("finetuned").path == DEMO
     shutil.copytree(weights / "small", tmp_path / "finetuned")
     assert Weights.at(tmp_path, read_catalog(), None).finetuned == tmp_path / "finetuned"
 
 
 def test_the_precision_of_the_settings_is_the_engines(weights: Path) -> None:
-    place = Weights.at(weights, read_catalog(), None)
-    chosen = Loader(place, CPU, Settings(precision="bfloat16")).model("small")
+    found = Weights.at(weights, read_catalog(), None)
+    chosen = Loader(found, CPU, Settings(precision="bfloat16")).model("small")
     assert (chosen.engine.precision, loader(weights).model("small").engine.precision) == (
         "bfloat16",
         "reference",
@@ -80,8 +81,8 @@ def test_components_are_the_checkpoints_own_first(weights: Path, own: Path, tmp_
         loader(tmp_path, own).start()
     shutil.copytree(weights / "t5-small", own / "t5-small")
     shutil.copytree(weights / "t5-small", tmp_path / "t5-small")
-    places = Weights.at(tmp_path, read_catalog(), str(own))
-    assert places.component("t5-small", own) == own / "t5-small"
+    found = Weights.at(tmp_path, read_catalog(), str(own))
+    assert found.component("t5-small", own) == own / "t5-small"
     assert loader(tmp_path, own).start().name == "finetuned"
 
 
@@ -91,6 +92,7 @@ def test_a_checkpoint_that_is_replaced_is_loaded_anew(by: str, weights: Path, ow
     models, file = loader(weights, own), own / "state_dict.bin"
     first = models.start()
     assert models.model("finetuned") is first
+    first_hash = first.content_hash  # computed in the background, from the file that is there at that time
     package = torch.load(file, weights_only=True)
     package["best_state"]["out_norm.weight"] *= 2
     torch.save(package, own / "newer")
@@ -105,7 +107,7 @@ def test_a_checkpoint_that_is_replaced_is_loaded_anew(by: str, weights: Path, ow
         file.write_bytes(content)
     second = models.model("finetuned")
     assert second is not first and models.model("finetuned") is second
-    assert second.content_hash == sha256_of(file) != first.content_hash
+    assert second.content_hash == sha256_of(file) != first_hash
     assert second.codec._mono is first.codec._mono, "what had stayed was loaded again"
 
 
@@ -138,7 +140,7 @@ def test_an_archive_finds_what_lies_beside_it_and_is_replaced_like_any_file(
     (own / "README.md").write_text("another version")
     shutil.make_archive(str(own), "tar", own)
     second = models.model("finetuned")
-    assert second is not first and second.place != first.place
+    assert second is not first and second.path != first.path
 
 
 def test_only_models_with_a_melody_conditioner_take_melodies(weights: Path) -> None:
@@ -160,8 +162,8 @@ def test_the_codec_of_encode_decode_does_not_depend_on_what_ran_before(weights: 
 def test_diffusion_serves_the_codec_it_was_trained_for_wherever_that_lies(weights: Path, own: Path) -> None:
     models = loader(weights, own)
     model = models.start()
-    decoder = models.diffusion(model.place, model.codec)
-    assert models.diffusion(model.place, model.codec) is decoder, "loaded once"
+    decoder = models.diffusion(model.path, model.codec)
+    assert models.diffusion(model.path, model.codec)._bands is decoder._bands, "loaded once"
 
 
 def test_diffusion_refuses_another_codec(weights: Path, own: Path) -> None:
@@ -172,9 +174,9 @@ def test_diffusion_refuses_another_codec(weights: Path, own: Path) -> None:
     models = loader(weights, own)
     model = models.start()
     with pytest.raises(InputError, match=r"multi_band_diffusion is true, but own has a codec of its own"):
-        models.diffusion(model.place, model.codec)
+        models.diffusion(model.path, model.codec)
     shutil.copytree(weights / "multiband-diffusion", own / "multiband-diffusion")
-    models.diffusion(model.place, model.codec)  # brought along: it is the codec's own
+    models.diffusion(model.path, model.codec)  # brought along: it is the codec's own
 
 
 def test_weights_that_do_not_fit_are_named(weights: Path, own: Path) -> None:
@@ -263,7 +265,7 @@ def test_loading_leaves_the_global_generators_as_they_were(weights: Path) -> Non
     model = models.model("finetuned")
     models.codec()
     small = models.model("small")
-    models.diffusion(small.place, small.codec)
+    models.diffusion(small.path, small.codec)
     models.model("melody").conditioner.melody(torch.zeros(1, 32_000))
     model.conditioner.text("rock")
     assert random.getstate() != before[0], "Demucs draws its shift"
@@ -298,7 +300,7 @@ def test_a_file_of_a_checkpoint_finds_all_that_its_folder_does(weights: Path, tm
     torch.save(package, folder / "compression_state_dict.bin")
     by_file = loader(tmp_path / "none", folder / "state_dict.bin")
     named, whole = by_file.start(), loader(tmp_path / "none", folder).start()
-    assert (named.place, named.format, named.content_hash) == (whole.place, whole.format, whole.content_hash)
+    assert (named.path, named.format, named.content_hash) == (whole.path, whole.format, whole.content_hash)
     assert named.codec.fingerprint() == whole.codec.fingerprint()
     assert named.codec.fingerprint() != loader(weights).model("small").codec.fingerprint()
-    by_file.diffusion(named.place, named.codec)  # brought along: it is the codec's own
+    by_file.diffusion(named.path, named.codec)  # brought along: it is the codec's own

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from musicgen_svc.loading import file_hashes as contents
+from musicgen_svc.loading import file_hashes
 from musicgen_svc.loading.file_hashes import FileState, Hashes
 
 
@@ -19,7 +19,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr(contents, "sha256_of", counted)
+    monkeypatch.setattr(file_hashes, "sha256_of", counted)
     return names
 
 
