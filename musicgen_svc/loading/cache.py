@@ -3,12 +3,10 @@
 import gc
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from musicgen_svc.checkpoints.damage import check_not_damaged
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.loading.file_hashes import FileState, Hashes
 from musicgen_svc.loading.memory_budget import GB
@@ -20,49 +18,46 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class Spec(Generic[T]):
-    """What is known of a model or part before it is built."""
+    """What is known of a model or part before it is built.
 
-    size: int
-    """Bytes that it will take in memory, in its final types."""
-    build: Callable[[], T]
-
-
-@dataclass(frozen=True)
-class PartKey(Generic[T]):
-    """What identifies a part: two parts with equal keys are the same part, wherever their files are."""
+    Two specs of parts with the same role, variant and content of files are specs of the same part.
+    """
 
     role: str
-    """What the part does in a model, such as `codec`."""
-    files: tuple[Path, ...]
-    """All files that the part is made of, in an order that does not depend on where they are."""
-    read_spec: Callable[[], Spec[T]]
-    """Called if no equal part is in memory. Raises `WeightsError` if the part cannot be built."""
+    """What it is for, such as `codec`."""
+    files: tuple[FileState, ...]
+    """All files that it is made of, in an order that does not depend on where they are."""
+    size: Callable[[], int]
+    """Returns the bytes that it will take in memory, in its final types. Raises `WeightsError` if the files
+    cannot be read.
+    """
+    build: Callable[[], T]
     variant: Hashable = None
-    """Whatever else the part depends on."""
+    """Whatever else it depends on."""
 
 
 class Entry(Generic[T]):
     """A model or part: not built yet, in memory, or evicted."""
 
-    def __init__(
-        self, role: str, spec: Spec[T], files: Sequence[FileState],
-        *, variant: Hashable = None, parts: Sequence["Entry[Any]"] = (),
-    ) -> None:  # fmt: skip
-        """
+    def __init__(self, spec: Spec[T], parts: Sequence["Entry[Any]"] = ()) -> None:
+        """Makes an entry that is not built yet.
+
         Args:
-            role, variant: as in `PartKey`.
-            spec: how it is built.
-            files: the files that it is built from, as they are now.
+            spec: what it is and how it is built.
             parts: the entries that it uses. They must stay in memory as long as it does.
+
+        Raises:
+            WeightsError: its files cannot be read.
         """
-        self.role, self.variant = role, variant
-        self.files, self.parts = tuple(files), tuple(parts)
-        self.size = spec.size
+        self.role, self.variant, self.files = spec.role, spec.variant, spec.files
+        self.parts = tuple(parts)
+        self.size = spec.size()  # bytes
         self._build: Callable[[], T] | None = spec.build
         self._value: T | None = None
 
     @property
     def in_memory(self) -> bool:
+        """Whether it has been built and not been evicted since."""
         return self._value is not None
 
     @property
@@ -71,15 +66,18 @@ class Entry(Generic[T]):
         return all(file.unchanged for file in self.files)
 
     def build(self) -> None:
+        """Builds the value. It can be built only once: after an eviction a new entry is made."""
         assert self._build is not None
         self._value = self._build()
         self._build = None  # the function may hold the tensors that it was built from
 
     def value(self) -> T:
+        """Returns the value, which must be in memory."""
         assert self._value is not None
         return self._value
 
     def drop(self) -> None:
+        """Drops the value, so that its memory is freed when nothing else uses it."""
         self._value = None
 
 
@@ -90,7 +88,12 @@ class ModelCache:
     """
 
     def __init__(self, budget: int, device: torch.device) -> None:
-        """`budget`: bytes of everything together."""
+        """Makes an empty cache.
+
+        Args:
+            budget: bytes of everything together.
+            device: where the models run.
+        """
         self.hashes = Hashes()
         self._budget: LruBudget[Entry[Any]] = LruBudget(budget)
         self._device = device
@@ -100,20 +103,17 @@ class ModelCache:
         """Bytes of everything that is in memory."""
         return self._budget.used
 
-    def entry(self, key: PartKey[T]) -> Entry[T]:
-        """Returns the entry in memory with an equal key, or a new one, which `get` builds and keeps.
+    def entry(self, spec: Spec[T]) -> Entry[T]:
+        """Returns the entry in memory of the same part, or a new one, which `get` builds and keeps.
 
         Raises:
-            WeightsError: a file is missing or damaged, or the part cannot be built from its files.
+            WeightsError: the part is not in memory, and its files cannot be read.
         """
-        for path in key.files:
-            check_not_damaged(path)
-        files = [FileState.of(path) for path in key.files]
         for entry in self._budget:
-            alike = (entry.role, entry.variant) == (key.role, key.variant)
-            if alike and files and self.hashes.equal(entry.files, files):
+            alike = (entry.role, entry.variant) == (spec.role, spec.variant)
+            if alike and spec.files and self.hashes.equal(entry.files, spec.files):
                 return entry
-        return Entry(key.role, key.read_spec(), files, variant=key.variant)
+        return Entry(spec)
 
     def check_room(self, what: str, entries: Sequence[Entry[Any]], keep: Collection[Entry[Any]] = ()) -> None:
         """Fails if `make_room` would fail for the same arguments.
@@ -198,7 +198,7 @@ class LruBudget(Generic[K]):
     """Sizes of keys within a budget, and the order in which they were last used. It holds no values."""
 
     def __init__(self, budget: int) -> None:
-        """`budget`: bytes of everything together."""
+        """Makes an empty budget of `budget` bytes for everything together."""
         self.budget = budget
         self._sizes: dict[K, int] = {}  # bytes; the least recently used key first
 

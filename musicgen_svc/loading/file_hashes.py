@@ -2,11 +2,12 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from musicgen_svc.checkpoints.damage import check_not_damaged
 from musicgen_svc.weights.lock_file import sha256_of
 
 
@@ -41,6 +42,18 @@ class FileState:
             return FileState.of(self.path) == self
         except OSError:
             return False
+
+
+def states_of(paths: Iterable[Path]) -> tuple[FileState, ...]:
+    """Returns the states of files that are to be read.
+
+    Raises:
+        WeightsError: a file is missing or obviously damaged.
+    """
+    paths = tuple(paths)
+    for path in paths:
+        check_not_damaged(path)
+    return tuple(map(FileState.of, paths))
 
 
 class Hashes:

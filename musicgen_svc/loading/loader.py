@@ -1,6 +1,6 @@
 """The loader: a model's name -> modules on the device.
 
-A name is loaded in six steps: its path (`weights/`), the opened checkpoint (`opener.py`), the keys of its
+A name is loaded in six steps: its path (`weights/`), the opened checkpoint (`opener.py`), the specs of its
 parts (`parts.py`), their entries in the cache, room for all of them (`cache.py`), and only then the modules.
 """
 
@@ -20,20 +20,17 @@ from musicgen_svc.loading import parts
 from musicgen_svc.loading.cache import Entry, ModelCache, Spec
 from musicgen_svc.loading.file_hashes import FileState
 from musicgen_svc.loading.memory_budget import budget
-from musicgen_svc.loading.model import Model, check_codec, engine_bytes
+from musicgen_svc.loading.model import Model, engine_bytes
 from musicgen_svc.loading.opener import Opener
 from musicgen_svc.models.conditioners import (
     MELODY,
-    Conditioner,
     Separate,
-    TextConditioner,
-    build_melody_conditioner,
+    build_conditioner,
     conditioner_names,
 )
-from musicgen_svc.models.demucs import Separator
 from musicgen_svc.models.diffusion_bands import Band
 from musicgen_svc.models.encodec import Codec
-from musicgen_svc.models.encodec_builder import adapt_codec
+from musicgen_svc.models.encodec_builder import adapted, codec_for
 from musicgen_svc.models.language_model import LazyLM
 from musicgen_svc.models.multiband_diffusion import MultiBandDiffusion
 from musicgen_svc.runtime.fair_queue import FairQueue
@@ -42,7 +39,6 @@ from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import DIFFUSION_FILE
 from musicgen_svc.weights.paths import FINETUNED, Weights
 
-DEMUCS = "htdemucs"
 DIFFUSION = "multiband-diffusion"
 WITH_DIFFUSION = "MultiBand Diffusion beside what it decodes for"
 
@@ -58,7 +54,8 @@ class Loader:
         self, weights: Weights, device: torch.device, settings: Settings,
         device_queue: FairQueue | None = None,
     ) -> None:  # fmt: skip
-        """
+        """Makes a loader that has loaded nothing yet.
+
         Args:
             weights: where the files of the models are.
             device: where the models will run.
@@ -111,7 +108,7 @@ class Loader:
 
     def melody_models(self) -> list[str]:
         """Returns the names of the models that follow a melody."""
-        base = [n for n, source in self._weights.catalog.models.items() if DEMUCS in source.needs]
+        base = [n for n, source in self._weights.catalog.models.items() if parts.DEMUCS in source.needs]
         own = [FINETUNED] if self._weights.finetuned and self.takes_melody(FINETUNED) else []
         return base + own
 
@@ -125,10 +122,10 @@ class Loader:
         """
         with self._opener.trying(next(iter(self._weights.base_models()), FINETUNED)) as opened:
             config = opened.config()
-            entry = self._cache.entry(parts.codec_key(self._weights, opened, config, self.device))
+            entry = self._cache.entry(parts.codec_spec(self._weights, opened, config, self.device))
             # The model that was asked for last may still be running: evict it only if nothing else is left.
             self._cache.make_room(f"The codec of {opened.path.name}", [entry], last=self._in_use())
-            codec = Codec(adapt_codec(self._cache.get(entry), config))
+            codec = Codec(adapted(self._cache.get(entry), config))
         self._encode_decode = entry, weakref.ref(codec)
         return opened.path, codec
 
@@ -155,7 +152,7 @@ class Loader:
         """
         folder = self._weights.component(DIFFUSION, checkpoint)
         file = folder / DIFFUSION_FILE
-        bands = self._cache.entry(parts.diffusion_key(file, self.device))
+        bands = self._cache.entry(parts.diffusion_spec(file, self.device))
         if folder.parent != checkpoint and not self._fits(file, codec):
             raise InputError(
                 f"multi_band_diffusion is true, but {checkpoint.name} has a codec of its own and the "
@@ -203,47 +200,35 @@ class Loader:
             WeightsError: it does not load, or is larger than the budget.
         """
         config = opened.config()
-        takes_melody = MELODY in conditioner_names(config)
-        codec_key = parts.codec_key(self._weights, opened, config, self.device)
-        text_key = parts.text_key(self._weights, opened, config, self.device)
-        codec, text = self._cache.entry(codec_key), self._cache.entry(text_key)
+        specs = parts.specs_of(self._weights, opened, config, self.device)
+        codec, text = self._cache.entry(specs.codec), self._cache.entry(specs.text)
         lm = LazyLM(config, f"The {opened.format} {opened.path}", self.device)
         slots, precision = self._settings.slots, self._settings.precision
         spec = Spec(
-            lm.size + engine_bytes(config, self.device, slots=slots, precision=precision),
-            lambda: self._assemble(name, opened, lm, codec.value(), text.value()),
+            "model",
+            (*self._opener.files, *specs.codec.files, *specs.text.files),
+            size=lambda: lm.size + engine_bytes(config, self.device, slots=slots, precision=precision),
+            build=lambda: self._assemble(name, opened, lm, codec.value(), text.value()),
         )
-        given = self._weights.model(name)  # an archive lies elsewhere than the files that were unpacked of it
-        files = (*opened.files, given, *codec_key.files, *text_key.files)
-        states = [FileState.of(file) for file in files if file.is_file()]
-        model = Entry("model", spec, states, parts=(codec, text))
+        model = Entry(spec, parts=(codec, text))
         needed: list[Entry[Any]] = [model]
-        if takes_melody:  # Demucs is built at the first melody, but there must be room for it
-            needed.append(self._separator(opened.path, config.get("sample_rate")))
-        beside = "its codec, T5 and Demucs" if takes_melody else "its codec and T5"
+        if specs.separator:  # Demucs is built at the first melody, but there must be room for it
+            needed.append(self._cache.entry(specs.separator))
+        beside = "its codec, T5 and Demucs" if specs.separator else "its codec and T5"
         self._cache.make_room(f"model_version {name!r} with {beside}", needed)
         self._cache.get(model)
         return model
 
     def _assemble(
-        self,
-        name: str,
-        opened: OpenedCheckpoint,
-        lazy_lm: LazyLM,
-        shared_codec: CompressionModel,
-        text: parts.Text,
+        self, name: str, opened: OpenedCheckpoint, lazy_lm: LazyLM, shared: CompressionModel, text: parts.Text
     ) -> Model:
         """Builds a model's own modules around its parts, and the engine that decodes it."""
         config = lazy_lm.config
-        codec = Codec(adapt_codec(shared_codec, config))
-        check_codec(f"The {opened.format} {opened.path}", config, codec)
-        width = config.transformer_lm.dim
-        from_text = TextConditioner(text.encoder, text.tokenizer, text.encoder.d_model, width)
-        from_melody = None
-        if MELODY in conditioner_names(config):
-            separate = self._separate_with(opened.path, codec.sample_rate)
-            from_melody = build_melody_conditioner(config, separate, codec.sample_rate, self.device)
-        conditioner = Conditioner(from_text, from_melody)
+        codec = codec_for(config, shared, f"The {opened.format} {opened.path}")
+        separate = self._separate_with(opened.path, codec.sample_rate)
+        conditioner = build_conditioner(
+            config, text.encoder, text.tokenizer, separate, codec.sample_rate, self.device
+        )
         batch = batch_for(
             lazy_lm.open(opened.lm(), conditioner),
             slots=self._settings.slots,
@@ -263,16 +248,12 @@ class Loader:
             hash=self._cache.hashes.content_later(opened.files),
         )
 
-    def _separator(self, checkpoint: Path, sample_rate: int) -> Entry[Separator]:
-        """Returns the entry of Demucs for a checkpoint whose codec has `sample_rate` Hz."""
-        folder = self._weights.component(DEMUCS, checkpoint)
-        return self._cache.entry(parts.separator_key(folder, sample_rate, self.device))
-
     def _separate_with(self, checkpoint: Path, sample_rate: int) -> Separate:
         """Returns a function that runs Demucs, and loads it whenever it is not in memory."""
 
         def separate(audio: torch.Tensor, tick: Tick = no_tick) -> torch.Tensor:
-            separator = self._separator(checkpoint, sample_rate)
+            folder = self._weights.component(parts.DEMUCS, checkpoint)
+            separator = self._cache.entry(parts.separator_spec(folder, sample_rate, self.device))
             self._cache.make_room("Demucs beside the model", [separator], keep=self._in_use())
             return self._cache.get(separator)(audio, tick)
 

@@ -9,12 +9,8 @@ from omegaconf import DictConfig
 
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.state import Capacity
-from musicgen_svc.errors import WeightsError
-from musicgen_svc.models.conditioners import MELODY, Conditioner
+from musicgen_svc.models.conditioners import Conditioner
 from musicgen_svc.models.encodec import Codec
-
-_MIN_WINDOW_FRAMES = 2
-"""A window after the first begins with at least one known frame and adds at least one new frame."""
 
 
 @dataclass(frozen=True)
@@ -73,33 +69,3 @@ def _buffer_bytes(config: DictConfig, slots: int) -> int:
     lm, capacity = config.transformer_lm, Capacity(slots)
     positions = 2 * slots * capacity.positions + (slots * capacity.text if config.fuser.get("cross") else 0)
     return int(2 * 2 * lm.num_layers * lm.dim * positions)
-
-
-def check_codec(origin: str, config: DictConfig, codec: Codec) -> None:
-    """Checks that a codec is the one that a language model was trained for, as far as their sizes tell.
-
-    Args:
-        origin: the checkpoint's format and path, for messages.
-        config: the checkpoint's configuration, in audiocraft's form.
-        codec: the codec, adapted to the configuration.
-
-    Raises:
-        WeightsError: the codec is another one, or the model's window is too short to continue any audio.
-    """
-    wanted = (config.transformer_lm.n_q, config.transformer_lm.card)
-    if wanted != (codec.codebooks, codec.cardinality):
-        raise WeightsError(
-            f"{origin} was trained for {wanted[0]} codebooks of {wanted[1]} "
-            f"entries, and its codec has {codec.codebooks} of {codec.cardinality}."
-        )
-    if MELODY in config.conditioners and config.sample_rate != codec.sample_rate:
-        raise WeightsError(
-            f"{origin} follows melodies at {config.sample_rate} Hz, and its codec is at "
-            f"{codec.sample_rate} Hz."
-        )
-    frames = int(config.dataset.segment_duration * codec.frame_rate)
-    if frames < _MIN_WINDOW_FRAMES:
-        raise WeightsError(
-            f"{origin} has dataset.segment_duration {config.dataset.segment_duration} s, which is {frames} "
-            f"frames of its codec; it must be {_MIN_WINDOW_FRAMES} at least."
-        )

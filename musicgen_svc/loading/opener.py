@@ -1,6 +1,6 @@
 """The opener: a model's name -> its opened checkpoint. Nothing of its tensors is read yet."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -19,10 +19,15 @@ class Opener:
     """
 
     def __init__(self, weights: Weights, lora_strength: float) -> None:
-        """`lora_strength`: the factor for the weights of adapters, 1 as they were trained."""
+        """Makes an opener.
+
+        Args:
+            weights: where the checkpoints are.
+            lora_strength: the factor for the weights of adapters; 1: as they were trained.
+        """
         self._weights = weights
         self._lora_strength = lora_strength
-        self._last: tuple[str, Sequence[FileState], OpenedCheckpoint] | None = None
+        self._last: tuple[str, tuple[FileState, ...], OpenedCheckpoint] | None = None
 
     def open(self, name: str) -> OpenedCheckpoint:
         """Opens the checkpoint of the model called `name`.
@@ -34,9 +39,17 @@ class Opener:
             last, files, opened = self._last
             if last == name and all(file.unchanged for file in files):
                 return opened
-        opened = self.open_path(self._weights.model(name))
-        self._last = name, [FileState.of(path) for path in opened.files], opened
+        path = self._weights.model(name)
+        opened = self.open_path(path)
+        read = (*opened.files, path)  # the path may be that of an archive, whose files are elsewhere
+        self._last = name, tuple(FileState.of(file) for file in read if file.is_file()), opened
         return opened
+
+    @property
+    def files(self) -> tuple[FileState, ...]:
+        """The files of the checkpoint that is open, and its archive, as they were when it was opened."""
+        assert self._last is not None
+        return self._last[1]
 
     @contextmanager
     def trying(self, name: str) -> Iterator[OpenedCheckpoint]:

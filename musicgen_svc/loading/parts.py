@@ -1,10 +1,11 @@
 """The parts that a language model needs: where their files are, how large they are and how they are built.
 
-Models whose parts have files of equal content share one part in memory. Therefore each part has a `PartKey`.
+Models whose parts have files of equal content share one part in memory. Each part therefore has a `Spec`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from musicgen_svc.checkpoints.tensor_files import read_tensors
 from musicgen_svc.checkpoints.transformers_part import read_transformers_part
 from musicgen_svc.checkpoints.unpickle import load_pickle
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.loading.cache import PartKey, Spec
-from musicgen_svc.models.conditioners import TEXT
+from musicgen_svc.loading.cache import Spec
+from musicgen_svc.loading.file_hashes import states_of
+from musicgen_svc.models.conditioners import MELODY, TEXT, conditioner_names
 from musicgen_svc.models.demucs import Separator, load_separator, read_bag
 from musicgen_svc.models.diffusion_bands import Band, build_bands
 from musicgen_svc.models.encodec import Codec
@@ -34,6 +36,7 @@ from musicgen_svc.models.t5_tokenizer import (
 )
 from musicgen_svc.weights.paths import Weights
 
+DEMUCS = "htdemucs"
 ENCODEC = "encodec_32khz"
 
 
@@ -45,21 +48,55 @@ class Text:
     tokenizer: PromptTokenizer
 
 
-def codec_key(
+@dataclass(frozen=True)
+class Specs:
+    """The specs of all parts of one model."""
+
+    codec: Spec[CompressionModel]
+    text: Spec[Text]
+    separator: Spec[Separator] | None
+    """None for a model that takes no melody."""
+
+
+def specs_of(weights: Weights, opened: OpenedCheckpoint, config: DictConfig, device: torch.device) -> Specs:
+    """Returns the specs of all parts that a checkpoint needs.
+
+    Args:
+        weights: where the parts are that the checkpoint does not contain.
+        opened: the checkpoint.
+        config: its configuration.
+        device: where the parts will run.
+
+    Raises:
+        WeightsError: the checkpoint has conditioners that MusicGen does not have, or a part is missing or
+            damaged.
+    """
+    takes_melody = MELODY in conditioner_names(config)
+    codec = codec_spec(weights, opened, config, device)
+    text = text_spec(weights, opened, config, device)
+    if not takes_melody:
+        return Specs(codec, text, None)
+    folder = weights.component(DEMUCS, opened.path)
+    return Specs(codec, text, separator_spec(folder, config.get("sample_rate"), device))
+
+
+def codec_spec(
     weights: Weights, opened: OpenedCheckpoint, config: DictConfig, device: torch.device
-) -> PartKey[CompressionModel]:
-    """Returns the key of the checkpoint's codec.
+) -> Spec[CompressionModel]:
+    """Returns the spec of the checkpoint's codec.
 
     Raises:
         WeightsError: the codec is missing, or its files are damaged.
     """
     source = codec_source(weights, opened)
-
-    def read_spec() -> Spec[CompressionModel]:
-        return Spec(_fp32_bytes(source.state.values()), lambda: build_codec(source, device))
-
-    # The number of codebooks is set on the codec itself: models with different numbers cannot share a codec.
-    return PartKey("codec", source.files, read_spec, variant=config.get("compression_model_n_q"))
+    return Spec(
+        "codec",
+        states_of(source.files),
+        size=lambda: _fp32_bytes(source.state.values()),
+        build=lambda: build_codec(source, device),
+        # The number of codebooks is set on the codec itself: models with different numbers cannot share it.
+        variant=config.get("compression_model_n_q"),
+    )
 
 
 def codec_source(weights: Weights, opened: OpenedCheckpoint) -> Checkpoint | TransformersPart:
@@ -86,10 +123,10 @@ def codec_fingerprints(
         yield Codec(build_codec(read_encodec(folder / ENCODEC), cpu)).fingerprint()
 
 
-def text_key(
+def text_spec(
     weights: Weights, opened: OpenedCheckpoint, config: DictConfig, device: torch.device
-) -> PartKey[Text]:
-    """Returns the key of T5: the checkpoint's own if it has one, else the one that its configuration names.
+) -> Spec[Text]:
+    """Returns the spec of T5: the checkpoint's own if it has one, else the one that its configuration names.
 
     Raises:
         WeightsError: T5 is missing or damaged, or the checkpoint needs its prompts normalized.
@@ -109,10 +146,11 @@ def text_key(
         t5 = load_t5(source, device)
         return Text(t5, load_tokenizer(folder, t5.vocab_size))
 
-    return PartKey(
-        role="text",
-        files=(*source.files, *(path for path in tokenizer_files if is_there(path))),
-        read_spec=lambda: Spec(_fp32_bytes(_t5_encoder_tensors(source.state)), build),
+    return Spec(
+        "text",
+        states_of((*source.files, *(path for path in tokenizer_files if is_there(path)))),
+        size=lambda: _fp32_bytes(_t5_encoder_tensors(source.state)),
+        build=build,
     )
 
 
@@ -123,29 +161,35 @@ def _t5_encoder_tensors(state: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     return [*encoder, *embedding[:1]]
 
 
-def separator_key(folder: Path, sample_rate: int, device: torch.device) -> PartKey[Separator]:
-    """Returns the key of Demucs for melodies at `sample_rate` Hz.
+def separator_spec(folder: Path, sample_rate: int, device: torch.device) -> Spec[Separator]:
+    """Returns the spec of Demucs for melodies at `sample_rate` Hz.
 
     Raises:
-        WeightsError: its list of models is missing or damaged, or names files elsewhere.
+        WeightsError: its files are missing or damaged, or its list of models names files elsewhere.
     """
     models = tuple(folder / f"{name}.safetensors" for name in sorted(set(read_bag(folder)["models"])))
+    return Spec(
+        "separator",
+        states_of((*sorted(folder.glob("*.yaml")), *models)),
+        size=lambda: sum(_fp32_bytes(read_tensors((model,)).values()) for model in models),
+        build=lambda: load_separator(folder, sample_rate, device),
+        variant=sample_rate,
+    )
 
-    def read_spec() -> Spec[Separator]:
-        size = sum(_fp32_bytes(read_tensors((model,)).values()) for model in models)
-        return Spec(size, lambda: load_separator(folder, sample_rate, device))
 
-    return PartKey("separator", (*sorted(folder.glob("*.yaml")), *models), read_spec, variant=sample_rate)
+def diffusion_spec(file: Path, device: torch.device) -> Spec[list[Band]]:
+    """Returns the spec of the models of MultiBand Diffusion in audiocraft's file.
 
-
-def diffusion_key(file: Path, device: torch.device) -> PartKey[list[Band]]:
-    """Returns the key of the models of MultiBand Diffusion in audiocraft's file."""
-
-    def read_spec() -> Spec[list[Band]]:
-        package = load_pickle(file)
-        return Spec(_fp32_bytes(_tensors_in(package)), lambda: build_bands(package, file, device))
-
-    return PartKey("diffusion", (file,), read_spec)
+    Raises:
+        WeightsError: the file is missing or damaged.
+    """
+    package = cache(lambda: load_pickle(file))  # opened once, and only if the models are not in memory
+    return Spec(
+        "diffusion",
+        states_of([file]),
+        size=lambda: _fp32_bytes(_tensors_in(package())),
+        build=lambda: build_bands(package(), file, device),
+    )
 
 
 def _fp32_bytes(tensors: Iterable[torch.Tensor]) -> int:

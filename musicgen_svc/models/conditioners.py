@@ -16,6 +16,7 @@ from torch import nn
 from musicgen_svc.errors import InputError, WeightsError
 from musicgen_svc.models.chroma import Chroma
 from musicgen_svc.models.demucs import REACH_S
+from musicgen_svc.models.t5 import T5Encoder
 from musicgen_svc.runtime.ticks import Tick, no_tick
 
 Condition: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -166,6 +167,30 @@ class Conditioner(nn.Module):
             assert melody is None
             return {}
         return {MELODY: self.conditioners[MELODY](melody, tick)}
+
+
+def build_conditioner(
+    config: DictConfig,
+    t5: T5Encoder,
+    tokenizer: Any,
+    separate: Separate,
+    sample_rate: int,
+    device: torch.device,
+) -> Conditioner:
+    """Builds all conditioners that the checkpoint was trained with, their projections without weights.
+
+    Args:
+        config: the checkpoint's configuration, in audiocraft's form.
+        t5: the text encoder.
+        tokenizer: the tokenizer of the text encoder.
+        separate: Demucs; used only if the model takes melodies.
+        sample_rate: the codec's, in Hz.
+        device: where the model runs.
+    """
+    text = TextConditioner(t5, tokenizer, t5.d_model, config.transformer_lm.dim)
+    if MELODY not in conditioner_names(config):
+        return Conditioner(text, None)
+    return Conditioner(text, build_melody_conditioner(config, separate, sample_rate, device))
 
 
 def looped(melody: torch.Tensor, start: int, length: int) -> torch.Tensor:

@@ -19,7 +19,12 @@ from musicgen_svc.checkpoints.key_names import parametrized_weight_norm
 from musicgen_svc.checkpoints.part_configs import encodec_fields
 from musicgen_svc.checkpoints.transformers_part import read_transformers_part
 from musicgen_svc.errors import WeightsError
+from musicgen_svc.models.conditioners import MELODY
+from musicgen_svc.models.encodec import Codec
 from musicgen_svc.models.meta_init import assign_weights, configuration_errors, on_meta
+
+_MIN_WINDOW_FRAMES = 2
+"""A window after the first begins with at least one known frame and adds at least one new frame."""
 
 
 def read_encodec(folder: Path) -> TransformersPart:
@@ -88,7 +93,23 @@ def _restore_constants(codec: nn.Module) -> None:
     assert not any(buffer.is_meta for buffer in codec.buffers())
 
 
-def adapt_codec(codec: CompressionModel, config: DictConfig) -> CompressionModel:
+def codec_for(config: DictConfig, shared: CompressionModel, origin: str) -> Codec:
+    """Returns the codec of a language model.
+
+    Args:
+        config: the checkpoint's configuration, in audiocraft's form.
+        shared: the codec's modules, which other models may use, too.
+        origin: the checkpoint's format and path, for messages.
+
+    Raises:
+        WeightsError: it is not the codec that the language model was trained for.
+    """
+    codec = Codec(adapted(shared, config))
+    _check(origin, config, codec)
+    return codec
+
+
+def adapted(codec: CompressionModel, config: DictConfig) -> CompressionModel:
     """Adapts a codec to the configuration of a language model: stereo, and the number of codebooks.
 
     Raises:
@@ -114,3 +135,33 @@ def adapt_codec(codec: CompressionModel, config: DictConfig) -> CompressionModel
                 f"The checkpoint has compression_model_n_q {codebooks}, which its codec cannot have."
             ) from exc
     return codec
+
+
+def _check(origin: str, config: DictConfig, codec: Codec) -> None:
+    """Checks that a codec is the one that a language model was trained for, as far as their sizes tell.
+
+    Args:
+        origin: the checkpoint's format and path, for messages.
+        config: the checkpoint's configuration, in audiocraft's form.
+        codec: the codec, adapted to the configuration.
+
+    Raises:
+        WeightsError: the codec is another one, or the model's window is too short to continue any audio.
+    """
+    wanted = (config.transformer_lm.n_q, config.transformer_lm.card)
+    if wanted != (codec.codebooks, codec.cardinality):
+        raise WeightsError(
+            f"{origin} was trained for {wanted[0]} codebooks of {wanted[1]} "
+            f"entries, and its codec has {codec.codebooks} of {codec.cardinality}."
+        )
+    if MELODY in config.conditioners and config.sample_rate != codec.sample_rate:
+        raise WeightsError(
+            f"{origin} follows melodies at {config.sample_rate} Hz, and its codec is at "
+            f"{codec.sample_rate} Hz."
+        )
+    frames = int(config.dataset.segment_duration * codec.frame_rate)
+    if frames < _MIN_WINDOW_FRAMES:
+        raise WeightsError(
+            f"{origin} has dataset.segment_duration {config.dataset.segment_duration} s, which is {frames} "
+            f"frames of its codec; it must be {_MIN_WINDOW_FRAMES} at least."
+        )

@@ -8,15 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.loading.cache import DoesNotFit, Entry, LruBudget, ModelCache, PartKey, Spec
+from musicgen_svc.loading.cache import DoesNotFit, Entry, LruBudget, ModelCache, Spec
+from musicgen_svc.loading.file_hashes import states_of
 
 CPU = torch.device("cpu")
 
 
-def key(*files: Path, role: str = "thing", size: int = 4, variant: int = 0) -> PartKey[list[str]]:
-    """Returns the key of a part whose value is the list of its files' texts."""
-    return PartKey(
-        role, files, lambda: Spec(size, lambda: [path.read_text() for path in files]), variant=variant
+def spec(*files: Path, role: str = "thing", size: int = 4, variant: int = 0) -> Spec[list[str]]:
+    """Returns the spec of a part whose value is the list of its files' texts."""
+    return Spec(
+        role, states_of(files), lambda: size, lambda: [path.read_text() for path in files], variant=variant
     )
 
 
@@ -28,7 +29,7 @@ def files(tmp_path: Path) -> list[Path]:
     return [tmp_path / name for name in "abc"]
 
 
-def cached(cache: ModelCache, wanted: PartKey[list[str]]) -> Entry[list[str]]:
+def cached(cache: ModelCache, wanted: Spec[list[str]]) -> Entry[list[str]]:
     """Returns the entry of a part, which is in memory then."""
     entry = cache.entry(wanted)
     cache.make_room("The part", [entry])
@@ -38,27 +39,27 @@ def cached(cache: ModelCache, wanted: PartKey[list[str]]) -> Entry[list[str]]:
 
 def test_parts_with_equal_files_share_one_entry(files: list[Path]) -> None:
     cache = ModelCache(100, CPU)
-    first = cached(cache, key(files[0]))
-    assert cached(cache, key(files[1])) is first
-    assert cached(cache, key(files[2])) is not first
-    assert cached(cache, key(files[1], role="another")) is not first
-    assert cached(cache, key(files[1], variant=1)) is not first
-    assert cached(cache, key()) is not cached(cache, key()), "nothing tells these apart"
+    first = cached(cache, spec(files[0]))
+    assert cached(cache, spec(files[1])) is first
+    assert cached(cache, spec(files[2])) is not first
+    assert cached(cache, spec(files[1], role="another")) is not first
+    assert cached(cache, spec(files[1], variant=1)) is not first
+    assert cached(cache, spec()) is not cached(cache, spec()), "nothing tells these apart"
     assert cache.used == 6 * 4
 
 
 def test_the_entry_that_was_used_last_is_evicted_last(files: list[Path]) -> None:
     cache = ModelCache(8, CPU)
-    first, second = (cached(cache, key(path)) for path in (files[0], files[2]))
+    first, second = (cached(cache, spec(path)) for path in (files[0], files[2]))
     cache.get(first)
-    cached(cache, key(files[0], variant=1))
+    cached(cache, spec(files[0], variant=1))
     assert first.in_memory and not second.in_memory and cache.used == 8
-    assert cached(cache, key(files[2])) is not second, "built anew"
+    assert cached(cache, spec(files[2])) is not second, "built anew"
 
 
 def test_a_part_that_cannot_be_built_takes_no_room(files: list[Path]) -> None:
     cache = ModelCache(8, CPU)
-    entry = cache.entry(key(files[0]))
+    entry = cache.entry(spec(files[0]))
     files[0].unlink()
     with pytest.raises(FileNotFoundError):
         cache.get(entry)
@@ -66,18 +67,18 @@ def test_a_part_that_cannot_be_built_takes_no_room(files: list[Path]) -> None:
     with pytest.raises(
         WeightsError, match=r"^The part takes 9e-09 GB .* the budget is 8e-09 GB: take a smaller"
     ):
-        cache.make_room("The part", [cache.entry(key(files[1], size=9))])
+        cache.make_room("The part", [cache.entry(spec(files[1], size=9))])
 
 
 def test_parts_are_built_before_what_uses_them_and_evicted_after_it(files: list[Path]) -> None:
     cache = ModelCache(8, CPU)
-    part = cache.entry(key(files[0]))
-    model = Entry("model", Spec(4, lambda: [*part.value(), "model"]), [], parts=[part])
+    part = cache.entry(spec(files[0]))
+    model = Entry(Spec("model", (), lambda: 4, lambda: [*part.value(), "model"]), parts=[part])
     cache.make_room("The model", [model])
     assert cache.get(model) == ["one", "model"] and cache.used == 8
     with pytest.raises(WeightsError, match=r"takes 1\.2e-08 GB"):
-        cache.check_room("The other", [cache.entry(key(files[2]))], keep=[model])
-    cached(cache, key(files[2]))
+        cache.check_room("The other", [cache.entry(spec(files[2]))], keep=[model])
+    cached(cache, spec(files[2]))
     assert part.in_memory and not model.in_memory
 
 
