@@ -7,9 +7,9 @@ import torch
 from benchmarks.workload import timed
 from musicgen_svc.audiocraft_compat import NoiseSchedule, builders
 from musicgen_svc.checkpoints import TransformersPart
-from musicgen_svc.models.building import build_transformers_codec
 from musicgen_svc.models.diffusion_bands import Band
 from musicgen_svc.models.encodec import Codec
+from musicgen_svc.models.encodec_builder import build_codec
 from musicgen_svc.models.multiband_diffusion import MultiBandDiffusion
 from musicgen_svc.runtime.randomness import GlobalRandom
 
@@ -68,7 +68,7 @@ def codec_of_released_size(device: torch.device) -> Codec:
         target_bandwidths=[CODEBOOKS * FRAME_RATE_HZ * bits_of(ENCODEC["codebook_size"]) / 1000], **ENCODEC,
     )  # fmt: skip
     drawn = TransformersPart(config.to_dict(), EncodecModel(config).state_dict(), "a random codec")
-    return Codec(build_transformers_codec(drawn, device))
+    return Codec(build_codec(drawn, device))
 
 
 def bits_of(cardinality: int) -> int:

@@ -102,7 +102,7 @@ class Pipeline:
         with progress.stage("load") as tick, self._device_held(progress, random, tick):
             model = self._loader.model(request.model)
             if request.multi_band_diffusion:  # checked now, so that no work is lost
-                self._loader.diffusion_weights(model.place, model.codec)
+                self._loader.diffusion_weights(model.path, model.codec)
         codec = model.codec
         with progress.stage("condition") as tick:
             clip = _read_clip(request, codec, tick)
@@ -121,7 +121,7 @@ class Pipeline:
         with progress.stage("generate") as tick:
             generator = torch.Generator().manual_seed(request.seed)
             tokens, steps = generate(model, plan, request.sampling, generator, tick)
-        samples = self._decode(request, model.place, codec, tokens, random, progress)
+        samples = self._decode(request, model.path, codec, tokens, random, progress)
         provenance = {
             "model_sha256": model.content_hash,
             "model_format": model.format,

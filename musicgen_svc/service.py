@@ -80,7 +80,7 @@ class Service:
         self._pipeline = Pipeline(
             loader, self._device_queue, slots=self._settings.slots, tag_prompt=self._settings.tag_prompt
         )
-        print(f"{model.name} is ready on {device}: {model.format} {model.place}")
+        print(f"{model.name} is ready on {device}: {model.format} {model.path}")
 
     def healthy(self) -> bool:
         """Returns False once the device has failed permanently. Never waits for the device."""

@@ -52,16 +52,16 @@ def weights() -> Iterator[Path]:
 
 
 @pytest.fixture
-def lent_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loaded model keeps the weights of its layers and heads, which an engine has packed."""
-    from musicgen_svc.models.building import LMDraft
+def all_weights_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes loaded models keep the weights of their layers and heads after an engine has packed them."""
+    from musicgen_svc.models.language_model import LazyLM
 
     @contextlib.contextmanager
-    def lend(draft: LMDraft, part: torch.nn.Module) -> Iterator[None]:
-        draft.fill(part)
+    def loaded(lazy: LazyLM, part: torch.nn.Module) -> Iterator[None]:
+        lazy.load(part)
         yield
 
-    monkeypatch.setattr(LMDraft, "lend", lend)
+    monkeypatch.setattr(LazyLM, "loaded", loaded)
 
 
 @pytest.fixture(scope="session")

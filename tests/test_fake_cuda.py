@@ -14,12 +14,13 @@ from sounds import noise, tone, written
 from torch import Tensor, nn
 
 from musicgen_svc.engine.static import StaticBatch
-from musicgen_svc.loading import parts as components
 from musicgen_svc.loading.loader import Loader
 from musicgen_svc.loading.opener import Opener
+from musicgen_svc.loading.parts import codec_source
 from musicgen_svc.models.conditioners import MELODY, TEXT
 from musicgen_svc.models.diffusion_bands import Band, load_bands
 from musicgen_svc.models.encodec import Codec
+from musicgen_svc.models.encodec_builder import build_codec
 from musicgen_svc.models.multiband_diffusion import MultiBandDiffusion, _Count
 from musicgen_svc.pipeline import Pipeline
 from musicgen_svc.request import Request
@@ -58,7 +59,7 @@ def loader(
 def codec_of(weights: Path, name: str, device: torch.device) -> Codec:
     found = Weights.at(weights, read_catalog(), str(weights / name))
     opened = Opener(found, 1.0).open(FINETUNED)
-    return Codec(components.built_codec(components.codec_source(found, opened), device))
+    return Codec(build_codec(codec_source(found, opened), device))
 
 
 def tokens_of(codec: Codec, frames: int) -> Tensor:
@@ -88,7 +89,7 @@ def placed(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.dev
 
 
 def test_weights_have_the_types_and_the_place_that_audiocraft_gives_them(
-    gpu: PaperGpu, weights: Path, lent_for_good: None
+    gpu: PaperGpu, weights: Path, all_weights_kept: None
 ) -> None:
     from audiocraft.models.musicgen import MusicGen
 

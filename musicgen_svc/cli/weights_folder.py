@@ -8,7 +8,7 @@ from pathlib import Path
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import Catalog, Source
-from musicgen_svc.weights.lock_file import LOCK_FILE, LockedSource, read_lock, size_fault
+from musicgen_svc.weights.lock_file import LOCK_FILE, LockedSource, content_fault, read_lock, size_fault
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTIAL = ".partial"

@@ -1,146 +1,256 @@
-"""Built models and their parts: one of each content, within a budget, let go in the order of their use."""
+"""The cache of models and parts: one entry for equal content, the least recently used evicted first."""
 
 import gc
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from musicgen_svc.checkpoints.damage import check_not_damaged
+from musicgen_svc.errors import WeightsError
 from musicgen_svc.loading.file_hashes import FileState, Hashes
-from musicgen_svc.loading.lru_budget import Residency
+from musicgen_svc.loading.memory_budget import GB
 from musicgen_svc.runtime.randomness import GlobalRandom
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Draft(Generic[T]):
-    """What is known of a thing before it is built."""
+class Spec(Generic[T]):
+    """What is known of a model or part before it is built.
 
-    size: int
-    """Bytes that it will take, in its final types."""
+    Two specs of parts with the same role, variant and content of files are specs of the same part.
+    """
+
+    role: str
+    """What it is for, such as `codec`."""
+    files: tuple[FileState, ...]
+    """All files that it is made of, in an order that does not depend on where they are."""
+    size: Callable[[], int]
+    """Returns the bytes that it will take in memory, in its final types. Raises `WeightsError` if the files
+    cannot be read.
+    """
     build: Callable[[], T]
-
-
-@dataclass(frozen=True)
-class Recipe(Generic[T]):
-    """A thing by what it is made of."""
-
-    kind: str
-    files: tuple[Path, ...]
-    """All that it is made of, in an order that does not depend on where they lie."""
-    draft: Callable[[], Draft[T]]
-    """Called if there is no such thing yet; raises if it cannot be built."""
     variant: Hashable = None
-    """What else it depends on."""
+    """Whatever else it depends on."""
 
 
-class Item(Generic[T]):
-    """A thing that is resident, was, or is about to be."""
+class Entry(Generic[T]):
+    """A model or part: not built yet, in memory, or evicted."""
 
-    def __init__(self, recipe: Recipe[T], files: Sequence[FileState], draft: Draft[T]) -> None:
-        self.kind, self.variant, self.files = recipe.kind, recipe.variant, files
-        self.size = draft.size
-        self._build: Callable[[], T] | None = draft.build
+    def __init__(self, spec: Spec[T], parts: Sequence["Entry[Any]"] = ()) -> None:
+        """Makes an entry that is not built yet.
+
+        Args:
+            spec: what it is and how it is built.
+            parts: the entries that it uses. They must stay in memory as long as it does.
+
+        Raises:
+            WeightsError: its files cannot be read.
+        """
+        self.role, self.variant, self.files = spec.role, spec.variant, spec.files
+        self.parts = tuple(parts)
+        self.size = spec.size()  # bytes
+        self._build: Callable[[], T] | None = spec.build
         self._value: T | None = None
 
     @property
-    def resident(self) -> bool:
+    def in_memory(self) -> bool:
+        """Whether it has been built and not been evicted since."""
         return self._value is not None
 
-    def build(self) -> T:
+    @property
+    def unchanged(self) -> bool:
+        """Whether its files are unchanged since loading (on a CPU the weights are mapped from them)."""
+        return all(file.unchanged for file in self.files)
+
+    def build(self) -> None:
+        """Builds the value. It can be built only once: after an eviction a new entry is made."""
         assert self._build is not None
         self._value = self._build()
-        self._build = None  # it may hold what the thing was built from
-        return self._value
+        self._build = None  # the function may hold the tensors that it was built from
 
     def value(self) -> T:
+        """Returns the value, which must be in memory."""
         assert self._value is not None
         return self._value
 
-    def let_go(self) -> None:
+    def drop(self) -> None:
+        """Drops the value, so that its memory is freed when nothing else uses it."""
         self._value = None
 
 
-class Store:
-    """Not safe from several threads: whoever loads holds the device."""
+class ModelCache:
+    """Keeps models and parts in memory within a budget, and shares parts of equal content.
+
+    It is not safe to use from several threads: whoever loads must hold the device.
+    """
 
     def __init__(self, budget: int, device: torch.device) -> None:
-        """`budget`: in bytes."""
+        """Makes an empty cache.
+
+        Args:
+            budget: bytes of everything together.
+            device: where the models run.
+        """
         self.hashes = Hashes()
-        self._residency = Residency(budget)
+        self._budget: LruBudget[Entry[Any]] = LruBudget(budget)
         self._device = device
-        self._items: list[Item[Any]] = []
 
     @property
     def used(self) -> int:
-        """Bytes of everything that is resident."""
-        return self._residency.used
+        """Bytes of everything that is in memory."""
+        return self._budget.used
 
-    def find(self, recipe: Recipe[T]) -> Item[T]:
-        """The resident thing of the same content, or one that is still to be built.
+    def entry(self, spec: Spec[T]) -> Entry[T]:
+        """Returns the entry in memory of the same part, or a new one, which `get` builds and keeps.
 
         Raises:
-            WeightsError: one of its files is missing or damaged, or its draft says what is wrong with them.
+            WeightsError: the part is not in memory, and its files cannot be read.
         """
-        for path in recipe.files:
-            check_not_damaged(path)
-        files = [FileState.of(path) for path in recipe.files]
-        for item in self._items:
-            alike = (item.kind, item.variant) == (recipe.kind, recipe.variant)
-            if alike and files and self.hashes.equal(item.files, files):
-                return item
-        return Item(recipe, files, recipe.draft())
+        for entry in self._budget:
+            alike = (entry.role, entry.variant) == (spec.role, spec.variant)
+            if alike and spec.files and self.hashes.equal(entry.files, spec.files):
+                return entry
+        return Entry(spec)
+
+    def check_room(self, what: str, entries: Sequence[Entry[Any]], keep: Collection[Entry[Any]] = ()) -> None:
+        """Fails if `make_room` would fail for the same arguments.
+
+        Raises:
+            WeightsError: the entries do not fit beside what must be kept.
+        """
+        entries = _with_parts(entries)
+        try:
+            self._budget.check(_missing_bytes(entries), keep={*_with_parts(keep), *entries})
+        except DoesNotFit as exc:
+            sentence = (
+                f"{what} takes {exc.need / GB:.3g} GB of memory, and the budget is {exc.budget / GB:.3g} GB: "
+                "take a smaller model, or raise MUSICGEN_MEMORY_BUDGET_GB."
+            )
+            raise WeightsError(sentence, for_client=sentence) from exc
 
     def make_room(
-        self, items: Sequence[Item[Any]], keep: Collection[Item[Any]] = (), last: Collection[Item[Any]] = ()
-    ) -> None:
-        """Lets go of others so that these fit: before any of them is built.
+        self, what: str, entries: Sequence[Entry[Any]],
+        *, keep: Collection[Entry[Any]] = (), last: Collection[Entry[Any]] = (),
+    ) -> None:  # fmt: skip
+        """Evicts other entries so that these fit with their parts. Call it before any of them is built.
 
         Args:
-            keep: what is in use.
-            last: what is only let go if nothing else is left.
+            what: all of the entries together, for the message.
+            entries: those already in memory need no room, and are kept.
+            keep: entries in use, which are not evicted.
+            last: entries that are evicted only if evicting all others is not enough.
 
         Raises:
-            DoesNotFit: nothing has been let go.
+            WeightsError: the entries do not fit beside what must be kept; nothing has been evicted.
         """
-        gone = self._residency.make_room(_missing(items), keep={*keep, *items}, last=last)
-        if not gone:
+        self.check_room(what, entries, keep)
+        entries = _with_parts(entries)
+        kept = {*_with_parts(keep), *entries}
+        evicted = self._budget.make_room(_missing_bytes(entries), kept, last=_with_parts(last))
+        if not evicted:
             return
-        for item in gone:
-            assert isinstance(item, Item)
-            item.let_go()
-            self._items.remove(item)
+        for entry in evicted:
+            entry.drop()
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def check_room(self, items: Sequence[Item[Any]], keep: Collection[Item[Any]] = ()) -> None:
-        """
-        Raises:
-            DoesNotFit: `make_room` could not make these fit beside what is kept.
-        """
-        self._residency.check(_missing(items), keep={*keep, *items})
+    def get(self, entry: Entry[T]) -> T:
+        """Returns the value of an entry, and marks the entry as the most recently used.
 
-    def get(self, item: Item[T]) -> T:
-        """The thing itself, built if need be; there must be room. It is the most recently used now."""
-        if not item.resident:
-            # Building a model draws from the global generators, which may be a request's by now.
+        An entry that is not in memory is built first, after its parts; there must be room for it.
+        """
+        for part in entry.parts:
+            self.get(part)
+        if not entry.in_memory:
+            # Modules draw random numbers when they are built, and the global generators may be in use by a
+            # request.
             with GlobalRandom(0, self._device).pinned(), torch.inference_mode(False):
-                item.build()
-            self._items.append(item)
-            self._residency.add(item, item.size)
-        self._residency.use(item)
-        return item.value()
-
-    def use(self, *items: Item[Any]) -> None:
-        """They are the most recently used, the last of them the most."""
-        self._residency.use(*items)
+                entry.build()
+            self._budget.add(entry, entry.size)
+        # Touch a model before its parts, so that the model is evicted first.
+        self._budget.use(entry, *entry.parts)
+        return entry.value()
 
 
-def _missing(items: Sequence[Item[Any]]) -> int:
-    """In bytes."""
-    return sum(item.size for item in items if not item.resident)
+def _with_parts(entries: Iterable[Entry[Any]]) -> list[Entry[Any]]:
+    """Returns the entries and their parts, each once."""
+    return list(dict.fromkeys(found for entry in entries for found in (entry, *entry.parts)))
+
+
+def _missing_bytes(entries: Sequence[Entry[Any]]) -> int:
+    """Bytes of the entries that are not in memory yet."""
+    return sum(entry.size for entry in entries if not entry.in_memory)
+
+
+class DoesNotFit(Exception):
+    """The error of a budget that is smaller than what is needed at once, both in bytes."""
+
+    def __init__(self, need: int, budget: int) -> None:
+        super().__init__(f"{need:,} bytes of {budget:,}")
+        self.need, self.budget = need, budget
+
+
+class LruBudget(Generic[K]):
+    """Sizes of keys within a budget, and the order in which they were last used. It holds no values."""
+
+    def __init__(self, budget: int) -> None:
+        """Makes an empty budget of `budget` bytes for everything together."""
+        self.budget = budget
+        self._sizes: dict[K, int] = {}  # bytes; the least recently used key first
+
+    @property
+    def used(self) -> int:
+        """Bytes of all keys."""
+        return sum(self._sizes.values())
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._sizes
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._sizes)
+
+    def add(self, key: K, size: int) -> None:
+        """Adds a key of `size` bytes as the most recently used."""
+        assert key not in self._sizes and self.used + size <= self.budget, (key, size, self.used, self.budget)
+        self._sizes[key] = size
+
+    def use(self, *keys: K) -> None:
+        """Marks the keys as used; the last of them is the most recently used."""
+        for key in keys:
+            self._sizes[key] = self._sizes.pop(key)
+
+    def check(self, need: int, keep: Collection[K]) -> None:
+        """Fails if `need` more bytes do not fit beside the keys in `keep`.
+
+        Raises:
+            DoesNotFit: they do not, even if all other keys are evicted.
+        """
+        kept = sum(size for key, size in self._sizes.items() if key in keep)
+        if kept + need > self.budget:
+            raise DoesNotFit(kept + need, self.budget)
+
+    def make_room(self, need: int, keep: Collection[K] = (), last: Collection[K] = ()) -> list[K]:
+        """Removes keys, the least recently used first, until `need` more bytes fit.
+
+        Args:
+            need: in bytes.
+            keep: keys that are not removed.
+            last: keys that are removed only if removing all others is not enough.
+
+        Returns:
+            The removed keys, in order.
+
+        Raises:
+            DoesNotFit: the bytes do not fit beside what is kept; nothing is removed.
+        """
+        self.check(need, keep)
+        candidates = sorted((key for key in self._sizes if key not in keep), key=lambda key: key in last)
+        removed = []
+        while self.used + need > self.budget:
+            removed.append(candidates.pop(0))
+            del self._sizes[removed[-1]]
+        return removed

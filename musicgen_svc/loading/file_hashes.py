@@ -1,58 +1,80 @@
-"""Whether two paths hold the same bytes. A file is read once for as long as it stays as it is."""
+"""Hashes of files, which tell whether two paths hold the same bytes. Each file is hashed only once."""
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from musicgen_svc.checkpoints.damage import check_not_damaged
 from musicgen_svc.weights.lock_file import sha256_of
 
 
 @dataclass(frozen=True)
 class FileState:
-    """A file as it was at one time; another content has another size, time or place on the disk."""
+    """The state of a file at one time. If the content changes, the size, time or inode changes, too."""
 
     path: Path
     size: int
     modified_ns: int
-    place: tuple[int, int]
-    """Device and inode."""
+    inode: tuple[int, int]
+    """The device, and the inode on it."""
 
     @classmethod
     def of(cls, path: Path) -> "FileState":
+        """Returns the state of the file at a path.
+
+        Raises:
+            OSError: there is no such file.
+        """
         found = path.stat()
         return cls(path.resolve(), found.st_size, found.st_mtime_ns, (found.st_dev, found.st_ino))
 
     def is_of_one_file_with(self, other: "FileState") -> bool:
-        """The same file, under whatever name, and unchanged."""
-        return (self.place, self.size, self.modified_ns) == (other.place, other.size, other.modified_ns)
+        """Returns whether both are the same file, under whatever names, and unchanged."""
+        return (self.inode, self.size, self.modified_ns) == (other.inode, other.size, other.modified_ns)
 
     @property
-    def stands(self) -> bool:
+    def unchanged(self) -> bool:
+        """Whether the path still holds the file in this state."""
         try:
             return FileState.of(self.path) == self
         except OSError:
             return False
 
 
+def states_of(paths: Iterable[Path]) -> tuple[FileState, ...]:
+    """Returns the states of files that are to be read.
+
+    Raises:
+        WeightsError: a file is missing or obviously damaged.
+    """
+    paths = tuple(paths)
+    for path in paths:
+        check_not_damaged(path)
+    return tuple(map(FileState.of, paths))
+
+
 class Hashes:
-    """The sha256 of files, remembered."""
+    """Computes the sha256 of files, and remembers them."""
 
     def __init__(self) -> None:
         self._known: dict[FileState, str] = {}
 
     def sha256(self, file: FileState) -> str | None:
-        """None: the file is not as it was, and what it held cannot be said any more."""
+        """Returns the sha256 of a file; None if the file has changed since that state."""
         if file not in self._known:
-            if not file.stands:
+            if not file.unchanged:
                 return None
             self._known[file] = sha256_of(file.path)
         return self._known[file]
 
     def equal(self, some: Sequence[FileState], others: Sequence[FileState]) -> bool:
-        """Whether they hold the same bytes, one by one in order. Only files of equal size are read."""
+        """Returns whether both sequences hold the same bytes, file by file.
+
+        Files of different sizes are not read.
+        """
         if [file.size for file in some] != [file.size for file in others]:
             return False
         return all(self._equal(one, other) for one, other in zip(some, others, strict=True))
@@ -64,17 +86,22 @@ class Hashes:
         return found is not None and found == self.sha256(other)
 
     def content(self, files: Sequence[Path]) -> str:
-        """sha256 of one file; of several, of their hashes in order."""
+        """Returns the sha256 of one file, or for several files the sha256 of their joined hashes, in order.
+
+        Raises:
+            OSError: a file is missing.
+        """
         states = [FileState.of(path) for path in files]
         hashes = [self.sha256(state) or sha256_of(state.path) for state in states]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def content_later(self, files: Sequence[Path]) -> Future[str]:
-        """`content`, in a thread beside whatever else there is to do: hashing a large model takes seconds."""
+        """Starts `content` in a thread, because hashing a large model takes seconds."""
         return _in_background(lambda: self.content(files))
 
 
 def _in_background(work: Callable[[], str]) -> Future[str]:
+    """Runs a function in a daemon thread; the future has its result or its error."""
     future: Future[str] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""How much memory there is to keep models in."""
+"""The memory budget: how many bytes of models the service may keep."""
 
 import os
 from pathlib import Path
@@ -7,37 +7,44 @@ import torch
 
 GB = 10**9
 WORKING_SPACE_CPU = 4 * GB
-"""Besides the weights: Python and its libraries, what a request computes with, its keys and values."""
+"""Memory for everything except weights: Python, libraries, a request's activations, keys and values."""
 WORKING_SPACE_GPU = 2 * GB
-"""Besides the weights and the engine's own buffers: what a request computes with."""
+"""Memory for everything except weights and the engine's buffers: a request's activations."""
 
 
 def budget(device: torch.device, gigabytes: float) -> int:
-    """Bytes for models: so many gigabytes or, for 0, what the device has less working space.
+    """Returns the bytes for models: `gigabytes`, or for 0 the device's memory minus working space.
 
-    On a device with little memory a quarter of it must do as working space.
+    On a device with little memory, the working space is a quarter of it.
     """
     if gigabytes:
         return round(gigabytes * GB)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free - min(free // 4, WORKING_SPACE_GPU)
-    there_is = min(filter(None, (physical(), container_limit())))
-    return there_is - min(there_is // 4, WORKING_SPACE_CPU)
+    available = min(filter(None, (physical(), container_limit())))
+    return available - min(available // 4, WORKING_SPACE_CPU)
 
 
 def physical() -> int:
-    """The machine's memory, in bytes."""
+    """Returns the machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def container_limit(
     groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> int | None:
-    """What this process's control group, or one around it, may use, in bytes; None: there is no limit.
+    """Returns the smallest memory limit of this process's control group and its parents, in bytes.
 
-    Both versions of Linux' control groups. Inside a container the path in `own` may be the host's,
-    which is not there: then the container's group is mounted in its place.
+    Reads both versions of Linux' control groups. Inside a container the path in `own` may be the host's,
+    which does not exist there: then the container's own group is at the top of `groups`.
+
+    Args:
+        groups: where the control groups are mounted.
+        own: the file that names this process's groups.
+
+    Returns:
+        The limit; None if there is no limit.
     """
     limits = []
     try:
@@ -59,6 +66,7 @@ def container_limit(
 
 
 def _number(path: Path) -> int | None:
+    """Returns the number in a file; None if there is no file or no number."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):  # absent, or "max"

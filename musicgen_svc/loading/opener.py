@@ -1,6 +1,6 @@
-"""Names -> checkpoints in whatever format, opened: of their tensors nothing is read yet."""
+"""The opener: a model's name -> its opened checkpoint. Nothing of its tensors is read yet."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -13,32 +13,49 @@ T = TypeVar("T")
 
 
 class Opener:
-    """The last one is remembered: a request first asks what its model can do, and then for the model."""
+    """Opens checkpoints by the names of models, and remembers the last one.
+
+    A request first asks what its model can do and then asks for the model: it is opened once for both.
+    """
 
     def __init__(self, weights: Weights, lora_strength: float) -> None:
+        """Makes an opener.
+
+        Args:
+            weights: where the checkpoints are.
+            lora_strength: the factor for the weights of adapters; 1: as they were trained.
+        """
         self._weights = weights
         self._lora_strength = lora_strength
-        self._last: tuple[str, Sequence[FileState], OpenedCheckpoint] | None = None
+        self._last: tuple[str, tuple[FileState, ...], OpenedCheckpoint] | None = None
 
     def open(self, name: str) -> OpenedCheckpoint:
-        """The checkpoint of the model called `name`.
+        """Opens the checkpoint of the model called `name`.
 
         Raises:
             WeightsError: it is absent, unsafe, no MusicGen or cannot be read.
         """
         if self._last is not None:
             last, files, opened = self._last
-            if last == name and all(file.stands for file in files):
+            if last == name and all(file.unchanged for file in files):
                 return opened
-        opened = self.open_path(self._weights.model(name))
-        self._last = name, [FileState.of(path) for path in opened.files], opened
+        path = self._weights.model(name)
+        opened = self.open_path(path)
+        read = (*opened.files, path)  # the path may be that of an archive, whose files are elsewhere
+        self._last = name, tuple(FileState.of(file) for file in read if file.is_file()), opened
         return opened
+
+    @property
+    def files(self) -> tuple[FileState, ...]:
+        """The files of the checkpoint that is open, and its archive, as they were when it was opened."""
+        assert self._last is not None
+        return self._last[1]
 
     @contextmanager
     def trying(self, name: str) -> Iterator[OpenedCheckpoint]:
-        """Opens the model called `name`, to load from it within.
+        """Opens the model called `name`, which is then loaded inside the context.
 
-        What was unpacked of an archive is removed if that fails, and is kept from then on if it does not.
+        What was unpacked from an archive is kept if loading succeeds, and removed if it fails.
 
         Raises:
             WeightsError: as `open`.
@@ -53,7 +70,9 @@ class Opener:
             opened.archive.accept()
 
     def read(self, name: str, question: Callable[[OpenedCheckpoint], T]) -> T:
-        """What a question about the model called `name` is answered; nothing is loaded from it yet.
+        """Returns the answer to a question about the model called `name`, and loads nothing.
+
+        What was unpacked from an archive is removed if the question fails.
 
         Raises:
             WeightsError: as `open`, or as the question.
@@ -65,6 +84,11 @@ class Opener:
             return question(opened)
 
     def open_path(self, path: Path) -> OpenedCheckpoint:
+        """Opens the checkpoint at a path, and does not remember it.
+
+        Raises:
+            WeightsError: as `open`.
+        """
         return open_checkpoint(
             path,
             base=self._weights.base,
@@ -73,5 +97,5 @@ class Opener:
         )
 
     def forget(self) -> None:
-        """Lets go of the last one, and of the tensors that it may map."""
+        """Forgets the last checkpoint, so that the tensors that it maps can be freed."""
         self._last = None

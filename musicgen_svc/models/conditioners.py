@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
+from omegaconf import DictConfig
 from torch import nn
 
-from musicgen_svc.errors import InputError
+from musicgen_svc.errors import InputError, WeightsError
 from musicgen_svc.models.chroma import Chroma
 from musicgen_svc.models.demucs import REACH_S
+from musicgen_svc.models.t5 import T5Encoder
 from musicgen_svc.runtime.ticks import Tick, no_tick
 
 Condition: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -116,6 +118,46 @@ class MelodyConditioner(nn.Module):
         return embedding, torch.ones_like(embedding[..., 0])
 
 
+def build_melody_conditioner(
+    config: DictConfig, separate: Separate, sample_rate: int, device: torch.device
+) -> MelodyConditioner:
+    """Builds the chroma that the checkpoint was trained with, and a projection without its weights.
+
+    Args:
+        config: the checkpoint's configuration, in audiocraft's form.
+        separate: Demucs.
+        sample_rate: the codec's, in Hz.
+        device: where the model runs.
+    """
+    wanted = config.conditioners[MELODY].chroma_stem
+    chroma = Chroma(
+        sample_rate=sample_rate,
+        n_chroma=wanted.n_chroma,
+        radix2_exp=wanted.radix2_exp,
+        **{name: wanted[name] for name in ("nfft", "winlen", "winhop", "argmax", "norm") if name in wanted},
+    )
+    duration_s = config.dataset.segment_duration
+    return MelodyConditioner(separate, chroma.to(device), duration_s, config.transformer_lm.dim)
+
+
+def conditioner_names(config: DictConfig) -> set[str]:
+    """Returns the names of the checkpoint's conditioners: `TEXT` and perhaps `MELODY`.
+
+    Raises:
+        WeightsError: the configuration has a conditioner that MusicGen does not have, or none for text.
+    """
+    names = {str(name) for name in config.conditioners if name != "args"}
+    unknown = {
+        n for n in names if (n, config.conditioners[n].model) not in ((TEXT, "t5"), (MELODY, "chroma_stem"))
+    }
+    if unknown or TEXT not in names:
+        raise WeightsError(
+            f"The checkpoint is conditioned on {', '.join(sorted(names))}; "
+            f"MusicGen takes a {TEXT} by t5 and, optionally, a {MELODY} by chroma_stem."
+        )
+    return names
+
+
 class Conditioner(nn.Module):
     """All conditioners of one model, in place of those of audiocraft's language model.
 
@@ -148,6 +190,30 @@ class Conditioner(nn.Module):
             assert melody is None
             return {}
         return {MELODY: self.conditioners[MELODY](melody, tick)}
+
+
+def build_conditioner(
+    config: DictConfig,
+    t5: T5Encoder,
+    tokenizer: Any,
+    separate: Separate,
+    sample_rate: int,
+    device: torch.device,
+) -> Conditioner:
+    """Builds all conditioners that the checkpoint was trained with, their projections without weights.
+
+    Args:
+        config: the checkpoint's configuration, in audiocraft's form.
+        t5: the text encoder.
+        tokenizer: the tokenizer of the text encoder.
+        separate: Demucs; used only if the model takes melodies.
+        sample_rate: the codec's, in Hz.
+        device: where the model runs.
+    """
+    text = TextConditioner(t5, tokenizer, t5.d_model, config.transformer_lm.dim)
+    if MELODY not in conditioner_names(config):
+        return Conditioner(text, None)
+    return Conditioner(text, build_melody_conditioner(config, separate, sample_rate, device))
 
 
 def looped(melody: torch.Tensor, start: int, length: int) -> torch.Tensor:

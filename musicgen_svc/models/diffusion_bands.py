@@ -43,7 +43,20 @@ def load_bands(path: Path, device: torch.device) -> list[Band]:
     Raises:
         WeightsError: the file is missing, unsafe or not a MultiBand Diffusion checkpoint.
     """
-    package = load_pickle(path)
+    return build_bands(load_pickle(path), path, device)
+
+
+def build_bands(package: Any, path: Path, device: torch.device) -> list[Band]:
+    """Builds the models in the content of audiocraft's file.
+
+    Args:
+        package: what the file holds.
+        path: the file, for messages.
+        device: where the models will run.
+
+    Raises:
+        WeightsError: the file is of another kind.
+    """
     try:
         top = diffusion_fields(package, str(path))
         return [

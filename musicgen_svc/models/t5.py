@@ -6,7 +6,6 @@ arXiv:2002.05202). Modules have the names of the released weights. The tokenizer
 """
 
 import math
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,7 +14,6 @@ from torch.nn import functional as F
 from musicgen_svc.checkpoints import TransformersPart
 from musicgen_svc.checkpoints.part_configs import t5_fields
 from musicgen_svc.checkpoints.tensor_checks import check_finite, check_fit, check_t5_sizes
-from musicgen_svc.checkpoints.tensor_files import TRANSFORMERS_FILES, read_json, read_tensors, tensor_files
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.models.meta_init import on_meta
 from musicgen_svc.runtime.ticks import Tick, no_tick
@@ -24,22 +22,14 @@ _SHARED = "shared.weight"
 _EMBEDDING = "encoder.embed_tokens.weight"
 
 
-def load_t5(source: Path | TransformersPart, device: torch.device) -> "T5Encoder":
-    """Loads the encoder in fp32.
-
-    Args:
-        source: a folder of transformers, or the T5 inside a checkpoint.
-        device: where the weights go.
+def load_t5(source: TransformersPart, device: torch.device) -> "T5Encoder":
+    """Builds the encoder in fp32, from its own folder or from inside a checkpoint.
 
     Raises:
-        WeightsError: there is no T5, it is an unsupported variant, its weights do not fit its configuration,
+        WeightsError: it is no T5, it is an unsupported variant, its weights do not fit its configuration,
             or they are not finite.
     """
-    if isinstance(source, TransformersPart):
-        config, state, origin = source.config, source.state, source.origin
-    else:
-        config, origin = read_json(source / "config.json"), str(source)
-        state = read_tensors(tensor_files(source, TRANSFORMERS_FILES))
+    config, state, origin = source.config, source.state, source.origin
     if config.get("model_type", "t5") != "t5":
         raise WeightsError(f"{origin} holds a {config['model_type']!r:.40}; the text encoder must be a 't5'.")
     # The embedding has one or both of two names. A decoder, if there is one, is not needed.

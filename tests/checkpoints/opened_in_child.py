@@ -48,7 +48,7 @@ def generated(weights: Path, given: str) -> None:
     )
     wav = model.codec.decode(tokens)
     if has_diffusion:
-        wav = loader.diffusion(model.place, model.codec).decode(tokens)
+        wav = loader.diffusion(model.path, model.codec).decode(tokens)
     assert wav.isfinite().all(), "what was generated is not finite"
 
 

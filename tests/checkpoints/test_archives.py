@@ -394,9 +394,9 @@ def test_what_does_not_load_is_gone_and_what_did_load_stays(
     export = {file.name: file for file in (weights / "small").iterdir()}
     good = pack(tmp_path / "good.zip", "zip", export)
     model = loader(writable_weights, good).start()
-    assert left_in(cache) == [model.place.name]
+    assert left_in(cache) == [model.path.name]
     loader(writable_weights, good)
-    assert left_in(cache) == [model.place.name], "a start keeps it"
+    assert left_in(cache) == [model.path.name], "a start keeps it"
 
 
 def test_a_codec_or_a_question_that_fails_leaves_nothing(

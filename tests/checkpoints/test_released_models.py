@@ -11,13 +11,13 @@ import pytest
 import tiny_lms
 import torch
 from omegaconf import OmegaConf
+from tiny_lms import build_lm
 from torch import nn
 
 from musicgen_svc.checkpoints import Checkpoint
 from musicgen_svc.checkpoints.configs import lm_config
 from musicgen_svc.checkpoints.infer_config import infer_config
-from musicgen_svc.models.building import build_lm, build_melody_conditioner
-from musicgen_svc.models.conditioners import Conditioner, TextConditioner
+from musicgen_svc.models.conditioners import Conditioner, TextConditioner, build_melody_conditioner
 from tests.fixtures import tiny_models
 
 TABLE = Path(__file__).parent / "released_shapes.json"

@@ -182,8 +182,8 @@ def test_a_model_without_the_efficient_attention_computes_the_same(models: Any, 
 
 
 def samples(codec: Any) -> torch.Tensor:
-    from musicgen_svc.models.building import build_codec
     from musicgen_svc.models.encodec import Codec
+    from musicgen_svc.models.encodec_builder import build_codec
 
     assert isinstance(codec, Checkpoint)
     tokens = torch.randint(0, 400, (4, 20), generator=torch.Generator().manual_seed(0))

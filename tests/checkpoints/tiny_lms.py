@@ -8,8 +8,8 @@ from torch import nn
 
 from musicgen_svc.audiocraft_compat import LMModel, builders
 from musicgen_svc.checkpoints import Checkpoint
-from musicgen_svc.models.building import build_lm, build_melody_conditioner
-from musicgen_svc.models.conditioners import Conditioner, TextConditioner
+from musicgen_svc.models.conditioners import Conditioner, TextConditioner, build_melody_conditioner
+from musicgen_svc.models.language_model import LazyLM
 from tests.fixtures import tiny_codecs, tiny_models
 
 CPU = torch.device("cpu")
@@ -53,6 +53,15 @@ def build(checkpoint: Checkpoint) -> LMModel:
     if "self_wav" in checkpoint.config.conditioners:
         melody = build_melody_conditioner(checkpoint.config, lambda wav, _: wav, 32_000, CPU)
     return build_lm(checkpoint, Conditioner(text, melody), CPU)
+
+
+def build_lm(checkpoint: Checkpoint, conditioner: Conditioner, device: torch.device) -> LMModel:
+    """Loads a language model with all its layers, which the service loads one at a time."""
+    lazy = LazyLM(checkpoint.config, checkpoint.origin, device)
+    lm = lazy.open(checkpoint, conditioner)
+    for part in (*lm.transformer.layers, lm.linears):
+        lazy.load(part)
+    return lm
 
 
 @torch.inference_mode()

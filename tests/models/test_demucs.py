@@ -14,7 +14,7 @@ from demucs.demucs import Demucs
 from torch import Tensor
 
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.loading import parts as components
+from musicgen_svc.loading.parts import separator_spec
 from musicgen_svc.models.demucs import Separator, load_separator
 
 CPU = torch.device("cpu")
@@ -118,6 +118,6 @@ def test_the_models_of_a_demucs_are_files_beside_its_list(name: Any, weights: Pa
     if name == "/abs/955717e8":
         name = f"{weights}/htdemucs/955717e8"
     (folder / "htdemucs.yaml").write_text(json.dumps({"models": [name]}))
-    for read in (load_separator, components.separator):
+    for read in (load_separator, separator_spec):
         with pytest.raises(WeightsError, match=r"htdemucs\.yaml (names the model|has models)"):
             read(folder, RATE_HZ, CPU)

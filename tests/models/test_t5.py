@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from musicgen_svc.checkpoints import TransformersPart
+from musicgen_svc.checkpoints.transformers_part import read_transformers_part
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.models.t5 import load_t5
 from musicgen_svc.models.t5_tokenizer import load_tokenizer
@@ -45,7 +46,8 @@ def theirs(model: Any, mask: torch.Tensor = MASK) -> torch.Tensor:
 
 @torch.inference_mode()
 def ours(source: Path | TransformersPart, mask: torch.Tensor = MASK) -> torch.Tensor:
-    hidden: torch.Tensor = load_t5(source, CPU)(TOKENS, mask)
+    part = source if isinstance(source, TransformersPart) else read_transformers_part(source)
+    hidden: torch.Tensor = load_t5(part, CPU)(TOKENS, mask)
     return hidden
 
 
@@ -77,7 +79,7 @@ def test_shards_pickles_half_precision_and_the_encoder_alone_load(tmp_path: Path
     for folder in ("shards", "pickle", "alone"):
         assert torch.equal(ours(tmp_path / folder), theirs(model)), folder
     model.half().save_pretrained(tmp_path / "half")
-    assert load_t5(tmp_path / "half", CPU).shared.weight.dtype == torch.float32
+    assert load_t5(read_transformers_part(tmp_path / "half"), CPU).shared.weight.dtype == torch.float32
     assert torch.equal(ours(tmp_path / "half"), theirs(model.float()))
 
 
@@ -113,7 +115,7 @@ def test_a_field_that_does_not_fit_is_named(change: dict[str, Any], message: str
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    for load in (lambda: load_t5(tmp_path, CPU), lambda: load_tokenizer(tmp_path, 1)):
+    for load in (lambda: read_transformers_part(tmp_path), lambda: load_tokenizer(tmp_path, 1)):
         with pytest.raises(WeightsError, match=str(tmp_path)):
             load()
 

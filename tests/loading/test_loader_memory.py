@@ -1,4 +1,4 @@
-"""Models within a memory budget: what is alive, and when."""
+"""The loader keeps models within a memory budget: which are in memory, and when."""
 
 import gc
 import weakref
@@ -18,11 +18,12 @@ from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.errors import InputError, WeightsError
-from musicgen_svc.loading.cache import Item
-from musicgen_svc.loading.loader import Loader, Model
+from musicgen_svc.loading.cache import Entry
+from musicgen_svc.loading.loader import Loader
 from musicgen_svc.loading.memory_budget import GB
-from musicgen_svc.loading.model import engine_bytes
-from musicgen_svc.models.building import LMDraft, build_codec, build_transformers_codec, codec_in
+from musicgen_svc.loading.model import Model, engine_bytes
+from musicgen_svc.models.encodec_builder import build_codec, read_encodec
+from musicgen_svc.models.language_model import LazyLM
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import read_catalog
 from musicgen_svc.weights.paths import Weights
@@ -33,9 +34,10 @@ MakeLoader = Callable[..., Loader]
 
 @pytest.fixture
 def loader(weights: Path) -> MakeLoader:
-    """`finetuned` is the stereo model, or another."""
+    """Returns a function that makes a loader; `finetuned` is the stereo model, or the one given."""
 
     def make(budget: int | None = None, given: str = "stereo") -> Loader:
+        """`budget`: in bytes; None: the default."""
         settings = Settings() if budget is None else Settings(memory_budget_gb=budget / GB)
         return Loader(Weights.at(weights, read_catalog(), str(weights / given)), CPU, settings)
 
@@ -44,28 +46,28 @@ def loader(weights: Path) -> MakeLoader:
 
 @pytest.fixture
 def sizes(loader: MakeLoader) -> dict[str, int]:
-    """What each takes when nothing else is resident; `demucs` and `mbd` by themselves."""
+    """Bytes of each model with its parts, of `demucs`, `mbd` and `codec`, and of what two models share."""
     found = {}
     for name in ("small", "melody", "finetuned"):
         models = loader()
         model = models.model(name)
-        found[name] = models._store.used
+        found[name] = models._cache.used
         if name == "small":
-            models.diffusion(model.place, model.codec)
-            found["mbd"] = models._store.used - found[name]
+            models.diffusion(model.path, model.codec)
+            found["mbd"] = models._cache.used - found[name]
         if name == "melody":
             model.conditioner.melody(torch.zeros(1, 32_000))
-            found["demucs"] = models._store.used - found[name]
+            found["demucs"] = models._cache.used - found[name]
     models = loader()
     models.codec()
-    found["codec"] = models._store.used
+    found["codec"] = models._cache.used
     models.model("small"), models.model("melody")
-    found["shared"] = found["small"] + found["melody"] - models._store.used
+    found["shared"] = found["small"] + found["melody"] - models._cache.used
     return found
 
 
 def modules_bytes(model: Model) -> int:
-    """Of all weights of a model, each memory once."""
+    """Returns the bytes of all weights of a model; weights that share memory are counted once."""
     lm = model.engine.decoder._lm
     text = model.conditioner.conditioners["description"]
     modules = [lm, model.codec._mono, text._t5[0]]  # type: ignore[union-attr,index]
@@ -76,49 +78,51 @@ def modules_bytes(model: Model) -> int:
 @pytest.mark.parametrize("name", ["small", "finetuned", "melody"])
 @pytest.mark.parametrize("given", ["stereo", "hf-codec"])
 def test_a_models_size_is_known_before_it_is_loaded(
-    loader: MakeLoader, name: str, given: str, lent_for_good: None
+    loader: MakeLoader, name: str, given: str, all_weights_kept: None
 ) -> None:
-    """But for the conditioners' projections and some constants."""
+    """The conditioners' projections and some constants are not counted."""
     models = loader(given=given)
     model = models.model(name)
     known = sum(t.nbytes for t in (*model.conditioner.parameters(), *model.conditioner.buffers()))
-    assert 0 <= modules_bytes(model) - models._store.used - known < 1000
+    assert 0 <= modules_bytes(model) - models._cache.used - known < 1000
 
 
-def test_the_least_recently_used_is_gone_before_the_newcomer_comes_in(
+def test_the_least_recently_used_model_is_evicted_before_a_new_one_is_built(
     loader: MakeLoader, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A, B, A, C with room for two."""
+    """Loads A, B, A and C with room for two of them."""
     models = loader(sizes["small"] + sizes["finetuned"] - sizes["shared"])
     engines: dict[str, weakref.ref[Engine]] = {}
     alive_at_build: list[set[str]] = []
-    build = Item.build
+    build = Entry.build
 
     def alive() -> set[str]:
         return {name for name, engine in engines.items() if engine() is not None}
 
-    def watched(item: Item[Any]) -> Any:
-        if item.kind == "model":
+    def watched(entry: Entry[Any]) -> None:
+        if entry.role == "model":
             alive_at_build.append(alive())
-        return build(item)
+        build(entry)
 
-    monkeypatch.setattr(Item, "build", watched)
+    monkeypatch.setattr(Entry, "build", watched)
     for name in ("small", "melody", "small", "finetuned"):
         engines[name] = weakref.ref(models.model(name).engine)
-    assert alive_at_build == [set(), {"small"}, {"small"}], "the second A was there, and B gone before C"
+    assert alive_at_build == [set(), {"small"}, {"small"}], (
+        "the second A was in memory, and B was evicted before C was built"
+    )
     assert alive() == {"small", "finetuned"}
-    assert models._store.used <= models._store._residency.budget
+    assert models._cache.used <= models._cache._budget.budget
 
 
-def test_a_part_goes_when_no_resident_model_uses_it_and_its_room_is_needed(loader: MakeLoader) -> None:
+def test_a_part_is_evicted_when_no_model_in_memory_uses_it_and_its_room_is_needed(loader: MakeLoader) -> None:
     hf = loader(given="hf-codec")
     hf.start()
-    alone = hf._store.used
+    alone = hf._cache.used
     models = loader(alone, "hf-codec")
     codec = weakref.ref(models.model("small").codec._mono)
     text = weakref.ref(models.model("small").conditioner.conditioners["description"]._t5[0])  # type: ignore[index,union-attr,arg-type]
     models.model("finetuned")
-    assert models._store.used == alone
+    assert models._cache.used == alone
     assert codec() is None, "its codec is another one"
     assert text() is not None, "T5 is the same"
 
@@ -133,12 +137,12 @@ def test_a_model_larger_than_the_budget_is_refused_before_anything_is_loaded(
         "take a smaller model, or raise MUSICGEN_MEMORY_BUDGET_GB",
     ):
         models.start()
-    assert models._store.used == 0
+    assert models._cache.used == 0
     models = loader(sizes["finetuned"])
     assert models.start().name == "finetuned"
 
 
-def test_a_refused_model_costs_nobody_its_place(loader: MakeLoader, sizes: dict[str, int]) -> None:
+def test_a_model_that_is_refused_evicts_nothing(loader: MakeLoader, sizes: dict[str, int]) -> None:
     models = loader(sizes["small"] - 1)
     melody = models.model("melody")
     with pytest.raises(WeightsError, match="'small' with its codec and T5 takes"):
@@ -148,7 +152,7 @@ def test_a_refused_model_costs_nobody_its_place(loader: MakeLoader, sizes: dict[
         loader(sizes["melody"] + sizes["demucs"] - 1).model("melody")
 
 
-def test_what_is_loaded_for_a_request_leaves_its_model_alone(
+def test_what_is_loaded_for_a_request_does_not_evict_its_model(
     loader: MakeLoader, sizes: dict[str, int]
 ) -> None:
     models = loader(sizes["small"])
@@ -161,65 +165,66 @@ def test_what_is_loaded_for_a_request_leaves_its_model_alone(
     with pytest.raises(
         InputError, match=r"multi_band_diffusion is true, but MultiBand Diffusion beside what it .* takes"
     ):
-        models.diffusion(small.place, small.codec)
+        models.diffusion(small.path, small.codec)
     assert models.model("small") is small
 
 
-def test_encode_decode_takes_a_models_room_if_there_is_no_other(
+def test_encode_decode_evicts_a_model_if_there_is_no_other_room(
     loader: MakeLoader, sizes: dict[str, int]
 ) -> None:
     models = loader(sizes["small"] + sizes["mbd"] - 1)
     engine = weakref.ref(models.model("small").engine)
-    place, codec = models.codec()
+    checkpoint, codec = models.codec()
     assert engine() is not None, "the codec is shared"
-    models.diffusion(place, codec)
+    models.diffusion(checkpoint, codec)
     assert engine() is None
-    assert models.codec()[1]._mono is codec._mono, "in use, and so still there"
+    assert models.codec()[1]._mono is codec._mono, "it is in use, so that it is kept"
 
 
-def test_what_decodes_keeps_nothing_alive(loader: MakeLoader, sizes: dict[str, int]) -> None:
-    """MultiBand Diffusion is handed out with a codec, which may belong to a model that is let go."""
+def test_diffusion_does_not_keep_a_codec_in_memory(loader: MakeLoader, sizes: dict[str, int]) -> None:
+    """The decoder holds a codec, which may belong to a model that is evicted later."""
     models = loader(sizes["small"] + sizes["mbd"], "hf-codec")
     small = models.model("small")
     codec = weakref.ref(small.codec._mono)
-    assert models.diffusion(small.place, small.codec) is models.diffusion(small.place, small.codec)
-    del small
+    first, second = (models.diffusion(small.path, small.codec) for _ in range(2))
+    assert first._bands is second._bands
+    del small, first, second
     models.model("finetuned")
     gc.collect()
     assert codec() is None
 
 
-def test_a_models_layers_are_there_while_they_are_packed(
+def test_a_models_layers_are_in_memory_only_while_they_are_packed(
     loader: MakeLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each thread has one, whatever the size of the model."""
-    filled: list[int] = []
-    fill = LMDraft.fill
+    """Each thread has one layer in memory, whatever the size of the model."""
+    counts: list[int] = []
+    load = LazyLM.load
 
-    def there(lm: Any) -> list[torch.nn.Module]:
+    def in_memory(lm: Any) -> list[torch.nn.Module]:
         parts = (*lm.transformer.layers, lm.linears)
         return [part for part in parts if not all(weight.is_meta for weight in part.parameters())]
 
-    def counted(draft: LMDraft, part: torch.nn.Module) -> None:
-        fill(draft, part)
-        filled.append(len(there(draft._lm)))
+    def counted(lazy: LazyLM, part: torch.nn.Module) -> None:
+        load(lazy, part)
+        counts.append(len(in_memory(lazy._lm)))
 
-    monkeypatch.setattr(LMDraft, "fill", counted)
+    monkeypatch.setattr(LazyLM, "load", counted)
     model = loader().model("small")
     lm = model.engine.decoder._lm
-    assert len(filled) == len(lm.transformer.layers) + 1 and max(filled) <= torch.get_num_threads()
-    assert there(lm) == [] and not any(emb.weight.is_meta for emb in lm.emb)
+    assert len(counts) == len(lm.transformer.layers) + 1 and max(counts) <= torch.get_num_threads()
+    assert in_memory(lm) == [] and not any(emb.weight.is_meta for emb in lm.emb)
 
 
-@pytest.mark.parametrize("spelling", ["audiocraft", "transformers"])
-def test_a_codecs_weights_are_the_files_own_pages(weights: Path, spelling: str) -> None:
-    if spelling == "audiocraft":
+@pytest.mark.parametrize("library", ["audiocraft", "transformers"])
+def test_a_codecs_weights_are_the_files_own_pages(weights: Path, library: str) -> None:
+    if library == "audiocraft":
         source = open_checkpoint(weights / "small").codec()
         assert isinstance(source, Checkpoint)
         module: Any = build_codec(source, CPU)
     else:
-        source = codec_in(weights / "encodec_32khz")
-        module = build_transformers_codec(source, CPU).model
+        source = read_encodec(weights / "encodec_32khz")
+        module = build_codec(source, CPU).model
     own = module.state_dict()
     assert own and all(tensor.data_ptr() == source.state[name].data_ptr() for name, tensor in own.items())
     assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
@@ -236,11 +241,11 @@ def test_the_engines_buffers_on_a_gpu_are_counted(kind: str) -> None:
     assert engine_bytes(_config(kind), CPU, slots=2, precision="reference") == 0
 
 
-def test_a_request_beside_others_takes_what_the_server_counts_with() -> None:
+def test_the_server_counts_the_bytes_that_one_more_request_takes() -> None:
     large = SIZES["large"]
     config = _config(large["kind"], dim=large["dim"], layers=large["layers"])
-    place = engine_bytes(config, torch.device("cuda"), slots=1, precision="reference")
-    assert place / GB == pytest.approx(cog_server.PLACE_GB, rel=0.02)
+    per_request = engine_bytes(config, torch.device("cuda"), slots=1, precision="reference")
+    assert per_request / GB == pytest.approx(cog_server.PLACE_GB, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])

@@ -1,4 +1,4 @@
-"""Names become models, and what is missing, foreign or wrong is said in one sentence."""
+"""The loader turns names into models, and says in one sentence what is missing or wrong."""
 
 import random
 import shutil
@@ -10,7 +10,8 @@ import torch
 
 from musicgen_svc.checkpoints import open_checkpoint
 from musicgen_svc.errors import InputError, WeightsError
-from musicgen_svc.loading.loader import Loader, Model
+from musicgen_svc.loading.loader import Loader
+from musicgen_svc.loading.model import Model
 from musicgen_svc.models.conditioners import TEXT, TextConditioner
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import read_catalog
@@ -21,38 +22,39 @@ CPU = torch.device("cpu")
 
 
 def loader(folder: Path, given: Path | None = None) -> Loader:
+    """Returns a loader for a folder of weights; `given`: the path in COG_WEIGHTS."""
     return Loader(Weights.at(folder, read_catalog(), str(given) if given else None), CPU, Settings())
 
 
 @pytest.fixture
 def own(weights: Path, tmp_path: Path) -> Path:
-    """A fine-tune elsewhere, with nothing beside it."""
+    """A fine-tune in a folder outside the weights; nothing else is in its parent folder."""
     return Path(shutil.copytree(weights / "small", tmp_path / "elsewhere" / "own"))
 
 
-def test_start_loads_the_finetune_or_else_the_first_base_model(weights: Path, own: Path) -> None:
+def test_start_loads_the_finetune_or_the_first_base_model(weights: Path, own: Path) -> None:
     assert loader(weights, own).start().name == "finetuned"
     assert loader(weights).start().name == "small"
 
 
-def test_the_demo_model_is_there_wherever_the_weights_are(weights: Path, tmp_path: Path) -> None:
-    assert loader(tmp_path).start().place == DEMO
+def test_the_demo_model_is_found_wherever_the_weights_are(weights: Path, tmp_path: Path) -> None:
+    assert loader(tmp_path).start().path == DEMO
     beside = loader(weights)
-    assert beside.start().name == "small" and beside.model("finetuned").place == DEMO
+    assert beside.start().name == "small" and beside.model("finetuned").path == DEMO
     shutil.copytree(weights / "small", tmp_path / "finetuned")
     assert Weights.at(tmp_path, read_catalog(), None).finetuned == tmp_path / "finetuned"
 
 
 def test_the_precision_of_the_settings_is_the_engines(weights: Path) -> None:
-    place = Weights.at(weights, read_catalog(), None)
-    chosen = Loader(place, CPU, Settings(precision="bfloat16")).model("small")
+    found = Weights.at(weights, read_catalog(), None)
+    chosen = Loader(found, CPU, Settings(precision="bfloat16")).model("small")
     assert (chosen.engine.precision, loader(weights).model("small").engine.precision) == (
         "bfloat16",
         "reference",
     )
 
 
-def test_start_without_any_weights_says_where_they_belong(tmp_path: Path) -> None:
+def test_start_without_any_weights_says_where_to_put_them(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"finetuned.*COG_WEIGHTS.*no model is present"):
         Loader(Weights.at(tmp_path, read_catalog(), None, demo=tmp_path / "none"), CPU, Settings()).start()
 
@@ -62,7 +64,7 @@ def test_an_absent_model_is_named_with_the_command_that_gets_it(weights: Path) -
         loader(weights).model("large")
 
 
-def test_a_given_checkpoint_that_is_not_there_is_refused(weights: Path, tmp_path: Path) -> None:
+def test_a_given_checkpoint_that_does_not_exist_is_refused(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="COG_WEIGHTS is"):
         loader(weights, tmp_path / "nothing")
 
@@ -75,22 +77,27 @@ def test_a_failed_load_leaves_the_loader_usable(weights: Path) -> None:
     assert models.model("small").name == "small"
 
 
-def test_components_are_the_checkpoints_own_first(weights: Path, own: Path, tmp_path: Path) -> None:
+def test_a_checkpoints_own_parts_are_used_before_the_common_ones(
+    weights: Path, own: Path, tmp_path: Path
+) -> None:
     with pytest.raises(WeightsError, match=r"own needs t5-small, .*download_weights t5-small"):
         loader(tmp_path, own).start()
     shutil.copytree(weights / "t5-small", own / "t5-small")
     shutil.copytree(weights / "t5-small", tmp_path / "t5-small")
-    places = Weights.at(tmp_path, read_catalog(), str(own))
-    assert places.component("t5-small", own) == own / "t5-small"
+    found = Weights.at(tmp_path, read_catalog(), str(own))
+    assert found.component("t5-small", own) == own / "t5-small"
     assert loader(tmp_path, own).start().name == "finetuned"
 
 
 @pytest.mark.parametrize("by", ["rename", "copy"])
-def test_a_checkpoint_that_is_replaced_is_loaded_anew(by: str, weights: Path, own: Path) -> None:
-    """On a CPU a model lies in its files: it would go on with other numbers, and the old one's hash."""
+def test_a_checkpoint_whose_file_is_replaced_is_loaded_again(by: str, weights: Path, own: Path) -> None:
+    """On a CPU the weights are mapped from the file: without a reload the model would have the new weights
+    and the old hash.
+    """
     models, file = loader(weights, own), own / "state_dict.bin"
     first = models.start()
     assert models.model("finetuned") is first
+    first_hash = first.content_hash  # computed in the background, from the file that is there at that time
     package = torch.load(file, weights_only=True)
     package["best_state"]["out_norm.weight"] *= 2
     torch.save(package, own / "newer")
@@ -105,14 +112,16 @@ def test_a_checkpoint_that_is_replaced_is_loaded_anew(by: str, weights: Path, ow
         file.write_bytes(content)
     second = models.model("finetuned")
     assert second is not first and models.model("finetuned") is second
-    assert second.content_hash == sha256_of(file) != first.content_hash
-    assert second.codec._mono is first.codec._mono, "what had stayed was loaded again"
+    assert second.content_hash == sha256_of(file) != first_hash
+    assert second.codec._mono is first.codec._mono, (
+        "the codec's file is unchanged, and must not be loaded again"
+    )
 
 
-def test_a_part_that_is_replaced_is_too_and_anothers_files_do_not_matter(
+def test_a_model_whose_part_is_replaced_is_loaded_again_and_other_models_files_do_not_matter(
     weights: Path, own: Path, tmp_path: Path
 ) -> None:
-    """A codec is loaded once for all that have equal files, from the first one's."""
+    """Models with equal codec files share one codec, which was loaded from the files of the first model."""
     shutil.copytree(weights / "t5-small", tmp_path / "weights" / "t5-small")
     base = Path(shutil.copytree(weights / "small", tmp_path / "weights" / "small"))
     models = loader(tmp_path / "weights", own)
@@ -122,12 +131,12 @@ def test_a_part_that_is_replaced_is_too_and_anothers_files_do_not_matter(
     shutil.rmtree(base)
     assert models.model("finetuned") is finetuned
     (own / "compression_state_dict.bin").touch()
-    anew = models.model("finetuned")
-    assert anew is not finetuned and anew.codec._mono is codec, "its content is the same"
-    assert models.model("finetuned") is anew
+    reloaded = models.model("finetuned")
+    assert reloaded is not finetuned and reloaded.codec._mono is codec, "its content is the same"
+    assert models.model("finetuned") is reloaded
 
 
-def test_an_archive_finds_what_lies_beside_it_and_is_replaced_like_any_file(
+def test_an_archive_uses_the_parts_beside_it_and_is_reloaded_when_it_is_replaced(
     weights: Path, own: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(weights / "t5-small", own.parent / "t5-small")
@@ -138,7 +147,7 @@ def test_an_archive_finds_what_lies_beside_it_and_is_replaced_like_any_file(
     (own / "README.md").write_text("another version")
     shutil.make_archive(str(own), "tar", own)
     second = models.model("finetuned")
-    assert second is not first and second.place != first.place
+    assert second is not first and second.path != first.path
 
 
 def test_only_models_with_a_melody_conditioner_take_melodies(weights: Path) -> None:
@@ -157,11 +166,11 @@ def test_the_codec_of_encode_decode_does_not_depend_on_what_ran_before(weights: 
     assert folder == weights / "small" and codec.fingerprint() == before and codec.channels == 1
 
 
-def test_diffusion_serves_the_codec_it_was_trained_for_wherever_that_lies(weights: Path, own: Path) -> None:
+def test_diffusion_accepts_the_codec_that_it_was_trained_for_in_any_folder(weights: Path, own: Path) -> None:
     models = loader(weights, own)
     model = models.start()
-    decoder = models.diffusion(model.place, model.codec)
-    assert models.diffusion(model.place, model.codec) is decoder, "loaded once"
+    decoder = models.diffusion(model.path, model.codec)
+    assert models.diffusion(model.path, model.codec)._bands is decoder._bands, "loaded once"
 
 
 def test_diffusion_refuses_another_codec(weights: Path, own: Path) -> None:
@@ -172,9 +181,9 @@ def test_diffusion_refuses_another_codec(weights: Path, own: Path) -> None:
     models = loader(weights, own)
     model = models.start()
     with pytest.raises(InputError, match=r"multi_band_diffusion is true, but own has a codec of its own"):
-        models.diffusion(model.place, model.codec)
+        models.diffusion(model.path, model.codec)
     shutil.copytree(weights / "multiband-diffusion", own / "multiband-diffusion")
-    models.diffusion(model.place, model.codec)  # brought along: it is the codec's own
+    models.diffusion(model.path, model.codec)  # the checkpoint has its own diffusion weights
 
 
 def test_weights_that_do_not_fit_are_named(weights: Path, own: Path) -> None:
@@ -211,12 +220,13 @@ def test_a_pickle_that_would_run_code_is_not_run(weights: Path, own: Path, tmp_p
 
 
 def t5_of(model: Model) -> torch.nn.Module:
+    """Returns the text encoder of a model."""
     conditioner = model.conditioner.conditioners[TEXT]
     assert isinstance(conditioner, TextConditioner)
     return conditioner._t5[0]
 
 
-def test_models_share_what_is_equal_wherever_it_lies(weights: Path, own: Path) -> None:
+def test_models_share_parts_with_equal_files_in_any_folder(weights: Path, own: Path) -> None:
     shutil.copytree(weights / "t5-small", own / "t5-small")
     models = loader(weights, own)
     small, melody, finetuned = (models.model(name) for name in ("small", "melody", "finetuned"))
@@ -225,7 +235,7 @@ def test_models_share_what_is_equal_wherever_it_lies(weights: Path, own: Path) -
     assert models.codec()[1]._mono is small.codec._mono
 
 
-def test_a_checkpoints_own_t5_does_not_reach_another_model(weights: Path, own: Path) -> None:
+def test_a_checkpoints_own_t5_is_not_used_for_another_model(weights: Path, own: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(weights / "t5-small", own / "t5-small")
@@ -250,7 +260,7 @@ def test_a_part_with_a_missing_file_is_named(weights: Path, own: Path) -> None:
         loader(weights, own).start()
 
 
-def test_models_with_other_codecs_share_none(weights: Path) -> None:
+def test_models_with_different_codecs_do_not_share_them(weights: Path) -> None:
     models = loader(weights, weights / "hf-codec")
     assert models.model("small").codec.cardinality == 400
     assert models.model("finetuned").codec.cardinality == 512
@@ -263,14 +273,14 @@ def test_loading_leaves_the_global_generators_as_they_were(weights: Path) -> Non
     model = models.model("finetuned")
     models.codec()
     small = models.model("small")
-    models.diffusion(small.place, small.codec)
+    models.diffusion(small.path, small.codec)
     models.model("melody").conditioner.melody(torch.zeros(1, 32_000))
     model.conditioner.text("rock")
     assert random.getstate() != before[0], "Demucs draws its shift"
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
-def test_a_model_is_opened_once_for_all_that_a_request_asks(
+def test_a_model_is_opened_once_for_all_questions_of_a_request(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
@@ -287,8 +297,8 @@ def test_a_model_is_opened_once_for_all_that_a_request_asks(
     assert opened == [weights / "melody"]
 
 
-def test_a_file_of_a_checkpoint_finds_all_that_its_folder_does(weights: Path, tmp_path: Path) -> None:
-    """Its codec, of the shape of the public one, its T5 and the diffusion decoder of its codec."""
+def test_a_checkpoint_given_as_a_file_uses_everything_in_its_folder(weights: Path, tmp_path: Path) -> None:
+    """That is its codec, which has the shape of the public one, its T5, and its diffusion weights."""
     folder = Path(shutil.copytree(weights / "small", tmp_path / "mine" / "own"))
     for part in ("t5-small", "multiband-diffusion"):
         shutil.copytree(weights / part, folder / part)
@@ -298,7 +308,7 @@ def test_a_file_of_a_checkpoint_finds_all_that_its_folder_does(weights: Path, tm
     torch.save(package, folder / "compression_state_dict.bin")
     by_file = loader(tmp_path / "none", folder / "state_dict.bin")
     named, whole = by_file.start(), loader(tmp_path / "none", folder).start()
-    assert (named.place, named.format, named.content_hash) == (whole.place, whole.format, whole.content_hash)
+    assert (named.path, named.format, named.content_hash) == (whole.path, whole.format, whole.content_hash)
     assert named.codec.fingerprint() == whole.codec.fingerprint()
     assert named.codec.fingerprint() != loader(weights).model("small").codec.fingerprint()
-    by_file.diffusion(named.place, named.codec)  # brought along: it is the codec's own
+    by_file.diffusion(named.path, named.codec)  # the checkpoint has its own diffusion weights

@@ -1,4 +1,4 @@
-"""Files are told apart by their bytes, and read as rarely as can be."""
+"""Files are compared by their bytes, and each is read at most once."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from musicgen_svc.loading import file_hashes as contents
+from musicgen_svc.loading import file_hashes
 from musicgen_svc.loading.file_hashes import FileState, Hashes
 
 
@@ -19,16 +19,17 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr(contents, "sha256_of", counted)
+    monkeypatch.setattr(file_hashes, "sha256_of", counted)
     return names
 
 
 def write(path: Path, content: bytes) -> FileState:
+    """Writes a file and returns its state."""
     path.write_bytes(content)
     return FileState.of(path)
 
 
-def test_equal_bytes_are_equal_wherever_they_lie(tmp_path: Path, read: list[str]) -> None:
+def test_files_with_equal_bytes_are_equal_in_any_folder(tmp_path: Path, read: list[str]) -> None:
     hashes = Hashes()
     a, b, c = (write(tmp_path / n, content) for n, content in (("a", b"one"), ("b", b"one"), ("c", b"two")))
     assert hashes.equal([a], [b]) and not hashes.equal([a], [c])
@@ -36,7 +37,7 @@ def test_equal_bytes_are_equal_wherever_they_lie(tmp_path: Path, read: list[str]
     assert sorted(read) == ["a", "b", "c"], "each once"
 
 
-def test_another_size_or_the_same_file_need_not_be_read(tmp_path: Path, read: list[str]) -> None:
+def test_files_of_different_sizes_and_the_same_file_are_not_read(tmp_path: Path, read: list[str]) -> None:
     a, longer = write(tmp_path / "a", b"one"), write(tmp_path / "b", b"longer")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     os.link(tmp_path / "a", tmp_path / "hard")
@@ -47,19 +48,19 @@ def test_another_size_or_the_same_file_need_not_be_read(tmp_path: Path, read: li
     assert not read
 
 
-def test_a_file_that_changed_is_another_one(tmp_path: Path) -> None:
+def test_a_file_that_has_changed_is_a_different_file(tmp_path: Path) -> None:
     hashes = Hashes()
     before = write(tmp_path / "a", b"one")
     copy = write(tmp_path / "b", b"one")
     os.utime(tmp_path / "a", ns=(1, 1))
     after = FileState.of(tmp_path / "a")
     assert hashes.equal([after], [copy])
-    assert not hashes.equal([before], [copy]), "what it held can no longer be said"
+    assert not hashes.equal([before], [copy]), "its former content is not known any more"
     (tmp_path / "b").unlink()
-    assert hashes.equal([after], [copy]), "it was read while it was there"
+    assert hashes.equal([after], [copy]), "it was hashed before it was removed"
 
 
-def test_the_content_of_several_files_is_that_of_their_hashes(tmp_path: Path) -> None:
+def test_the_hash_of_several_files_is_the_hash_of_their_hashes(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in "ab"]
     for path in paths:
         path.write_bytes(path.name.encode())
@@ -70,6 +71,6 @@ def test_the_content_of_several_files_is_that_of_their_hashes(tmp_path: Path) ->
     assert hashes.content_later(paths).result(10) == hashes.content(paths)
 
 
-def test_a_failure_in_the_background_comes_out_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_an_error_in_the_background_is_raised_where_the_result_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Hashes().content_later([tmp_path / "nothing"]).result(10)

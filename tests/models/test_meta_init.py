@@ -1,4 +1,4 @@
-"""Modules on meta have the shapes of the real ones, for free."""
+"""Modules on the meta device have the shapes of real ones, and cost no initialisation."""
 
 import subprocess
 import sys
@@ -11,6 +11,7 @@ from musicgen_svc.models.meta_init import on_meta
 
 
 def modules() -> nn.Module:
+    """Returns modules of all the types whose initialisation is skipped on the meta device."""
     convolution = nn.Conv1d(3, 5, 7)
     transposed = nn.ConvTranspose1d(3, 5, 7)
     nn.init.trunc_normal_(convolution.weight, std=0.02)
@@ -50,10 +51,10 @@ def test_tensors_that_have_values_are_left_alone() -> None:
 
 def test_torchs_compiler_is_not_imported() -> None:
     code = (
-        "import sys, warnings; warnings.simplefilter('ignore'); sys.path.insert(0, 'tests')\n"
-        "import test_meta\n"
-        "with test_meta.on_meta():\n"
-        "    test_meta.modules()\n"
+        "import sys, warnings; warnings.simplefilter('ignore'); sys.path.insert(0, 'tests/models')\n"
+        "import test_meta_init\n"
+        "with test_meta_init.on_meta():\n"
+        "    test_meta_init.modules()\n"
         "assert 'torch._dynamo' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=__file__.rsplit("/", 2)[0])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=__file__.rsplit("/", 3)[0])
