@@ -59,7 +59,7 @@ def with_reference(work: Workload, precision: Precision, frames: int = 64) -> di
 
     The guided logits are compared, as they are what tokens are drawn from.
     """
-    batches = [batch_for(work.lm, precision=p, kind="ragged") for p in ("reference", precision)]
+    batches = [batch_for(work.lm, precision=p, batch_kind="ragged") for p in ("reference", precision)]
     exact, rough = (
         batch.open(DecodeRequest(work.given[0], None, frames, GREEDY, torch.Generator())) for batch in batches
     )

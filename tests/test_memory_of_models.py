@@ -66,7 +66,7 @@ def sizes(loader: MakeLoader) -> dict[str, int]:
 
 def modules_bytes(model: Model) -> int:
     """Of all weights of a model, each memory once."""
-    lm = model.engine.decoder._lm
+    lm = model.engine.decoder.lm
     text = model.conditioner.conditioners["description"]
     modules = [lm, model.codec._mono, text._t5[0]]  # type: ignore[union-attr,index]
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]  # type: ignore[union-attr,operator]
@@ -206,7 +206,7 @@ def test_a_models_layers_are_there_while_they_are_packed(
 
     monkeypatch.setattr(LMDraft, "fill", counted)
     model = loader().model("small")
-    lm = model.engine.decoder._lm
+    lm = model.engine.decoder.lm
     assert len(filled) == len(lm.transformer.layers) + 1 and max(filled) <= torch.get_num_threads()
     assert there(lm) == [] and not any(emb.weight.is_meta for emb in lm.emb)
 

@@ -289,7 +289,7 @@ class Loader:
                     precision=cast(Precision, self._settings.precision),
                     graphs=cast(Switch, self._settings.cuda_graphs),
                     kernels=cast(Switch, self._settings.gpu_kernels),
-                    lend=draft.lend,
+                    load_weights=draft.lend,
                 ),
                 self._device_queue,
             ),
