@@ -38,10 +38,14 @@ class Decoder:
 
     Attributes:
         lm: audiocraft's model, whose weights are used.
+        precision: how matrices are stored and multiplied.
+        operations: the norm, the attention, the draw and the int8 product.
         delays: [K] the delay of each codebook, in columns.
         codebooks, card: K, and the number of tokens in a codebook.
         dim, heads: D, and the number of attention heads.
         layers: the transformer's layers.
+        weights: [card + 1, D] the embeddings of the first codebook; all embeddings have its device and dtype.
+        position_embeddings: [positions, D] in fp32; `reserve` replaces it by a longer table.
     """
 
     def __init__(
@@ -94,7 +98,7 @@ class Decoder:
         self._out_norm = make_norm(lm.out_norm)
         with load_weights(lm.linears):
             self._output_heads = make_projection(_merge_output_heads(lm).to(self.dtype))
-        self.position_embeddings = torch.empty(0)  # [positions, D]
+        self.position_embeddings = torch.empty(0)
         self.reserve(2048)
 
     @property

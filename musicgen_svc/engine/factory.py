@@ -76,7 +76,7 @@ def operations_for(lm: LMModel, kernels: Switch = "auto") -> Operations:
     if kernels == "off" or (kernels == "auto" and device.type != "cuda"):
         return PLAIN
     if kernels == "on":
-        return _kernels()
+        return load_kernels()
     layer = lm.transformer.layers[0]
     shape = Shape(lm.dim, layer.self_attn.num_heads, lm.n_q, lm.card, layer.linear1.weight.dtype)
     return kernels_that_work(shape, device)
@@ -89,7 +89,7 @@ def kernels_that_work(shape: Shape, device: torch.device) -> Operations:
     test also compiles most of the kernels for the model's shape, so that the first request need not.
     """
     try:
-        kernels = _kernels()
+        kernels = load_kernels()
         failures = disagreements(kernels, shape, device)
     except Exception as exc:  # the errors of a compiler and a driver have no common class
         failures = [f"{type(exc).__name__}: {exc}"]
@@ -99,7 +99,7 @@ def kernels_that_work(shape: Shape, device: torch.device) -> Operations:
     return PLAIN
 
 
-def _kernels() -> Operations:
+def load_kernels() -> Operations:
     """Imports the kernels, which import Triton."""
     from musicgen_svc.engine.kernels import KERNELS
 

@@ -38,9 +38,8 @@ class Graphed(Generic[Key]):
         self._function = function
         self._device = device
         self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
-        self._stream: torch.cuda.Stream | None = (
-            None  # only one, because libraries keep a workspace for each stream
-        )
+        # Only one stream, because libraries allocate a workspace for each.
+        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
         self.enabled = enabled and device.type == "cuda"
 

@@ -54,16 +54,19 @@ def packs_float16(weight: Tensor) -> bool:
 
 
 def _plain(weight: Tensor) -> Projection:
+    """Makes the product in the dtype of the weight, which is referenced."""
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C._has_mkldnn:
         return lambda x: _onednn(x, weight)
     return lambda x: F.linear(x, weight)
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiplies [..., in] by a weight [out, in] with oneDNN's kernel."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
 
 
 def _bfloat16(weight: Tensor) -> Projection:
+    """Makes the product in bfloat16, with a packed weight if the CPU supports it."""
     rounded = weight.to(torch.bfloat16)
     if weight.device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return lambda x: F.linear(x.to(torch.bfloat16), rounded).to(x.dtype)
@@ -72,6 +75,7 @@ def _bfloat16(weight: Tensor) -> Projection:
 
 
 def _float16(weight: Tensor) -> Projection:
+    """Makes the product with a weight that is rounded to float16, packed if FBGEMM can be used."""
     if not uses_fbgemm(weight):
         return _plain(weight if _fits_float16(weight) else _rounded(weight))
     packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
@@ -89,10 +93,12 @@ def _fits_float16(weight: Tensor) -> bool:
 
 
 def _rounded(weight: Tensor) -> Tensor:
+    """Rounds numbers to float16, in the dtype of the weight."""
     return weight.to(torch.float16).to(weight.dtype)
 
 
 def _int8(weight: Tensor, operations: Operations) -> Projection:
+    """Makes the product with a weight that is rounded to 8 bits, with FBGEMM or else with `operations`."""
     scales = (weight.float().abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny)  # [out]
     if not uses_fbgemm(weight):
         rounded = (weight.float() / scales[:, None]).round().to(torch.int8)

@@ -94,7 +94,7 @@ def test_kernels_are_off_if_they_are_switched_off_or_the_batch_is_ragged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lm = language_model(dim=32, layers=1, heads=2)
-    monkeypatch.setattr(factory, "_kernels", lambda: BY_LENGTH)
+    monkeypatch.setattr(factory, "load_kernels", lambda: BY_LENGTH)
     assert batch_for(lm, batch_kind="static", kernels="on").decoder.operations is BY_LENGTH
     assert batch_for(lm, batch_kind="static", kernels="off").decoder.operations is PLAIN
     assert batch_for(lm, batch_kind="ragged", kernels="on").decoder.operations is PLAIN
@@ -118,7 +118,7 @@ def test_kernels_that_do_not_work_are_not_used(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(factory, "_kernels", kernels)
+    monkeypatch.setattr(factory, "load_kernels", kernels)
     with caplog.at_level(logging.WARNING):
         assert kernels_that_work(SHAPE, CPU) is PLAIN
     assert reason in caplog.text
@@ -127,13 +127,13 @@ def test_kernels_that_do_not_work_are_not_used(
 def test_kernels_that_agree_with_the_plain_operations_are_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(factory, "_kernels", lambda: BY_LENGTH)
+    monkeypatch.setattr(factory, "load_kernels", lambda: BY_LENGTH)
     assert kernels_that_work(SHAPE, CPU) is BY_LENGTH
     assert not caplog.text
 
 
 def test_with_kernels_all_positions_and_texts_share_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factory, "_kernels", lambda: BY_LENGTH)
+    monkeypatch.setattr(factory, "load_kernels", lambda: BY_LENGTH)
     lm = language_model(dim=32, layers=1, heads=2, card=40)
     extents: dict[Switch, set[ActiveExtent]] = {"on": set(), "off": set()}
     codes = []
