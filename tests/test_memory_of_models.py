@@ -227,7 +227,7 @@ def test_a_codecs_weights_are_the_files_own_pages(weights: Path, spelling: str) 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
 def test_the_engines_buffers_on_a_gpu_are_counted(kind: str) -> None:
-    batch = batch_for(language_model(kind, dim=64, layers=3, heads=4), slots=2, kind="static")
+    batch = batch_for(language_model(kind, dim=64, layers=3, heads=4), slots=2, batch_kind="static")
     assert isinstance(batch, StaticBatch)
     state = batch.state
     buffers = [t for t in (state.keys, state.values, state.text_keys, state.text_values) if t is not None]
