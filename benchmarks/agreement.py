@@ -67,7 +67,7 @@ def with_reference(work: Workload, precision: Precision, frames: int = 64) -> di
     Returns:
         dict: share of equal likeliest tokens; mean and greatest Kullback-Leibler divergence, in nats.
     """
-    batches = [batch_for(work.lm, precision=p, kind="ragged") for p in ("reference", precision)]
+    batches = [batch_for(work.lm, precision=p, batch_kind="ragged") for p in ("reference", precision)]
     exact, rough = (
         batch.open(DecodeRequest(work.given[0], None, frames, GREEDY, torch.Generator())) for batch in batches
     )

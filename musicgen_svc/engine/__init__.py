@@ -1,19 +1,23 @@
-"""The decode engine: condition tensors and prompt tokens in, tokens out; knows no audio, text or files.
+"""The decode engine: computes tokens from condition tensors and prompt tokens; knows no audio, text or files.
 
-engine.py       Engine.generate: requests of many threads, in turns
-batch.py        what it schedules: open, step, close; of either kind
-factory.py      which kind, with what, by device and settings
-ragged.py       a cache for each slot, draws on the host: for CPUs
-static.py       places on the device, for GPUs; their buffers and their step are in state.py
-prefill.py      a request's first pass
-decoder.py      one forward over audiocraft's weights
-architecture.py what it can decode
-projections.py  its matrix products, per device and precision
-kv_cache.py     keys and values that never move, of one request or of several side by side
-sampling.py     logits to tokens
-delays.py       columns to codes and back
-operations.py   what a static step does besides most products, in plain PyTorch
-kernels.py      the same as Triton kernels; its draws are in sampling_kernels.py
-choice.py       which of the two is taken
-graphs.py       a static step as one CUDA graph; trial.py: whether it draws the same tokens there
+engine.py            Engine.generate: requests of many threads, decoded together
+batch.py             the protocol of a batch: slots that are opened, stepped and closed
+factory.py           chooses the batch and its operations by device and settings
+ragged.py            the batch for a CPU: a cache per slot, tokens drawn on the host
+static.py            the batch for a GPU: all slots on the device
+state.py             the buffers and the step of a static batch
+prefill.py           the first pass of a request
+decoder.py           one forward pass over audiocraft's weights
+layers.py            the weights of a layer, bound to the operations that read them
+architecture.py      checks that a model is built like the released ones
+projections.py       matrix products, per device and precision
+kv_cache.py          keys and values of one request, and attention over those of several
+sampling.py          draws tokens from logits
+sampling_params.py   how the tokens of a request are drawn
+delays.py            converts codes to delayed columns and back
+operations.py        norm, attention, draw and int8 product in plain PyTorch
+kernels.py           the same operations as Triton kernels
+sampling_kernels.py  the draw as Triton kernels
+graphs.py            records a step as a CUDA graph and replays it
+selftest.py          tests at load whether kernels and graphs work on this machine
 """

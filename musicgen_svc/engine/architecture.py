@@ -1,4 +1,4 @@
-"""What a model must be built like to be decoded here: as every released MusicGen is."""
+"""Checks that a language model is built like the released MusicGen models, which `Decoder` computes."""
 
 from torch import nn
 
@@ -7,13 +7,17 @@ from musicgen_svc.errors import WeightsError
 
 
 def check_architecture(lm: LMModel) -> None:
-    """Refuses what `Decoder` would compute wrongly."""
+    """Refuses a language model that `Decoder` would compute wrongly.
+
+    Raises:
+        WeightsError: the model has a property that no released MusicGen has. The error names the property.
+    """
     layers = lm.transformer.layers
     attentions = [layer.self_attn for layer in layers] + [
         layer.cross_attention for layer in layers if layer.cross_attention is not None
     ]
     pattern = lm.pattern_provider
-    demands = {
+    requirements = {
         "a delay pattern": isinstance(pattern, DelayedPatternProvider)
         and not (pattern.flatten_first or pattern.empty_initial or min(pattern.delays)),
         "sinusoidal positions": lm.transformer.positional_embedding == "sin",
@@ -33,8 +37,9 @@ def check_architecture(lm: LMModel) -> None:
             names for how, names in lm.fuser.fuse2cond.items() if how not in ("prepend", "cross")
         ),
     }
-    for demand, held in demands.items():
-        if not held:
+    for requirement, met in requirements.items():
+        if not met:
             raise WeightsError(
-                f"The language model cannot be decoded: {demand} was expected, as in every released MusicGen."
+                f"The language model cannot be decoded: {requirement} was expected, "
+                "as in every released MusicGen."
             )

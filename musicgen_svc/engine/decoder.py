@@ -1,17 +1,16 @@
-"""A forward of our own over the weights of audiocraft's `LMModel`.
+"""Our own forward pass over the weights of audiocraft's `LMModel`.
 
 The weights are shared with the model, or packed, see `projections.py`. The arithmetic is audiocraft's:
-embeddings and positions in the embeddings' dtype, a residual stream and LayerNorms in fp32, products and
-attention in the layers' dtype. On a CPU all of these are fp32; on a GPU audiocraft makes the layers alone
-fp16, and autocast does the rest. What differs is what is read: keys and values stay where they are, the
-text's are computed once per request, and rows that cannot change the result are left out.
+embeddings and positions in the embeddings' dtype, the residual stream and LayerNorms in fp32, products and
+attention in the layers' dtype. On a CPU all of these are fp32. On a GPU audiocraft converts only the layers
+to fp16, and autocast does the rest. Our pass reads less memory: cached keys and values are not copied, those
+of the text are computed once per request, and rows that cannot change the result are not computed.
 """
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,47 +19,33 @@ from torch import Tensor, nn
 from musicgen_svc.audiocraft_compat import LMModel
 from musicgen_svc.engine.architecture import check_architecture
 from musicgen_svc.engine.kv_cache import Attention
+from musicgen_svc.engine.layers import AddNorm, Layer, bind_add_norm, bind_layer
 from musicgen_svc.engine.operations import PLAIN, Operations
 from musicgen_svc.engine.projections import Precision, Projection, projection
 from musicgen_svc.runtime.ticks import Check, no_check
 
 Conditions: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
-"""audiocraft's `condition_tensors`: name -> ([2, S, D] embedding, [2, S] mask); conditional row, null row."""
+"""audiocraft's `condition_tensors`: name -> ([2, S, D] embedding, [2, S] mask). Row 0 is the conditional one,
+row 1 the null one."""
 
-Lend: TypeAlias = Callable[[nn.Module], AbstractContextManager[object]]
-"""A context manager: inside it the submodule's weights are loaded.
-
-Pack what is needed after, or keep a reference.
-"""
-
-AddNorm: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""The residual stream in fp32, and what the block before adds to it -> their sum; and its norm, in the
-layers' dtype. A block's result is added where the next norm reads the sum anyway."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One transformer layer: every weight bound to the operation that reads it."""
-
-    norm: AddNorm
-    qkv: Projection
-    out: Projection
-    cross_norm: AddNorm | None
-    cross_query: Projection | None
-    cross_key_value: Tensor | None  # [2 * D, D], read once per request
-    cross_out: Projection | None
-    ff_norm: AddNorm
-    ff_in: Projection
-    ff_out: Projection
+WeightsLoader: TypeAlias = Callable[[nn.Module], AbstractContextManager[object]]
+"""Loads the weights of a submodule: inside the context manager they are loaded, after it they are dropped
+unless something refers to them. What is needed afterwards must be packed or referenced inside."""
 
 
 class Decoder:
-    """Tokens and what came before -> logits.
+    """Computes logits from tokens and the cache of what came before.
 
-    lend: called for each layer and for the heads, once, from several threads; by default they are as they are
-
-    Raises:
-        WeightsError: the model is built in a way that no released MusicGen is.
+    Attributes:
+        lm: audiocraft's model, whose weights are used.
+        precision: how matrices are stored and multiplied.
+        operations: the norm, the attention, the draw and the int8 product.
+        delays: [K] the delay of each codebook, in columns.
+        codebooks, card: K, and the number of tokens in a codebook.
+        dim, heads: D, and the number of attention heads.
+        layers: the transformer's layers.
+        weights: [card + 1, D] the embeddings of the first codebook; all embeddings have its device and dtype.
+        position_embeddings: [positions, D] in fp32; `reserve` replaces it by a longer table.
     """
 
     def __init__(
@@ -68,10 +53,22 @@ class Decoder:
         lm: LMModel,
         precision: Precision = "reference",
         operations: Operations = PLAIN,
-        lend: Lend = nullcontext,
+        load_weights: WeightsLoader = nullcontext,
     ) -> None:
+        """Binds the weights of a model.
+
+        Args:
+            lm: the model, in evaluation mode.
+            precision: how matrices are stored and multiplied, see `projections.py`.
+            operations: the norm, the attention, the draw and the int8 product.
+            load_weights: is called once for each layer and once for the output heads, from several threads.
+                By default all weights are expected to be loaded.
+
+        Raises:
+            WeightsError: the model is built in a way that no released MusicGen is.
+        """
         check_architecture(lm)
-        self._lm = lm
+        self.lm = lm
         self.precision = precision
         self.delays: tuple[int, ...] = tuple(lm.pattern_provider.delays)
         self.codebooks: int = lm.n_q
@@ -82,60 +79,66 @@ class Decoder:
         self._activation: Callable[[Tensor], Tensor] = lm.transformer.layers[0].activation
         self.operations = operations
 
-        def norm(module: nn.LayerNorm) -> AddNorm:
-            return _add_norm(module, operations, self.dtype)
+        def make_norm(module: nn.LayerNorm) -> AddNorm:
+            return bind_add_norm(module, operations, self.dtype)
 
-        def bound(weight: Tensor) -> Projection:
+        def make_projection(weight: Tensor) -> Projection:
             return projection(weight.detach(), precision, operations)
 
-        @torch.no_grad()  # which belongs to a thread
-        def bind(layer: nn.Module) -> Layer:
-            with lend(layer):
-                return _layer(layer, bound, norm)
+        @torch.no_grad()  # must be set in each thread
+        def make_layer(layer: nn.Module) -> Layer:
+            with load_weights(layer):
+                return bind_layer(layer, make_projection, make_norm)
 
-        if self.device.type == "cpu":  # side by side, as packing one matrix keeps one core busy
+        if self.device.type == "cpu":  # several layers at a time, since packing a matrix uses one core only
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                self.layers = list(pool.map(bind, lm.transformer.layers))
+                self.layers = list(pool.map(make_layer, lm.transformer.layers))
         else:
-            self.layers = [bind(layer) for layer in lm.transformer.layers]
-        self._out_norm = norm(lm.out_norm)
-        with lend(lm.linears):
-            self._logits = bound(_merged_heads(lm).to(self.dtype))
-        self._table = torch.empty(0)
+            self.layers = [make_layer(layer) for layer in lm.transformer.layers]
+        self._out_norm = make_norm(lm.out_norm)
+        with load_weights(lm.linears):
+            self._output_heads = make_projection(_merge_output_heads(lm).to(self.dtype))
+        self.position_embeddings = torch.empty(0)
         self.reserve(2048)
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.weights.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the layers, and of all that is multiplied."""
-        dtype: torch.dtype = self._lm.transformer.layers[0].linear1.weight.dtype
+        """The dtype of the layers, in which products and attention are computed."""
+        dtype: torch.dtype = self.lm.transformer.layers[0].linear1.weight.dtype
         return dtype
 
     @property
     def has_text(self) -> bool:
-        """Whether its layers attend to a text."""
+        """Whether the layers have cross-attention to a text."""
         return self.layers[0].cross_query is not None
 
     def reserve(self, positions: int) -> None:
-        """Makes the table of position embeddings at least this long."""
-        if positions > len(self._table):
-            transformer = self._lm.transformer
+        """Grows the table of position embeddings to this many positions, if it is shorter."""
+        if positions > len(self.position_embeddings):
+            transformer = self.lm.transformer
             table = position_table(
                 positions, self.dim, transformer.max_period, self.weights.dtype, self.device
             )
-            self._table = transformer.positional_scale * table
+            self.position_embeddings = transformer.positional_scale * table
 
     def fuse(self, conditions: Conditions) -> tuple[Tensor, Tensor | None]:
-        """Conditions -> prefix [rows, P, D] and the text to attend to [rows, S, D], by audiocraft's fuser."""
-        rows = next((len(embedding) for embedding, _ in conditions.values()), 1)
-        return self._lm.fuser(self.weights.new_zeros(rows, 0, self.dim), dict(conditions))  # type: ignore[no-any-return]
+        """Applies audiocraft's fuser to the conditions.
 
-    def extent(self, conditions: Conditions) -> tuple[int, int]:
-        """How long the prefix and the text are that `fuse` will make: the longest that they may be."""
-        how = self._lm.fuser.fuse2cond
+        Returns:
+            tuple: the prefix [rows, P, D], which comes before the tokens, and the text [rows, S, D] for
+                cross-attention, or None.
+        """
+        rows = next((len(embedding) for embedding, _ in conditions.values()), 1)
+        return self.lm.fuser(self.weights.new_zeros(rows, 0, self.dim), dict(conditions))  # type: ignore[no-any-return]
+
+    def condition_lengths(self, conditions: Conditions) -> tuple[int, int]:
+        """Returns upper bounds of the lengths (P, S) of the prefix and the text that `fuse` makes."""
+        how = self.lm.fuser.fuse2cond
         prefix, text = (
             sum(conditions[name][0].shape[1] for name in how[way] if name in conditions)
             for way in ("prepend", "cross")
@@ -143,11 +146,18 @@ class Decoder:
         return prefix, max(text, 1)
 
     def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """[rows, S, D] -> keys and values of every layer, each [layers, rows, heads, S, head]."""
+        """Computes the keys and values of a text for the cross-attention of every layer.
+
+        Args:
+            text: [rows, S, D].
+
+        Returns:
+            tuple: keys and values, each [layers, rows, heads, S, head].
+        """
         pairs = []
         for layer in self.layers:
             assert layer.cross_key_value is not None
-            pairs.append(self._split(F.linear(text.to(self.dtype), layer.cross_key_value), 2))
+            pairs.append(self._split_heads(F.linear(text.to(self.dtype), layer.cross_key_value), 2))
         return torch.stack([key for key, _ in pairs]), torch.stack([value for _, value in pairs])
 
     def logits(
@@ -158,53 +168,67 @@ class Decoder:
         prefix: Tensor | None = None,
         check: Check = no_check,
     ) -> Tensor:
-        """The logits that follow the last of the new tokens.
+        """Computes the logits that follow the last new token.
 
-        tokens: [requests, K, T] new columns; request_of_row: [rows], as a request's rows read the same tokens
-        prefix: [rows, P, D], stands before the tokens; only in a prefill
-        Returns [rows, K, card] in the layers' dtype.
+        Args:
+            tokens: [requests, K, T] new columns.
+            request_of_row: [rows] the index of the request whose tokens each row reads.
+            attention: stores the new keys and values, and attends to them and the earlier ones.
+            prefix: [rows, P, D] embeddings that come before the tokens. Only in a prefill.
+            check: is called several times per layer, and may raise to end the request.
+
+        Returns:
+            Tensor: [rows, K, card] logits in the layers' dtype.
         """
-        x = sum(F.embedding(tokens[:, k], self._lm.emb[k].weight) for k in range(self.codebooks))
+        x = sum(F.embedding(tokens[:, k], self.lm.emb[k].weight) for k in range(self.codebooks))
         assert isinstance(x, Tensor)
         x = x[request_of_row].float()  # [rows, T, D]
         if prefix is not None:
             x = torch.cat([prefix.float(), x], dim=1)
-        x = x + self._table[attention.positions]
+        x = x + self.position_embeddings[attention.positions]
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            x, delta = self._forward(x, delta, index, layer, attention, check)
+            x, delta = self._forward_layer(x, delta, index, layer, attention, check)
         assert delta is not None
         _, hidden = self._out_norm(x[:, -1], delta[:, -1])
-        return self._logits(hidden).view(len(hidden), self.codebooks, self.card)
+        return self._output_heads(hidden).view(len(hidden), self.codebooks, self.card)
 
-    def _forward(
+    def _forward_layer(
         self, x: Tensor, delta: Tensor | None, index: int, layer: Layer, attention: Attention, check: Check
     ) -> tuple[Tensor, Tensor]:
-        """[rows, T, D] twice, the stream and what is still to be added to it -> the same."""
+        """Computes one layer.
+
+        Args:
+            x: [rows, T, D] the residual stream.
+            delta: [rows, T, D] the previous block's result, which has not been added to the stream yet.
+
+        Returns:
+            tuple: the stream and the result of this layer's last block, in the same shapes.
+        """
         x, normed = layer.norm(x, delta)
-        query, key, value = self._split(layer.qkv(normed), 3)
+        query, key, value = self._split_heads(layer.qkv(normed), 3)
         check()
-        delta = layer.out(_joined(attention.attend(index, query, key, value)))
+        delta = layer.out(_join_heads(attention.attend(index, query, key, value)))
         check()
-        if layer.cross_norm is not None and (attention.cross_rows is None or len(attention.cross_rows)):
+        if layer.cross_norm is not None and (attention.text_rows is None or len(attention.text_rows)):
             x, normed = layer.cross_norm(x, delta)
-            delta = self._cross(normed, index, layer, attention)
+            delta = self._cross_attend(normed, index, layer, attention)
             check()
         x, normed = layer.ff_norm(x, delta)
         inner = self._activation(layer.ff_in(normed))
         check()
         return x, layer.ff_out(inner)
 
-    def _cross(self, normed: Tensor, index: int, layer: Layer, attention: Attention) -> Tensor:
-        """[rows, T, D] -> what the text says to the rows that have one, exactly zero to the rest."""
+    def _cross_attend(self, normed: Tensor, index: int, layer: Layer, attention: Attention) -> Tensor:
+        """Computes cross-attention: [rows, T, D] -> the same shape, exactly zero for rows without a text."""
         assert layer.cross_query and layer.cross_out
-        rows = attention.cross_rows
-        (query,) = self._split(layer.cross_query(normed if rows is None else normed[rows]), 1)
-        heard = layer.cross_out(_joined(attention.cross(index, query)))
-        return heard if rows is None else torch.zeros_like(normed).index_copy_(0, rows, heard)
+        rows = attention.text_rows
+        (query,) = self._split_heads(layer.cross_query(normed if rows is None else normed[rows]), 1)
+        attended = layer.cross_out(_join_heads(attention.cross_attend(index, query)))
+        return attended if rows is None else torch.zeros_like(normed).index_copy_(0, rows, attended)
 
-    def _split(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[rows, T, parts * D] -> parts times [rows, heads, T, head]."""
+    def _split_heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Splits packed projections: [rows, T, parts * D] -> for each part [rows, heads, T, head]."""
         rows, new, _ = packed.shape
         return packed.view(rows, new, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -212,10 +236,19 @@ class Decoder:
 def position_table(
     positions: int, dim: int, max_period: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """[positions, dim] cosines and sines in fp32, as `create_sin_embedding` has them.
+    """Computes sinusoidal position embeddings by the formula of audiocraft's `create_sin_embedding`.
 
-    The exponents are rounded to the embeddings' dtype, as there; the positions are not, since fp16 and
-    bf16 do not hold all of them.
+    The exponents are rounded to the embeddings' dtype, as in audiocraft. The positions are not rounded,
+    because fp16 and bf16 cannot represent all of them.
+
+    Args:
+        positions: how many positions the table has.
+        dim: D, the width of an embedding: D / 2 cosines, then D / 2 sines.
+        max_period: the longest period, in positions.
+        dtype, device: those of the token embeddings.
+
+    Returns:
+        Tensor: [positions, dim] in fp32.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=dtype, device=device) / (half - 1)
@@ -224,38 +257,16 @@ def position_table(
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
-def _layer(
-    layer: Any, bound: Callable[[Tensor], Projection], norm: Callable[[nn.LayerNorm], AddNorm]
-) -> Layer:
-    cross = layer.cross_attention
-    dim = layer.linear1.in_features
-    return Layer(
-        norm=norm(layer.norm1),
-        qkv=bound(layer.self_attn.in_proj_weight),
-        out=bound(layer.self_attn.out_proj.weight),
-        cross_norm=None if cross is None else norm(layer.norm_cross),
-        cross_query=None if cross is None else bound(cross.in_proj_weight[:dim]),
-        cross_key_value=None if cross is None else cross.in_proj_weight[dim:],
-        cross_out=None if cross is None else bound(cross.out_proj.weight),
-        ff_norm=norm(layer.norm2),
-        ff_in=bound(layer.linear1.weight),
-        ff_out=bound(layer.linear2.weight),
-    )
+def _merge_output_heads(lm: LMModel) -> Tensor:
+    """Merges the output heads of all codebooks into one weight [K * card, D], for a single product.
 
-
-def _add_norm(module: nn.LayerNorm, operations: Operations, dtype: torch.dtype) -> AddNorm:
-    """LayerNorm in fp32; of its weights only fp16 ones are copied."""
-    weight, bias = module.weight.detach().float(), module.bias.detach().float()
-    return lambda x, delta: operations.add_norm(x, delta, weight, bias, module.eps, dtype)
-
-
-def _merged_heads(lm: LMModel) -> Tensor:
-    """[K * card, D]: one product for all codebooks. The model's own heads become, or are, views of it."""
+    The model's own heads become views of the merged weight, unless they are already.
+    """
     weights: list[Tensor] = [linear.weight.data for linear in lm.linears]
     first = weights[0]
-    in_a_row = [first.data_ptr() + k * first.nbytes for k in range(len(weights))]
+    consecutive = [first.data_ptr() + k * first.nbytes for k in range(len(weights))]
     one_storage = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-    if one_storage and [weight.data_ptr() for weight in weights] == in_a_row:
+    if one_storage and [weight.data_ptr() for weight in weights] == consecutive:
         return first.as_strided((len(weights) * lm.card, lm.dim), (lm.dim, 1))
     merged = torch.cat(weights)
     for linear, part in zip(lm.linears, torch.split(merged, lm.card), strict=True):
@@ -263,6 +274,6 @@ def _merged_heads(lm: LMModel) -> Tensor:
     return merged
 
 
-def _joined(x: Tensor) -> Tensor:
-    """[rows, heads, T, head] -> [rows, T, D]."""
+def _join_heads(x: Tensor) -> Tensor:
+    """Joins the attention heads: [rows, heads, T, head] -> [rows, T, D]."""
     return x.transpose(1, 2).flatten(2)

@@ -1,14 +1,16 @@
-"""Codebooks side by side in time -> the delayed columns that the language model reads, and back.
+"""Converts the codes of all codebooks to the delayed columns that the language model reads, and back.
 
-The released models delay codebook k by `delays[k]` columns behind one column of special tokens:
-0, 1, 2, 3 in mono, 0, 0, 1, 1, 2, 2, 3, 3 in stereo. With 4 frames (S: special):
+The first column has special tokens only. Then codebook k is delayed by `delays[k]` columns: 0, 1, 2, 3 in
+the released mono models, 0, 0, 1, 1, 2, 2, 3, 3 in the stereo ones. With 4 frames in mono (S is the special
+token):
 
     S 0 1 2 3 S S S
     S S 0 1 2 3 S S
     S S S 0 1 2 3 S
     S S S S 0 1 2 3
 
-Pure: knows tensors and delays, no model.
+The pattern is that of "Simple and Controllable Music Generation" (Copet et al., 2023). These functions know
+no model.
 """
 
 from collections.abc import Sequence
@@ -18,17 +20,17 @@ from torch import Tensor
 
 
 def num_columns(frames: int, delays: Sequence[int]) -> int:
-    """How many columns hold `frames` frames: 1,504 for the 1,500 frames of 30 s in mono."""
+    """Returns how many columns hold `frames` frames: 1,504 for the 1,500 frames of 30 s."""
     return 1 + frames + max(delays)
 
 
 def first_column(frame: int) -> int:
-    """The first column that holds a token of `frame`: that of the codebooks without a delay."""
+    """Returns the first column that has a token of `frame`: that of a codebook without a delay."""
     return 1 + frame
 
 
 def interleave(codes: Tensor, delays: Sequence[int], special: int) -> Tensor:
-    """[..., K, T] codes -> [..., K, S] columns; `special` where no code belongs."""
+    """Converts codes [..., K, T] to columns [..., K, S], with `special` in every cell that has no code."""
     *_, codebooks, frames = codes.shape
     assert codebooks == len(delays) and min(delays) == 0, (codes.shape, delays)
     columns = codes.new_full((*codes.shape[:-1], num_columns(frames, delays)), special)
@@ -38,7 +40,7 @@ def interleave(codes: Tensor, delays: Sequence[int], special: int) -> Tensor:
 
 
 def deinterleave(columns: Tensor, delays: Sequence[int]) -> Tensor:
-    """[..., K, S] columns -> [..., K, T] codes: the inverse of `interleave`."""
+    """Converts columns [..., K, S] to codes [..., K, T]. It is the inverse of `interleave`."""
     frames = columns.shape[-1] - num_columns(0, delays)
     assert columns.shape[-2] == len(delays) and frames >= 0, (columns.shape, delays)
     return torch.stack(

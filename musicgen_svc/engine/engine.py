@@ -1,14 +1,15 @@
-"""Requests of any number of threads, decoded together: queueing, slots, fairness, errors and progress.
+"""Decodes requests of many threads together: queueing, slots, fairness, errors and progress.
 
-`generate` is all that a caller needs. Whoever holds the device steps every open slot, so no request waits for
-another's end. The decoding itself is a `Batch`'s, of either kind.
+`Engine.generate` is all that a caller needs. The thread that holds the device steps every open slot, so no
+request waits until another one has ended. The `Batch` does the decoding.
 
-What fails in one request's own part, its prefill or its draw, is its own error. A step that fails as a
-whole ends every request in it and leaves the batch empty: what it had written is no longer known.
+An error in a request's prefill or in its draw ends only this request. An error in a whole step ends every
+request in the step and empties the batch, because it is not known what the step had written.
 
-On a GPU any thread may hold the device. All of them launch on the device's default stream, so that work is
-done in the order of their turns. A graph that one thread recorded is replayed by the others, which CUDA
-allows one at a time. Grad mode, which belongs to a thread, is set by the batch wherever it computes.
+On a GPU any thread may hold the device. All threads launch on the device's default stream, so the device
+computes in the order of their turns. Threads replay the graphs that another thread recorded; CUDA allows
+this if they do so one at a time. The batch sets the grad mode wherever it computes, because the grad mode
+belongs to a thread.
 """
 
 import time
@@ -26,14 +27,19 @@ from musicgen_svc.runtime.ticks import Check, Tick, no_tick
 
 
 class StepError(Exception):
-    """A request failed in a step that it may have shared with others; `__cause__` says why."""
+    """A decoding step failed, for one request or for all requests in it. `__cause__` is the error."""
 
 
 class Engine:
     """Decodes as many requests at once as its batch has slots. More requests queue."""
 
     def __init__(self, batch: Batch, device_queue: FairQueue | None = None) -> None:
-        """`device_queue`: acquired whenever the device is used, which others may use too."""
+        """Makes an engine whose slots are all free.
+
+        Args:
+            batch: what decodes the requests.
+            device_queue: is acquired for every use of the device. Others that use the device share it.
+        """
         self.batch = batch
         self.decoder = batch.decoder
         self._slot_queue = FairQueue(batch.num_slots)
@@ -41,6 +47,7 @@ class Engine:
 
     @property
     def precision(self) -> Precision:
+        """How the matrices of the layers are stored and multiplied."""
         return self.decoder.precision
 
     def generate(
@@ -61,13 +68,14 @@ class Engine:
         Args:
             conditions: audiocraft's `condition_tensors`.
             prompt: [K, T0] tokens to continue, or None.
-            length: how many frames there are in the end, the prompt's among them.
+            length: the number of frames to return, the prompt's included.
             sampling: how tokens are drawn.
-            generator: what they are drawn from.
-            tick: counts the columns that are drawn.
+            generator: the source of the random numbers.
+            tick: is called with how many columns are drawn and how many there are to draw; may raise to end
+                the request.
 
         Returns:
-            Tensor: [K, length] tokens, the prompt among them.
+            Tensor: [K, length] tokens, the prompt's included.
 
         Raises:
             StepError: a step failed.
@@ -96,7 +104,7 @@ class Engine:
         return codes
 
     def _open(self, request: DecodeRequest, check: Check) -> Slot:
-        """Prefills a request, and yields the device to others in between."""
+        """Opens a slot for a request. Yields the device to waiting threads during the prefill."""
         with self._device_queue.acquire(check) as turn:
 
             def check_and_yield() -> None:
@@ -107,7 +115,11 @@ class Engine:
             return self.batch.open(request, check_and_yield)
 
     def _decode(self, slot: Slot, tick: Tick) -> None:
-        """Steps until the slot is done, turn by turn."""
+        """Acquires the device for one turn after another, and steps the batch until the slot has ended.
+
+        Raises:
+            StepError: a step failed.
+        """
         while slot.running:
             tick(*slot.progress)
             with self._device_queue.acquire(lambda: tick(*slot.progress)):

@@ -1,16 +1,16 @@
-"""The only CUDA-graph code: a function without arguments, recorded once per key and then replayed.
+"""Records a function as CUDA graphs, one for each key, and replays them. No other module has CUDA-graph code.
 
-Recording and replaying is all this knows. What the function reads and writes must stay where it is
-in memory, and nothing in it may wait for the host. What it only needs on the way lies in memory that
-all recordings share, since nothing of it outlives a replay.
+The memory that the function reads and writes must keep its addresses, and nothing in the function may wait
+for the device. All recordings share the memory of their intermediate results, because no intermediate result
+is used after a replay.
 
-A recording belongs to no thread: any may replay it, if only one does so at a time. The recording
-itself binds two things that do belong to a thread, the current device and the capturing stream, and
-so it sets both. While one thread records, others may enqueue small work of their own on the default
-stream: torch allocates by stream, and the capture watches its own thread only.
+Any thread may replay a recording, if only one thread does so at a time. To record, a thread must set the
+current device and the capturing stream, because both belong to a thread. While one thread records, other
+threads may enqueue small work of their own on the default stream: PyTorch allocates memory by stream, and the
+capture checks the operations of its own thread only.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,51 +18,68 @@ import torch
 Key = TypeVar("Key", bound=Hashable)
 
 WARM_UP_CALLS = 2
-"""Before recording, so that libraries choose their kernels and allocate their workspaces outside of it."""
+"""Calls before the recording, in which libraries choose their kernels and allocate their workspaces."""
 
 
 class Graphed(Generic[Key]):
-    """`function(key)`, replayed as one launch where there is a GPU; called as it is elsewhere."""
+    """Replays `function(key)` as one launch on a GPU, and calls it on any other device."""
 
     def __init__(
         self, function: Callable[[Key], None], device: torch.device, *, enabled: bool = True
     ) -> None:
-        """`enabled=False` is the off switch: the same function, launched operation by operation."""
+        """Makes a callable that has no recordings yet.
+
+        Args:
+            function: what is recorded.
+            device: where it computes.
+            enabled: whether to record at all. If not, the function is called, and launches its operations one
+                by one.
+        """
         self._function = function
         self._device = device
         self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
-        self._stream: torch.cuda.Stream | None = None  # one: libraries keep a workspace for each
+        # Only one stream, because libraries allocate a workspace for each.
+        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
         self.enabled = enabled and device.type == "cuda"
 
-    def __call__(self, key: Key, rehearsal: Callable[[Callable[[], None]], None]) -> None:
-        """Runs the function.
+    @property
+    def recordings(self) -> Mapping[Key, torch.cuda.CUDAGraph]:
+        """The graphs that have been recorded, by key."""
+        return self._graphs
 
-        `rehearsal(call)` calls `call` such that it leaves no trace; only used when `key` is new.
+    def __call__(self, key: Key, dry_run: Callable[[Callable[[], None]], None]) -> None:
+        """Computes `function(key)`.
+
+        Args:
+            key: the function's argument. A new key is recorded first.
+            dry_run: makes a call such that the function changes nothing that is read later. A new key is
+                recorded in `dry_run`, because the recording calls the function to warm up.
         """
         if not self.enabled:
             self._function(key)
             return
         if key not in self._graphs:
-            rehearsal(lambda: self._record(key))
+            dry_run(lambda: self._record(key))
         self._graphs[key].replay()
 
     def forget(self) -> None:
-        """Lets go of all recordings: what they read and write will be elsewhere."""
+        """Drops all recordings. Must be called before the memory that they read and write is replaced."""
         self._graphs.clear()
-        self._pool = None  # goes with the last graph in it
+        self._pool = None  # is freed with the last graph in it
 
     def _record(self, key: Key) -> None:
-        with torch.cuda.device(self._device):  # a thread begins with the first one
-            beside = self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            beside.wait_stream(torch.cuda.current_stream())
+        """Records the graph of a key on a stream of its own."""
+        with torch.cuda.device(self._device):  # a new thread starts with the first device
+            stream = self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(beside):  # to the end: a recording that fails does not leave its stream
+            with torch.cuda.stream(stream):  # also restores the stream if the recording fails
                 for _ in range(WARM_UP_CALLS):
                     self._function(key)
-                # Begins by waiting for the device, and with it for the warm-up.
+                # Waits for the device at its start, and so for the warm-up.
                 with torch.cuda.graph(
-                    graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"
+                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
                 ):
                     self._function(key)
             self._pool = graph.pool()

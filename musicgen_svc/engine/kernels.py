@@ -1,13 +1,12 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""The plain operations of `operations.py` as Triton kernels, with the same signatures.
+"""The operations of `operations.py` as Triton kernels.
 
-A step of one request reads two rows: what each of these costs is its launch. So they do at once what
-PyTorch does in several launches, and read, of a cache, only what is in use, whose length they find on
-the device: one recorded step serves every position.
+A step of one request computes two rows only, so most of its time is launches. Each kernel therefore does in
+one launch what PyTorch does in several. The attention reads the used positions of a cache only. It reads
+their number on the device, so that one recorded step is right for every position.
 
-The kernels are compiled at their first launch, for each shape. With `TRITON_INTERPRET=1` in the
-environment when Triton is imported they run on a CPU, slowly, which is how they are tested without
-a GPU.
+The kernels are compiled at their first launch, for each shape. If `TRITON_INTERPRET=1` is in the environment
+when Triton is imported, they run on a CPU, slowly. The tests without a GPU use this.
 """
 
 import torch
@@ -19,21 +18,24 @@ from musicgen_svc.engine.operations import PLAIN, Attend, Operations
 from musicgen_svc.engine.sampling_kernels import draw, launching_on
 
 BLOCK = 128
-"""Positions that one program reads at once."""
+"""The number of positions that one program reads at once."""
 
 UNSPLIT = 512
-"""Positions up to which one program per row and head reads alone, without a second launch to combine."""
+"""Up to this extent in positions, one program per row and head reads the whole cache.
+
+Beyond it the cache is split among programs, and a second launch combines their results.
+"""
 
 PROGRAMS = 2048
-"""Programs needed to fill a large GPU.
+"""The number of programs that fills a large GPU.
 
-With fewer (row, head) pairs the cache is split among more programs.
+The fewer (row, head) pairs there are, the more programs each cache is split among.
 """
 
 FEW_ROWS = 64
-"""Rows of a decoding step: 2 per request, up to 32 requests.
+"""The most rows of a decoding step: 2 per request, with up to 32 requests.
 
-Above this, the weight is widened once for all rows.
+With more rows, the int8 weight is converted to the dtype of the input once for all rows.
 """
 
 
@@ -43,6 +45,7 @@ Above this, the weight is widened once for all rows.
 def add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Adds to the residual stream and normalizes the sum in one launch, as `Operations.add_norm`."""
     dim = x.shape[-1]
     flat = x.reshape(-1, dim)
     added = flat if delta is None else delta.reshape(-1, dim)
@@ -63,37 +66,41 @@ def _add_norm(
     x, delta, weight, bias, total, normed, x_stride, delta_stride, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """One program per row."""
+    """Computes `add_norm`, with one program per row."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < DIM
-    value = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
+    index = tl.arange(0, BLOCK)
+    in_range = index < DIM
+    value = tl.load(x + row * x_stride + index, mask=in_range, other=0.0).to(tl.float32)
     if ADD:
-        value += tl.load(delta + row * delta_stride + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(total + row * DIM + at, value, mask=inside)
+        value += tl.load(delta + row * delta_stride + index, mask=in_range, other=0.0).to(tl.float32)
+        tl.store(total + row * DIM + index, value, mask=in_range)
     mean = tl.sum(value, axis=0) / DIM
-    centred = tl.where(inside, value - mean, 0.0)
+    centred = tl.where(in_range, value - mean, 0.0)
     variance = tl.sum(centred * centred, axis=0) / DIM
     scaled = centred * (1.0 / tl.sqrt(variance + eps))
-    scaled = scaled * tl.load(weight + at, mask=inside, other=0.0)
-    scaled = scaled + tl.load(bias + at, mask=inside, other=0.0)
-    tl.store(normed + row * DIM + at, scaled.to(normed.dtype.element_ty), mask=inside)
+    scaled = scaled * tl.load(weight + index, mask=in_range, other=0.0)
+    scaled = scaled + tl.load(bias + index, mask=in_range, other=0.0)
+    tl.store(normed + row * DIM + index, scaled.to(normed.dtype.element_ty), mask=in_range)
 
 
 # --- attention ----------------------------------------------------------------------------------
 
 
 def attention(lengths: Tensor, extent: int) -> Attend:
-    """`extent` bounds the lengths. It decides how the work is split, not what is read."""
+    """Prepares the attention of one step, as `Operations.attention`.
+
+    The extent decides among how many programs the work is split. The lengths decide what is read.
+    """
 
     def attend(
         query: Tensor, keys: Tensor, values: Tensor, new: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
+        """Attends in one launch or two, as `Attend`."""
         rows, heads, _, head = query.shape
         key, value = (query, query) if new is None else new
         splits = splits_of(rows * heads, extent)
         out = query.new_empty(rows, heads, 1, head)
-        # What each split found, not yet divided by its sum; and its highest score, and that sum.
+        # parts: each split's weighted sum of values. sums: its highest score and its sum of weights.
         parts = out if splits == 1 else query.new_empty(rows, heads, splits, head, dtype=torch.float32)
         sums = out if splits == 1 else query.new_empty(rows, heads, splits, 2, dtype=torch.float32)
         assert query.stride() == key.stride() == value.stride() and query.stride(3) == 1, query.stride()
@@ -117,7 +124,12 @@ def attention(lengths: Tensor, extent: int) -> Attend:
 
 
 def splits_of(readers: int, extent: int) -> int:
-    """Into how many parts a cache is split, a power of two. `readers`: rows times heads."""
+    """Returns into how many parts each cache is split, a power of two.
+
+    Args:
+        readers: the number of (row, head) pairs.
+        extent: an upper bound of the lengths, in positions.
+    """
     if extent <= UNSPLIT:
         return 1
     wanted, possible = PROGRAMS // readers, extent // BLOCK
@@ -131,94 +143,100 @@ def _attend(
     SHARING: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
     STORE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, head and part of the positions: a softmax that is scaled anew as it goes.
+    """Computes attention, with one program per row, head and part of the positions.
 
-    A part that begins beyond the length reads nothing. The row's own key and value go from here into
-    the cache, by the program that reads them: from its registers, not from memory.
+    The softmax is computed online: the sums are rescaled whenever a higher score is found (Milakov and
+    Gimelshein, "Online normalizer calculation for softmax", 2018). A part that begins beyond the length reads
+    nothing. With STORE, the program whose part has the last position also writes the new key and value to the
+    cache, and uses them from its registers.
     """
     row = tl.program_id(0).to(tl.int64)
     head, split = tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row).to(tl.int32)
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, length)
-    at = tl.arange(0, WIDTH)
-    inside = at < HEAD
-    mine = row * row_stride + head * head_stride + at
+    index = tl.arange(0, WIDTH)
+    in_range = index < HEAD
+    offsets = row * row_stride + head * head_stride + index
     cache = (row // SHARING) * cache_stride + head * cache_head_stride
-    asked = tl.load(query + mine, mask=inside, other=0.0).to(tl.float32) * scale
+    scaled_query = tl.load(query + offsets, mask=in_range, other=0.0).to(tl.float32) * scale
     if STORE:
-        new_key = tl.load(new_keys + mine, mask=inside, other=0.0)
-        new_value = tl.load(new_values + mine, mask=inside, other=0.0)
-        own = inside & (begin < length) & (length <= begin + SPLIT)
-        tl.store(keys + cache + (length - 1) * HEAD + at, new_key, mask=own)
-        tl.store(values + cache + (length - 1) * HEAD + at, new_value, mask=own)
+        new_key = tl.load(new_keys + offsets, mask=in_range, other=0.0)
+        new_value = tl.load(new_values + offsets, mask=in_range, other=0.0)
+        own = in_range & (begin < length) & (length <= begin + SPLIT)
+        tl.store(keys + cache + (length - 1) * HEAD + index, new_key, mask=own)
+        tl.store(values + cache + (length - 1) * HEAD + index, new_value, mask=own)
 
     highest = -1e30
     total = 0.0
-    found = tl.zeros([WIDTH], dtype=tl.float32)
+    weighted = tl.zeros([WIDTH], dtype=tl.float32)
     start = begin
     while start < end:
         position = start + tl.arange(0, BLOCK)
         used = position < end
         if STORE:
             used = used & (position < length - 1)
-        cells = cache + position[:, None] * HEAD + at[None, :]
-        readable = used[:, None] & inside[None, :]
+        cells = cache + position[:, None] * HEAD + index[None, :]
+        readable = used[:, None] & in_range[None, :]
         key = tl.load(keys + cells, mask=readable, other=0.0).to(tl.float32)
         value = tl.load(values + cells, mask=readable, other=0.0).to(tl.float32)
         if STORE:
             last = (position == length - 1)[:, None]
             key = tl.where(last, new_key[None, :].to(tl.float32), key)
             value = tl.where(last, new_value[None, :].to(tl.float32), value)
-        score = tl.sum(asked[None, :] * key, axis=1)
+        score = tl.sum(scaled_query[None, :] * key, axis=1)
         score = tl.where(position < end, score, -float("inf"))
-        higher = tl.maximum(highest, tl.max(score, axis=0))
-        weight = tl.exp(score - higher)
-        shrink = tl.exp(highest - higher)
-        total = total * shrink + tl.sum(weight, axis=0)
-        found = found * shrink + tl.sum(weight[:, None] * value, axis=0)
-        highest = higher
+        new_highest = tl.maximum(highest, tl.max(score, axis=0))
+        weight = tl.exp(score - new_highest)
+        rescale = tl.exp(highest - new_highest)
+        total = total * rescale + tl.sum(weight, axis=0)
+        weighted = weighted * rescale + tl.sum(weight[:, None] * value, axis=0)
+        highest = new_highest
         start += BLOCK
 
     reader = row * tl.num_programs(1) + head
     if WHOLE:
-        # The highest score weighs 1: less is in a row without positions only, and there `found` is 0.
-        found = found / tl.maximum(total, 1.0)
-        tl.store(out + reader * HEAD + at, found.to(out.dtype.element_ty), mask=inside)
+        # The highest score has weight 1, so the sum is below 1 only without positions, where `weighted` is 0.
+        weighted = weighted / tl.maximum(total, 1.0)
+        tl.store(out + reader * HEAD + index, weighted.to(out.dtype.element_ty), mask=in_range)
     else:
         part = reader * tl.num_programs(2) + split
-        tl.store(parts + part * HEAD + at, found, mask=inside)
+        tl.store(parts + part * HEAD + index, weighted, mask=in_range)
         tl.store(sums + part * 2, highest)
         tl.store(sums + part * 2 + 1, total)
 
 
 @triton.jit
 def _combine(parts, sums, out, HEAD: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
-    """One program per row and head. Parts without positions have the lowest score, and weigh nothing."""
+    """Combines the parts of `_attend`, with one program per row and head.
+
+    A part without positions has the lowest possible score, and so the weight 0.
+    """
     reader = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     part = reader * SPLITS + tl.arange(0, SPLITS)
-    at = tl.arange(0, WIDTH)
-    inside = at < HEAD
+    index = tl.arange(0, WIDTH)
+    in_range = index < HEAD
     highest = tl.load(sums + part * 2)
     total = tl.load(sums + part * 2 + 1)
     weight = tl.exp(highest - tl.max(highest, axis=0))
-    found = tl.load(parts + part[:, None] * HEAD + at[None, :], mask=inside[None, :], other=0.0)
-    found = tl.sum(found * weight[:, None], axis=0) / tl.maximum(tl.sum(total * weight, axis=0), 1.0)
-    tl.store(out + reader * HEAD + at, found.to(out.dtype.element_ty), mask=inside)
+    weighted = tl.load(parts + part[:, None] * HEAD + index[None, :], mask=in_range[None, :], other=0.0)
+    weighted = tl.sum(weighted * weight[:, None], axis=0) / tl.maximum(tl.sum(total * weight, axis=0), 1.0)
+    tl.store(out + reader * HEAD + index, weighted.to(out.dtype.element_ty), mask=in_range)
 
 
 # --- product ------------------------------------------------------------------------------------
 
 
 def int8_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """Multiplies by an int8 weight in one launch, as `Operations.int8_linear`."""
     outputs, inputs = weight.shape
     flat = x.reshape(-1, inputs)
     rows = len(flat)
-    if rows > FEW_ROWS:  # a prefill: the weight is multiplied out once for all of it
+    if rows > FEW_ROWS:  # a prefill: the weight is converted once for all rows
         return PLAIN.int8_linear(x, weight, scales)
     assert flat.stride(1) == 1 and weight.is_contiguous() and scales.is_contiguous()
     out = x.new_empty(rows, outputs)
-    block = 16 if outputs <= 2048 else 32  # or there are fewer programs than a large GPU has processors
+    block = 16 if outputs <= 2048 else 32  # larger blocks would leave processors of a large GPU idle
     with launching_on(x.device):
         _int8_linear[(triton.cdiv(outputs, block),)](
             flat, weight, scales, out, rows, outputs, flat.stride(0), INPUTS=inputs,
@@ -232,26 +250,27 @@ def _int8_linear(
     x, weight, scales, out, rows, outputs, row_stride,
     INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of outputs, for all rows: the weight is read once, and widened in registers.
+    """Computes `int8_linear`, with one program per block of outputs, for all rows.
 
-    Eight bits fit the input's dtype exactly. Sums are in fp32, and get their scale at the end.
+    So the weight is read once, and converted in registers to the dtype of the input, which represents 8-bit
+    integers exactly. The sums are in fp32 and are scaled at the end.
     """
     row = tl.arange(0, ROWS)
     output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     cells = output.to(tl.int64)[None, :] * INPUTS
     total = tl.zeros([ROWS, BLOCK_OUT], dtype=tl.float32)
     for start in range(0, INPUTS, BLOCK_IN):
-        at = start + tl.arange(0, BLOCK_IN)
-        known = at < INPUTS
-        given = tl.load(
-            x + row[:, None] * row_stride + at[None, :],
-            mask=(row < rows)[:, None] & known[None, :],
+        index = start + tl.arange(0, BLOCK_IN)
+        in_range = index < INPUTS
+        inputs_block = tl.load(
+            x + row[:, None] * row_stride + index[None, :],
+            mask=(row < rows)[:, None] & in_range[None, :],
             other=0.0,
         )
         own = tl.load(
-            weight + cells + at[:, None], mask=known[:, None] & (output < outputs)[None, :], other=0
+            weight + cells + index[:, None], mask=in_range[:, None] & (output < outputs)[None, :], other=0
         )
-        total = tl.dot(given, own.to(given.dtype), total, input_precision="ieee")
+        total = tl.dot(inputs_block, own.to(inputs_block.dtype), total, input_precision="ieee")
     scale = tl.load(scales + output, mask=output < outputs, other=0.0)
     tl.store(
         out + row[:, None] * outputs + output[None, :],
@@ -261,7 +280,7 @@ def _int8_linear(
 
 
 class KernelOperations:
-    """Operations as Triton kernels."""
+    """`Operations` as Triton kernels."""
 
     reads_lengths = True
     add_norm = staticmethod(add_norm)

@@ -1,9 +1,8 @@
-"""Keys and values that were computed before, in buffers that never grow, and attention over them.
+"""The cache of keys and values, in buffers of a fixed size, and attention over it.
 
-`RequestCache` holds one request's. `RaggedAttention` lets several requests of different lengths, whose
-rows lie one after the other in the batch, attend each to its own, over the used length only.
-
-The static counterpart, whose lengths live on the device, is in `state.py`.
+`RequestCache` holds the keys and values of one request. `RaggedAttention` computes the attention of several
+requests whose rows are concatenated in one batch: each row attends to the used part of its own request's
+cache. The attention of a static batch, whose lengths are on the device, is in `state.py`.
 """
 
 from collections.abc import Sequence
@@ -15,28 +14,39 @@ from torch import Tensor
 
 
 class Attention(Protocol):
-    """What a decoder's forward asks: stores keys and values as they come, answers queries."""
+    """The attention of one forward pass: stores new keys and values, and attends to all of them."""
 
     @property
     def positions(self) -> Tensor:
-        """[rows, T] or [1, T]: where in its sequence each of the new tokens stands."""
+        """[rows, T] or [1, T]: the position of each new token in its sequence."""
 
     @property
-    def cross_rows(self) -> Tensor | None:
-        """The rows that have a text to attend to, as indices; None: all of them."""
+    def text_rows(self) -> Tensor | None:
+        """The indices of the rows that have a text. None means all rows."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Three [rows, heads, T, head] of new tokens -> the same shape; stores key and value."""
+        """Stores the key and value of the new tokens, and computes causal self-attention.
 
-    def cross(self, layer: int, query: Tensor) -> Tensor:
-        """[cross rows, heads, T, head] -> the same shape, over the text's keys and values."""
+        Args:
+            layer: the index of the layer.
+            query, key, value: [rows, heads, T, head] of the new tokens.
+
+        Returns:
+            Tensor: [rows, heads, T, head].
+        """
+
+    def cross_attend(self, layer: int, query: Tensor) -> Tensor:
+        """Attends to the text: [rows with a text, heads, T, head] -> the same shape."""
 
 
 class RequestCache:
-    """One request's buffers, sized for what was asked.
+    """The keys and values of one request.
 
-    keys, values: [layers, rows, heads, capacity, head], the first `length` positions used
-    text: keys and values of the text, each [layers, text rows, heads, S, head]; None: no text
+    Attributes:
+        keys, values: [layers, rows, heads, capacity, head], of which the first `length` positions are used.
+        rows: the request's rows: 2 (conditional and null) or 1.
+        text: keys and values of the text, each [layers, rows with a text, heads, S, head], or None.
+        text_rows: the indices of the rows that have a text.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class RequestCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """Makes an empty cache. `head` is the width of an attention head, `capacity` is in positions."""
         shape = (layers, rows, heads, capacity, head)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
@@ -62,16 +73,19 @@ class RequestCache:
 
     @property
     def capacity(self) -> int:
+        """How many positions fit."""
         return self.keys.shape[3]
 
     @property
     def text_length(self) -> int:
+        """S, the length of the text; 0 without a text."""
         return 0 if self.text is None else self.text[0].shape[3]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[rows, heads, T, head] each; T > 1 only from an empty cache (prefill), where it is causal.
+        """Stores the key and value, and computes causal self-attention, as `Attention.attend`.
 
-        `length` stands until the whole forward is done: a step that failed can be repeated.
+        T > 1 is allowed only in a prefill, when the cache is empty. `length` does not change here but after
+        the whole forward pass, so that a step that failed can be repeated.
         """
         new = key.shape[2]
         end = self.length + new
@@ -82,17 +96,23 @@ class RequestCache:
         used = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
         return F.scaled_dot_product_attention(query, *used, is_causal=new > 1)
 
-    def cross(self, layer: int, query: Tensor) -> Tensor:
+    def cross_attend(self, layer: int, query: Tensor) -> Tensor:
+        """Attends to the text, as `Attention.cross_attend`."""
         assert self.text is not None
         keys, values = self.text
         return F.scaled_dot_product_attention(query, keys[layer], values[layer])
 
 
 class RaggedAttention:
-    """Requests side by side in one batch, each with its own cache and length."""
+    """The attention of requests whose rows are concatenated, each with its own cache and length."""
 
     def __init__(self, caches: Sequence[RequestCache], new: int) -> None:
-        """`new`: how many tokens each of them brings; more than one only for a request by itself."""
+        """Computes the positions and text rows of a forward pass.
+
+        Args:
+            caches: one for each request.
+            new: T, the number of new tokens of each request. It must be 1 if there are several requests.
+        """
         assert len(caches) == 1 or new == 1
         self._caches = caches
         self._new = new
@@ -102,24 +122,26 @@ class RaggedAttention:
 
         first_rows = [sum(c.rows for c in caches[:i]) for i in range(len(caches))]
         with_text = [first + row for first, c in zip(first_rows, caches, strict=True) for row in c.text_rows]
-        everyone = len(with_text) == sum(c.rows for c in caches)
-        self.cross_rows = None if everyone else torch.tensor(with_text, dtype=torch.long, device=device)
+        all_rows = len(with_text) == sum(c.rows for c in caches)
+        self.text_rows = None if all_rows else torch.tensor(with_text, dtype=torch.long, device=device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Computes self-attention request by request, as `Attention.attend`."""
         if len(self._caches) == 1:
             return self._caches[0].attend(layer, query, key, value)
         sizes = [cache.rows for cache in self._caches]
         parts = zip(self._caches, *(torch.split(x, sizes) for x in (query, key, value)), strict=True)
         return torch.cat([cache.attend(layer, q, k, v) for cache, q, k, v in parts])
 
-    def cross(self, layer: int, query: Tensor) -> Tensor:
+    def cross_attend(self, layer: int, query: Tensor) -> Tensor:
+        """Attends to the texts request by request, as `Attention.cross_attend`."""
         caches = [cache for cache in self._caches if cache.text_rows]
         if len(caches) == 1:
-            return caches[0].cross(layer, query)
+            return caches[0].cross_attend(layer, query)
         parts = zip(caches, torch.split(query, [len(cache.text_rows) for cache in caches]), strict=True)
-        return torch.cat([cache.cross(layer, q) for cache, q in parts])
+        return torch.cat([cache.cross_attend(layer, q) for cache, q in parts])
 
     def advance(self) -> None:
-        """The forward is done: what it stored counts from now on."""
+        """Counts the stored positions as used. Must be called when the forward pass is done."""
         for cache in self._caches:
             cache.length += self._new

@@ -1,5 +1,4 @@
-"""The first pass of a request: lays out its columns, reads its prefix and prompt at once, gives the first
-logits."""
+"""The prefill of a request: lays out its columns, and computes its prefix and prompt in one forward pass."""
 
 from dataclasses import dataclass
 
@@ -15,31 +14,44 @@ from musicgen_svc.runtime.ticks import Check
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """A request up to its first draw."""
+    """A request after its prefill, before its first draw."""
 
-    columns: Tensor  # [K, S], delayed; UNKNOWN where a token is to be drawn
-    start: int  # the first column that is drawn
-    cache: RequestCache  # of its prefix and columns [0, start)
-    logits: Tensor  # [rows, K, card] of column `start`
+    columns: Tensor  # [K, S], delayed; UNKNOWN where a token has to be drawn
+    start: int  # the first column to draw
+    cache: RequestCache  # holds the prefix and columns [0, start)
+    logits: Tensor  # [rows, K, card], from which column `start` is drawn
 
 
-def prefill(decoder: Decoder, request: DecodeRequest, *, spare: bool, check: Check) -> Prefilled:
-    """Runs the first pass. `spare`: the cache also has room for all that will be drawn."""
+def prefill(decoder: Decoder, request: DecodeRequest, *, room_to_decode: bool, check: Check) -> Prefilled:
+    """Prefills a request.
+
+    Args:
+        decoder: computes the forward pass.
+        request: what to decode.
+        room_to_decode: whether the cache gets room for the columns to draw as well.
+        check: is called several times per layer, and may raise to end the request.
+    """
     columns, start = lay_out(decoder, request)
     prefix, text = decoder.fuse(request.conditions)
-    rows = rows_that_matter(request.conditions, request.sampling.guidance)
+    rows = needed_rows(request.conditions, request.sampling.guidance)
     new = prefix.shape[1] + start
     to_draw = columns.shape[1] - start
-    cache = _cache(decoder, rows, text, new + (to_draw - 1 if spare else 0))  # the last one is never read
+    cache = _cache(
+        decoder, rows, text, new + (to_draw - 1 if room_to_decode else 0)
+    )  # the last column is not read
     attention = RaggedAttention([cache], new)
-    owner = torch.zeros(len(rows), dtype=torch.long, device=decoder.device)
-    logits = decoder.logits(columns[None, :, :start], owner, attention, prefix[rows], check)
+    request_of_row = torch.zeros(len(rows), dtype=torch.long, device=decoder.device)
+    logits = decoder.logits(columns[None, :, :start], request_of_row, attention, prefix[rows], check)
     attention.advance()
     return Prefilled(columns, start, cache, logits)
 
 
 def lay_out(decoder: Decoder, request: DecodeRequest) -> tuple[Tensor, int]:
-    """[K, S] columns with the prompt's tokens in their places, and the first one that is drawn."""
+    """Lays out the columns of a request.
+
+    Returns:
+        tuple: columns [K, S] with the prompt's tokens, and the first column to draw.
+    """
     given = 0 if request.prompt is None else request.prompt.shape[1]
     assert 0 <= given < request.length, f"{given} frames are given: no room to generate in {request.length}"
     codes = torch.full((decoder.codebooks, request.length), UNKNOWN, device=decoder.device)
@@ -48,11 +60,11 @@ def lay_out(decoder: Decoder, request: DecodeRequest) -> tuple[Tensor, int]:
     return interleave(codes, decoder.delays, special=decoder.card), first_column(given)
 
 
-def rows_that_matter(conditions: Conditions, guidance: float) -> list[int]:
-    """Which of the rows, 0 conditional and 1 null, guidance can tell apart.
+def needed_rows(conditions: Conditions, guidance: float) -> list[int]:
+    """Returns the rows that classifier-free guidance needs: 0 is the conditional row, 1 the null row.
 
-    `null + (conditional - null) * guidance` is the null row at guidance 0, and either row where
-    both are the same: no text, no melody.
+    `null + (conditional - null) * guidance` is the null row if the guidance is 0. If both rows are the same,
+    as without a text and a melody, one row is enough.
     """
     if not conditions:
         return [0]
@@ -63,19 +75,21 @@ def rows_that_matter(conditions: Conditions, guidance: float) -> list[int]:
 
 
 def rows_with_text(text: Tensor | None, rows: list[int]) -> list[int]:
-    """Which of `rows` have a text that is not zero in `text` [2, S, D], as indices into `rows`.
+    """Returns which of `rows` have a text, as indices into `rows`.
 
-    An all-zero text (the null condition) has zero values, so attending to it adds nothing.
+    A row of `text` [2, S, D] that is all zero (the null condition) does not count: its values are zero, so
+    attention to it adds nothing.
     """
-    return [] if text is None else [at for at, row in enumerate(rows) if text[row].any()]
+    return [] if text is None else [index for index, row in enumerate(rows) if text[row].any()]
 
 
 def _cache(decoder: Decoder, rows: list[int], text: Tensor | None, capacity: int) -> RequestCache:
+    """Makes a cache with `capacity` positions, and computes the keys and values of the text."""
     decoder.reserve(capacity)
     with_text = rows_with_text(text, rows)
     keys_values = None
     if text is not None and with_text:
-        keys_values = decoder.text_keys_values(text[[rows[at] for at in with_text]])
+        keys_values = decoder.text_keys_values(text[[rows[index] for index in with_text]])
     return RequestCache(
         layers=len(decoder.layers),
         rows=len(rows),

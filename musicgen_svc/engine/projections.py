@@ -1,9 +1,9 @@
-"""x @ W.T for the few rows of a decoding step, where reading W is nearly all that costs.
+"""Matrix products x @ W.T for the few rows of a decoding step, in which reading W takes most of the time.
 
-On a CPU kernels are asked for by name, since `F.linear` chooses a GEMM made for many rows. For two
-rows of fp32 oneDNN streams the weights three to four times as fast, from the same memory, without
-packing. FBGEMM's have the weights packed once, in fewer bytes, and stream those as fast: half
-precision, which fp32 activations are multiplied with in fp32, and int8, with 8-bit activations.
+On a CPU this module calls kernels by name, because `F.linear` chooses a GEMM that is made for many rows. With
+two rows of fp32, oneDNN's kernel reads the weights three to four times as fast as that GEMM, without packing.
+FBGEMM's kernels read packed weights, which have fewer bytes: fp16 weights, multiplied by fp32 activations in
+fp32, and int8 weights, multiplied by activations that are rounded to 8 bits.
 """
 
 from collections.abc import Callable
@@ -16,23 +16,29 @@ from torch import Tensor
 from musicgen_svc.engine.operations import PLAIN, Operations
 
 Precision = Literal["reference", "float16", "bfloat16", "int8"]
-"""How the layers' matrices are kept and multiplied; `scripts/bench` reports what each changes.
+"""How the matrices are stored and multiplied. `scripts/bench` reports the accuracy and speed of each.
 
-`reference`: as they were stored, multiplied in the model's precision. On a CPU that is fp32: a matrix whose
-    numbers all fit float16, as in a checkpoint stored so, is packed as that, any other one is shared
-    with the model as it is.
-`float16`: the same, with what does not fit rounded. Layers on a GPU are float16 already.
+`reference`: exact numbers, multiplied in the model's precision. On a CPU that is fp32. There a matrix is
+    packed in float16 if float16 can represent all of its numbers, which is so if the checkpoint is stored in
+    float16. Any other matrix is shared with the model.
+`float16`: like `reference`, but every matrix is rounded to float16. Layers on a GPU are float16 already.
 `bfloat16`: a second copy in bfloat16, multiplied in bfloat16.
-`int8`: a second copy in eight bits, with one scale per output channel. FBGEMM rounds the input to eight
-    bits as well, each row by itself; elsewhere it stays as it is, and only kernels of our own are fast.
+`int8`: a second copy in 8 bits, with one scale per output channel. FBGEMM also rounds each row of the input
+    to 8 bits. Elsewhere the input is not rounded, and only our Triton kernel is fast.
 """
 
 Projection = Callable[[Tensor], Tensor]
-"""[..., in] -> [..., out], in the dtype of the input."""
+"""Multiplies [..., in] by a weight -> [..., out] in the dtype of the input."""
 
 
 def projection(weight: Tensor, precision: Precision, operations: Operations = PLAIN) -> Projection:
-    """The product with one bias-free weight [out, in]."""
+    """Makes the product with a weight [out, in] without a bias.
+
+    Args:
+        weight: [out, in], which may be referenced or copied.
+        precision: how the weight is stored and multiplied.
+        operations: where the int8 product is taken from if FBGEMM cannot be used.
+    """
     if precision == "bfloat16":
         return _bfloat16(weight)
     if precision == "int8":
@@ -43,21 +49,24 @@ def projection(weight: Tensor, precision: Precision, operations: Operations = PL
 
 
 def packs_float16(weight: Tensor) -> bool:
-    """Whether `reference` keeps a matrix in float16, as nothing is lost by it."""
-    return _fbgemm(weight) and _fits_float16(weight)
+    """Whether `reference` packs a matrix in float16, because this loses nothing."""
+    return uses_fbgemm(weight) and _fits_float16(weight)
 
 
 def _plain(weight: Tensor) -> Projection:
+    """Makes the product in the dtype of the weight, which is referenced."""
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C._has_mkldnn:
         return lambda x: _onednn(x, weight)
     return lambda x: F.linear(x, weight)
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiplies [..., in] by a weight [out, in] with oneDNN's kernel."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
 
 
 def _bfloat16(weight: Tensor) -> Projection:
+    """Makes the product in bfloat16, with a packed weight if the CPU supports it."""
     rounded = weight.to(torch.bfloat16)
     if weight.device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return lambda x: F.linear(x.to(torch.bfloat16), rounded).to(x.dtype)
@@ -66,7 +75,8 @@ def _bfloat16(weight: Tensor) -> Projection:
 
 
 def _float16(weight: Tensor) -> Projection:
-    if not _fbgemm(weight):
+    """Makes the product with a weight that is rounded to float16, packed if FBGEMM can be used."""
+    if not uses_fbgemm(weight):
         return _plain(weight if _fits_float16(weight) else _rounded(weight))
     packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
     multiply = torch.ops.quantized.linear_dynamic_fp16
@@ -74,35 +84,41 @@ def _float16(weight: Tensor) -> Projection:
 
 
 def _fits_float16(weight: Tensor) -> bool:
-    """Looked at in pieces that stay in a cache: fresh memory for all of it costs more than to look."""
+    """Whether float16 can represent all numbers of a weight.
+
+    The weight is compared in pieces that fit a CPU cache: new memory for the whole copy would cost more time
+    than the comparison.
+    """
     return all(torch.equal(rows, _rounded(rows)) for rows in torch.split(weight, 64))
 
 
 def _rounded(weight: Tensor) -> Tensor:
+    """Rounds numbers to float16, in the dtype of the weight."""
     return weight.to(torch.float16).to(weight.dtype)
 
 
 def _int8(weight: Tensor, operations: Operations) -> Projection:
+    """Makes the product with a weight that is rounded to 8 bits, with FBGEMM or else with `operations`."""
     scales = (weight.float().abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny)  # [out]
-    if not _fbgemm(weight):
+    if not uses_fbgemm(weight):
         rounded = (weight.float() / scales[:, None]).round().to(torch.int8)
         return lambda x: operations.int8_linear(x, rounded, scales)
     zeros = torch.zeros(len(scales), dtype=torch.long)
     quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(quantized, None)
-    # Without VNNI two products are added up in 16 bits first: seven bits of the input fit there.
+    # Without VNNI, FBGEMM adds two products in 16 bits: the input may have 7 bits only, or the sum saturates.
     steps, zero = (127, 128) if torch.cpu._is_vnni_supported() else (63, 64)
     multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
 
     def product(x: Tensor) -> Tensor:
-        # One scale per row: with one for all, what a request generates would depend on the others.
-        loudest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min_(1e-30)
-        return multiply(x / loudest, 1 / steps, zero, packed).mul_(loudest)  # type: ignore[no-any-return]
+        # Each row has its own scale: with a common scale, a request's tokens would depend on other requests.
+        row_max = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min_(1e-30)
+        return multiply(x / row_max, 1 / steps, zero, packed).mul_(row_max)  # type: ignore[no-any-return]
 
     return product
 
 
-def _fbgemm(weight: Tensor) -> bool:
-    """Whether `torch.ops.quantized` is FBGEMM's, which knows fp32 inputs alone."""
-    known = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return known and torch.backends.quantized.engine in ("x86", "fbgemm")
+def uses_fbgemm(weight: Tensor) -> bool:
+    """Whether a product can use FBGEMM by `torch.ops.quantized`, which supports fp32 inputs only."""
+    supported = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return supported and torch.backends.quantized.engine in ("x86", "fbgemm")

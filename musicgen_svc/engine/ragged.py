@@ -1,6 +1,6 @@
-"""A batch in which each slot owns a cache of just its length, and draws on the host from its own generator.
+"""The batch for a CPU: each slot owns a cache of exactly its length, and the host draws its tokens.
 
-Rows are computed together, attention and draws slot by slot.
+A step computes the products of all rows together, and attention and draws slot by slot.
 """
 
 from dataclasses import dataclass, field
@@ -19,13 +19,15 @@ from musicgen_svc.runtime.ticks import Check, no_check
 
 @dataclass(eq=False)
 class RaggedSlot(Slot):
+    """A slot with its own cache and random generator."""
+
     cache: RequestCache
     sampling: SamplingParams
     generator: torch.Generator
-    logits: Tensor = field(init=False)  # [K, card], guided: what the last column was drawn from
+    logits: Tensor = field(init=False)  # [K, card], after guidance, from which the last column was drawn
 
-    def take(self, logits: Tensor) -> None:
-        """Draws the tokens of the next column from its logits [rows, K, card], where they are not given."""
+    def draw_column(self, logits: Tensor) -> None:
+        """Draws the unknown tokens of the next column from logits [rows, K, card]."""
         self.logits = mix(logits[0], logits[1], self.sampling.guidance) if len(logits) == 2 else logits[0]
         drawn = draw(self.logits, self.sampling, self.generator)
         column = self.columns[:, self.filled]
@@ -36,7 +38,7 @@ class RaggedSlot(Slot):
 class RaggedBatch:
     """The batch for a CPU.
 
-    A generator draws on its own device alone, so on a GPU only greedy requests run.
+    A generator can draw on its own device only, so on a GPU this batch can decode greedy requests only.
     """
 
     def __init__(self, decoder: Decoder, num_slots: int) -> None:
@@ -45,29 +47,31 @@ class RaggedBatch:
         self.slots: list[RaggedSlot] = []
 
     def has_room(self, request: DecodeRequest) -> bool:
+        """Always, because each slot has its own cache."""
         return True
 
     @torch.inference_mode()
     def open(self, request: DecodeRequest, check: Check = no_check) -> RaggedSlot:
-        begun = prefill(self.decoder, request, spare=True, check=check)
+        """Opens a slot, as `Batch.open`."""
+        prefilled = prefill(self.decoder, request, room_to_decode=True, check=check)
         slot = RaggedSlot(
-            columns=begun.columns,
-            start=begun.start,
-            filled=begun.start,
+            columns=prefilled.columns,
+            start=prefilled.start,
+            filled=prefilled.start,
             delays=self.decoder.delays,
-            cache=begun.cache,
+            cache=prefilled.cache,
             sampling=request.sampling,
             generator=request.generator,
         )
-        slot.take(begun.logits)
+        slot.draw_column(prefilled.logits)
         self.slots.append(slot)
         return slot
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Computes one step.
+        """Computes one more column for every running slot.
 
-        A draw that fails is its slot's own error; a forward that fails can be repeated.
+        A draw that fails sets the error of its slot only. A forward pass that fails can be repeated.
         """
         slots = [slot for slot in self.slots if slot.running]
         if not slots:
@@ -75,23 +79,23 @@ class RaggedBatch:
         rows = [slot.cache.rows for slot in slots]
         attention = RaggedAttention([slot.cache for slot in slots], new=1)
         last = torch.stack([slot.columns[:, slot.filled - 1 : slot.filled] for slot in slots])
-        owners = torch.tensor([index for index, count in enumerate(rows) for _ in range(count)])
-        logits = self.decoder.logits(last, owners.to(last.device), attention)
+        request_of_row = torch.tensor([index for index, count in enumerate(rows) for _ in range(count)])
+        logits = self.decoder.logits(last, request_of_row.to(last.device), attention)
         attention.advance()
         for slot, own in zip(slots, torch.split(logits, rows), strict=True):
             try:
-                slot.take(own)
-            except (
-                Exception
-            ) as exc:  # for instance a temperature that makes all logits infinite: not the others' fault
+                slot.draw_column(own)
+            except Exception as exc:  # for instance a temperature that makes all logits infinite
                 slot.error = exc
 
     def run(self) -> None:
-        """Computes one step: the host draws, and so waits for each."""
+        """Computes one step. The host draws the tokens, so it waits for every step."""
         self.step()
 
     def close(self, slot: Slot) -> None:
+        """Removes the slot, finished or not. Idempotent."""
         self.slots = [other for other in self.slots if other is not slot]
 
     def clear(self) -> None:
+        """Removes all slots."""
         self.slots = []

@@ -1,10 +1,10 @@
-"""Logits -> tokens: classifier-free guidance, temperature, top-k, top-p, greedy.
+"""Draws tokens from logits, with classifier-free guidance, temperature and top-k, top-p or greedy choice.
 
-Pure, and the same arithmetic in the same order and dtypes as audiocraft's `LMModel`, so that in
-fp32 on a CPU a generator draws the tokens that audiocraft draws from the global one.
+All functions are pure. They do the same arithmetic in the same order and dtypes as audiocraft's `LMModel`, so
+that in fp32 on a CPU a generator draws the tokens that audiocraft draws from the global generator.
 
-`draw` is for one request and its `torch.Generator`. `draw_counted` is for many at once on the
-device: nothing in it waits for the host, and each request has its own parameters.
+`draw` draws for one request from its `torch.Generator`. `draw_counted` draws for many requests on the device:
+nothing in it waits for the host, and each request has its own parameters.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,10 @@ from musicgen_svc.engine.sampling_params import GREEDY_BELOW, SamplingParams
 
 
 class SlotParameters(NamedTuple):
-    """How each slot's next column is drawn: [slots] tensors on the device of the logits."""
+    """How each slot's next column is drawn. Each field is a [slots] tensor on the device of the logits.
+
+    The first four have the meanings of `SamplingParams`.
+    """
 
     guidance: Tensor
     temperature: Tensor
@@ -24,18 +27,32 @@ class SlotParameters(NamedTuple):
     top_p: Tensor
     seed: Tensor
     step: Tensor
-    """The column that is drawn."""
+    """The index of the column that is drawn."""
 
 
 def mix(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor) -> Tensor:
-    """Applies classifier-free guidance, in the logits' dtype throughout: [..., card] twice -> [..., card]."""
+    """Applies classifier-free guidance (Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022).
+
+    Args:
+        conditional, unconditional: [..., card] logits.
+        guidance: 0 gives the unconditional logits, 1 the conditional ones.
+
+    Returns:
+        Tensor: [..., card] in the logits' dtype, in which all of it is computed.
+    """
     return unconditional + ((conditional - unconditional) * guidance).to(conditional.dtype)
 
 
 def draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:
-    """Draws a column for one request: [K, card] logits -> [K] tokens.
+    """Draws a column for one request.
 
-    A greedy choice leaves the generator as it is.
+    Args:
+        logits: [K, card], after guidance.
+        params: how tokens are drawn.
+        generator: the source of the random numbers. A greedy choice does not use it.
+
+    Returns:
+        Tensor: [K] tokens.
     """
     if params.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
@@ -51,9 +68,16 @@ def draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> 
 
 
 def keep_top_k(probabilities: Tensor, k: int) -> Tensor:
-    """[..., card] -> the same, renormalised over the k most likely; ties with the last of them stay.
+    """Keeps the k most likely tokens, and normalizes their probabilities.
 
-    k beyond the codebook keeps all of it.
+    Tokens as likely as the last one of them are kept too. If k is larger than the codebook, all are kept.
+
+    Args:
+        probabilities: [..., card].
+        k: how many tokens to keep, at least 1.
+
+    Returns:
+        Tensor: [..., card], zero for the other tokens.
     """
     threshold = probabilities.topk(min(k, probabilities.shape[-1]), dim=-1).values[..., -1:]
     kept = probabilities * (probabilities >= threshold)
@@ -61,18 +85,36 @@ def keep_top_k(probabilities: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(descending: Tensor, p: float) -> Tensor:
-    """[..., card] in descending order -> the same, renormalised over the first that hold p together."""
+    """Keeps the most likely tokens whose probabilities add up to p, and normalizes their probabilities.
+
+    The token with which the sum exceeds p is kept (Holtzman et al., "The Curious Case of Neural Text
+    Degeneration", 2020).
+
+    Args:
+        descending: [..., card] probabilities in descending order.
+        p: the sum.
+
+    Returns:
+        Tensor: [..., card], zero for the other tokens.
+    """
     before = descending.cumsum(dim=-1) - descending
     kept = descending * ~(before > p)
     return kept / kept.sum(dim=-1, keepdim=True)
 
 
 def draw_counted(logits: Tensor, parameters: SlotParameters) -> Tensor:
-    """Draws a column for many requests at once: [B, K, card] guided logits -> [B, K] tokens.
+    """Draws a column for many requests at once.
 
-    The draw is keyed by (seed, step, codebook, rank), see `counted_uniform`: it does not depend on
-    the slot, on the other requests or on any generator's state. The sets that may be drawn from are
-    those of `draw`; the tokens are not, but for greedy ones.
+    The random numbers depend on (seed, step, codebook, rank) only, see `counted_uniform`. They do not depend
+    on the slot, on other requests or on the state of a generator. Tokens come from the same sets as those of
+    `draw`, but only greedy ones are the same tokens.
+
+    Args:
+        logits: [B, K, card], after guidance.
+        parameters: how each request's tokens are drawn; its guidance is not used.
+
+    Returns:
+        Tensor: [B, K] tokens.
     """
     _, temperature, top_k, top_p, seed, step = parameters
     batch, codebooks, card = logits.shape
@@ -88,7 +130,8 @@ def draw_counted(logits: Tensor, parameters: SlotParameters) -> Tensor:
     in_top_p = ~(before > top_p[column])
     allowed = torch.where((top_p > 0)[column], in_top_p, in_top_k)
 
-    # argmax(p / e) with e exponential is a draw from p, without the sync inside torch.multinomial.
+    # The argmax of p / e, where e is exponentially distributed, is a draw from p (an "exponential race").
+    # torch.multinomial would wait for the device.
     uniform = counted_uniform(seed, step, codebooks, card)
     race = torch.where(allowed, probabilities / -torch.log(uniform), -1.0)
     drawn = order.gather(-1, race.argmax(dim=-1, keepdim=True))[..., 0]
@@ -96,10 +139,18 @@ def draw_counted(logits: Tensor, parameters: SlotParameters) -> Tensor:
 
 
 def counted_uniform(seed: Tensor, step: Tensor, codebooks: int, card: int) -> Tensor:
-    """[B] seeds and [B] steps -> [B, codebooks, card] numbers in (0, 1), a function of nothing else.
+    """Computes uniform numbers in (0, 1) that depend on seed, step and index only.
 
-    Three rounds of the 32-bit mixer `lowbias32` (C. Wellons, "Prospecting for Hash Functions", 2018),
-    in int64 because torch has no unsigned multiplication: seed, then step, then the cell's index.
+    The seed, the step and the index of the cell are hashed one after the other with the 32-bit mixer
+    `lowbias32` (C. Wellons, "Prospecting for Hash Functions", 2018). The arithmetic is in int64, because
+    torch has no unsigned multiplication.
+
+    Args:
+        seed, step: [B].
+        codebooks, card: the shape of a request's numbers.
+
+    Returns:
+        Tensor: [B, codebooks, card] in fp32.
     """
     cell = torch.arange(codebooks * card, device=seed.device).view(1, codebooks, card)
     word = _mix32(seed & _MASK32)
@@ -113,6 +164,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def _mix32(word: Tensor) -> Tensor:
+    """Applies `lowbias32` to 32-bit words in int64."""
     word = word ^ (word >> 16)
     word = (word * 0x7FEB352D) & _MASK32
     word = word ^ (word >> 15)

@@ -1,21 +1,24 @@
-"""How the next token of a request is drawn. Plain numbers, without torch."""
+"""How the tokens of a request are drawn, in plain numbers. This module does not import torch."""
 
 from dataclasses import dataclass
 
 GREEDY_BELOW = 0.01
-"""Below this temperature the most likely token is always taken: a draw has one outcome there, and logits
-divided by such a number may leave the range of fp16."""
+"""Below this temperature the most likely token is taken. A draw would have the same outcome, but logits
+divided by such a small number may leave the range of fp16."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is drawn. The names are audiocraft's, but for `guidance` (its `cfg_coef`)."""
+    """How the tokens of a request are drawn.
+
+    The names and defaults are audiocraft's, except that its `cfg_coef` is `guidance` here.
+    """
 
     top_k: int = 250
-    """Draw among the k most likely tokens; 0: among all."""
+    """Draws among the k most likely tokens. 0 draws among all."""
     top_p: float = 0.0
-    """Draw among the most likely tokens that hold this probability together; replaces `top_k` if > 0."""
+    """Draws among the most likely tokens whose probabilities add up to this. Above 0 it replaces `top_k`."""
     temperature: float = 1.0
-    """Divides the logits; 0, and anything below `GREEDY_BELOW`: always the most likely token."""
+    """Divides the logits. Below `GREEDY_BELOW` the most likely token is taken."""
     guidance: float = 3.0
-    """Classifier-free guidance: unconditional + guidance * (conditional - unconditional)."""
+    """Classifier-free guidance: logits are unconditional + guidance * (conditional - unconditional)."""

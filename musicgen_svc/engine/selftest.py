@@ -1,8 +1,8 @@
-"""Self-tests at load: whether the kernels and the CUDA graphs of this machine do what they should.
+"""Tests when a model is loaded whether CUDA graphs and kernels work correctly on this machine.
 
-A recording that fails leaves PyTorch's allocator and random stream in the state of a recording, for the rest
-of the process. What would make it fail, a step that waits for the device, is therefore looked for first,
-where it does no harm.
+A recording that fails leaves PyTorch's allocator and random stream in the state of a recording for the rest
+of the process. A step that waits for the device would make a recording fail, so a launched step is tested
+for waits before any step is recorded.
 """
 
 import logging
@@ -24,18 +24,18 @@ from musicgen_svc.engine.state import Capacity
 from musicgen_svc.errors import GenerationError, first_line
 
 FRAMES = 12
-"""How many frames the graphs' self-test decodes."""
+"""How many frames the self-test of graphs decodes."""
 
 
 # Graphs
 
 
 def keep_graphs_that_work(batch: Batch, graphed: Graphed[Any]) -> None:
-    """Leaves graphs on if a replayed step draws the tokens that a launched step draws.
+    """Disables graphs unless a replayed step draws the tokens that a launched step draws.
 
     Args:
         batch: an empty batch.
-        graphed: what records the batch's steps.
+        graphed: the step of the batch.
 
     Raises:
         GenerationError: a step could not be recorded.
@@ -44,14 +44,14 @@ def keep_graphs_that_work(batch: Batch, graphed: Graphed[Any]) -> None:
         return
     graphed.enabled = False
     try:
-        launched = _decoded(batch, _syncs_raise())
+        launched = _decode(batch, _syncs_raise())
     except RuntimeError as exc:
         _warn(f"a step cannot be recorded: {first_line(exc)}")
         return
     graphed.enabled = True
     try:
-        replayed = _decoded(batch, nullcontext())
-    except Exception as exc:  # CUDA's, a library's or the allocator's
+        replayed = _decode(batch, nullcontext())
+    except Exception as exc:  # from CUDA, a library or PyTorch's allocator
         raise GenerationError(
             f"This GPU cannot record the decoding step ({first_line(exc)}): set MUSICGEN_CUDA_GRAPHS=off."
         ) from exc
@@ -61,8 +61,8 @@ def keep_graphs_that_work(batch: Batch, graphed: Graphed[Any]) -> None:
         graphed.enabled = False
 
 
-def _decoded(batch: Batch, stepping: AbstractContextManager[None]) -> Tensor:
-    """[K, FRAMES] tokens of a request without conditions."""
+def _decode(batch: Batch, stepping: AbstractContextManager[None]) -> Tensor:
+    """Decodes a request without conditions, within `stepping`: -> [K, FRAMES] tokens on the CPU."""
     codebooks, device = batch.decoder.codebooks, batch.decoder.device
     prompt = torch.zeros(codebooks, 1, dtype=torch.long, device=device)
     request = DecodeRequest({}, prompt, FRAMES, SamplingParams(), torch.Generator().manual_seed(0))
@@ -78,12 +78,12 @@ def _decoded(batch: Batch, stepping: AbstractContextManager[None]) -> Tensor:
 
 @contextmanager
 def _syncs_raise() -> Iterator[None]:
-    """PyTorch's own check for waits.
+    """Makes PyTorch raise an error if the host waits for the device.
 
-    Process-wide: while it is active, a wait in another thread raises too.
+    This is process-wide: while it is active, a wait in another thread raises too.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it calls itself a prototype
+        warnings.simplefilter("ignore")  # PyTorch warns that this check is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -92,6 +92,7 @@ def _syncs_raise() -> Iterator[None]:
 
 
 def _warn(reason: str) -> None:
+    """Logs why graphs are disabled."""
     logging.getLogger(__name__).warning("Decoding without CUDA graphs: %s", reason)
 
 
@@ -100,7 +101,7 @@ def _warn(reason: str) -> None:
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a model that is to be decoded."""
+    """The numbers of a model on which the kernels depend."""
 
     dim: int
     heads: int
@@ -111,17 +112,26 @@ class Shape:
 
 @torch.inference_mode()
 def disagreements(ops: Operations, shape: Shape, device: torch.device) -> list[str]:
-    """Which operations do not give what the plain ones give, on a few numbers of a model's shape."""
+    """Compares operations with the plain ones on random numbers.
+
+    Args:
+        ops: the operations to test.
+        shape: the model's.
+        device: where to compute.
+
+    Returns:
+        list[str]: what differs, in words.
+    """
     source = torch.Generator().manual_seed(0)
 
     def noise(*size: int) -> Tensor:
         return torch.randn(size, generator=source).to(device)
 
-    found = []
+    differences = []
     x, delta, weight, bias = noise(2, 1, shape.dim), noise(2, 1, shape.dim), *noise(2, shape.dim)
     normed = [o.add_norm(x, delta.to(shape.dtype), weight, bias, 1e-5, shape.dtype) for o in (ops, PLAIN)]
     if not _close(*normed):
-        found.append("the LayerNorm differs")
+        differences.append("the LayerNorm differs")
 
     capacity = Capacity(1)
     head = shape.dim // shape.heads
@@ -135,7 +145,7 @@ def disagreements(ops: Operations, shape: Shape, device: torch.device) -> list[s
         own = o.attention(lengths, capacity.positions)(query, keys, values, (key, value))
         attended.append((text, own, keys, values))
     if not _close(*attended):
-        found.append("the attention differs")
+        differences.append("the attention differs")
 
     logits = (3 * noise(4, 2, shape.codebooks, shape.card)).to(shape.dtype)
     parameters = SlotParameters(
@@ -148,16 +158,16 @@ def disagreements(ops: Operations, shape: Shape, device: torch.device) -> list[s
         )
     )  # fmt: skip
     other = ops.draw(logits, parameters) != PLAIN.draw(logits, parameters)
-    if other.float().mean() > 0.1:  # one may be a matter of the last bit
-        found.append("other tokens are drawn")
+    if other.float().mean() > 0.1:  # a rounding error may change one of them
+        differences.append("other tokens are drawn")
 
     x, scales = noise(2, 1, shape.dim).to(shape.dtype), noise(shape.dim).abs() / 127 / shape.dim**0.5
     weight = (127 * noise(shape.dim, shape.dim)).clamp(-127, 127).to(torch.int8)
     if not _close(*([o.int8_linear(x, weight, scales)] for o in (ops, PLAIN))):
-        found.append("the product with int8 differs")
-    return found
+        differences.append("the product with int8 differs")
+    return differences
 
 
 def _close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Up to the rounding of fp16."""
+    """Whether tensors are equal up to rounding in fp16."""
     return all(torch.allclose(a.float(), b.float(), atol=0.02) for a, b in zip(found, expected, strict=True))

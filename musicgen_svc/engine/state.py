@@ -1,9 +1,9 @@
 """The state of a static batch on the device, and the step that reads and writes it.
 
-Each slot owns two rows, its CFG pair. Where one row would do (see `rows_that_matter`) both hold the same.
-A step computes the leading slots. A slot among them that is not running is computed too, and keeps nothing.
-Draws are keyed by the request's seed and its column (`sampling.draw_counted`), so a request gives the same
-tokens in any slot.
+Each slot owns two rows, conditional and null. If the request needs one row only (see `needed_rows`), both
+rows hold the same numbers. A step computes the leading slots. A slot among them that is not running is
+computed too, but its result is discarded. Draws depend on the request's seed and its column only
+(`sampling.draw_counted`), so a request gives the same tokens in any slot.
 """
 
 from collections.abc import Callable
@@ -22,18 +22,19 @@ from musicgen_svc.engine.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class Capacity:
-    """The size of the buffers. A 30 s window with melody and a long text fits the defaults."""
+    """The size of the buffers. The defaults hold a 30 s window with a melody and a long text."""
 
     slots: int
-    columns: int = 1504
-    positions: int = 2048
-    text: int = 512
+    columns: int = 1504  # of a slot
+    positions: int = 2048  # of keys and values, in a row
+    text: int = 512  # tokens of a slot's text
 
     def holds(self, columns: int, positions: int, text: int) -> bool:
+        """Whether a request with this many columns, positions and text tokens fits a slot."""
         return self == self.for_request(columns, positions, text)
 
     def for_request(self, columns: int, positions: int, text: int) -> "Capacity":
-        """The smallest capacity that also holds a request. It is this one, if that holds it."""
+        """Returns the smallest capacity that holds both what this one holds and the request."""
         return Capacity(
             self.slots, max(self.columns, columns), max(self.positions, positions), max(self.text, text)
         )
@@ -43,18 +44,19 @@ class Capacity:
 class ActiveExtent:
     """How much of the buffers a step reads."""
 
-    slots: int
-    positions: int
-    text: int
+    slots: int  # the leading ones
+    positions: int  # of each row
+    text: int  # tokens of each slot's text
 
 
 class StaticAttention:
-    """Attention over what each row of the leading slots has used of the buffers."""
+    """The attention of one step: each row of the leading slots attends to what it has used of the buffers."""
 
-    cross_rows = None
-    """A row without a text attends to nothing, which costs less than to leave the row out."""
+    text_rows = None
+    """All rows. A row without a text has the text length 0, which costs less than to leave the row out."""
 
     def __init__(self, state: "DeviceState", extent: ActiveExtent) -> None:
+        """Binds the attention operations to the lengths that are on the device."""
         self._state, self._rows = state, slice(2 * extent.slots)
         last = state.position()[: extent.slots, None].expand(-1, 2).flatten()  # [rows]
         self.positions = last[:, None]
@@ -63,13 +65,15 @@ class StaticAttention:
         self._cross_attend = attention(state.text_length[self._rows], extent.text)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[rows, heads, 1, head] each."""
+        """Stores the key and value, and computes self-attention, as `Attention.attend` with T = 1."""
         keys, values = self._state.keys[layer, self._rows], self._state.values[layer, self._rows]
         return self._attend(query, keys, values, (key, value))
 
-    def cross(self, layer: int, query: Tensor) -> Tensor:
-        """[rows, heads, 1, head] -> the same: both rows of a slot have its one text; the null row has
-        length 0."""
+    def cross_attend(self, layer: int, query: Tensor) -> Tensor:
+        """Attends to the text, as `Attention.cross_attend` with T = 1.
+
+        Both rows of a slot share the slot's text, whose length for the null row is 0.
+        """
         assert self._state.text_keys is not None and self._state.text_values is not None
         slots = slice(len(query) // 2)
         return self._cross_attend(
@@ -78,9 +82,23 @@ class StaticAttention:
 
 
 class DeviceState:
-    """The buffers of `capacity.slots` slots. A slot is stopped until a request moves in."""
+    """The buffers of `capacity.slots` slots. A slot is stopped until it is opened for a request.
+
+    Attributes:
+        operations: the operations of the decoder.
+        capacity: the size of the buffers.
+        columns: [slots, K, columns + 1] tokens, delayed.
+        filled: [slots] columns [0, filled) are final.
+        end: [slots] the number of the request's columns; 0 if the slot is stopped.
+        prefix_length: [slots] positions of the prefix.
+        seed, temperature, top_k, top_p, guidance: [slots] how tokens are drawn.
+        keys, values: [layers, rows, heads, positions, head], two rows per slot.
+        text_keys, text_values: [layers, slots, heads, text, head]; None if the model has no cross-attention.
+        text_length: [rows]; 0 for a row without a text.
+    """
 
     def __init__(self, decoder: Decoder, capacity: Capacity) -> None:
+        """Allocates the buffers. All slots are stopped."""
         self._decoder = decoder
         self.operations = decoder.operations
         self.capacity = capacity
@@ -88,18 +106,19 @@ class DeviceState:
         layers, heads = len(decoder.layers), decoder.heads
         head = decoder.dim // heads
 
-        def whole(value: int = 0) -> Tensor:
+        def per_slot(value: int = 0) -> Tensor:
             return torch.full((slots,), value, device=device)
 
         def buffer(rows: int, length: int) -> Tensor:
             return torch.zeros(layers, rows, heads, length, head, dtype=decoder.dtype, device=device)
 
         self._slot_of_row = torch.arange(2 * slots, device=device) // 2
-        self.filled, self.end, self.before, self.seed = whole(1), whole(0), whole(0), whole(0)
-        self.top_k = whole(1)
+        self.filled, self.end = per_slot(1), per_slot(0)
+        self.prefix_length, self.seed = per_slot(0), per_slot(0)
+        self.top_k = per_slot(1)
         self.text_length = torch.zeros(2 * slots, dtype=torch.long, device=device)  # [rows]
         self.temperature, self.top_p, self.guidance = (torch.zeros(slots, device=device) for _ in range(3))
-        # One column more than a request has: where slots that are not running write.
+        # One column more than a request has: slots that are not running write there.
         self.columns = torch.zeros(
             slots, decoder.codebooks, capacity.columns + 1, dtype=torch.long, device=device
         )
@@ -108,42 +127,61 @@ class DeviceState:
         self.text_values = buffer(slots, capacity.text) if decoder.has_text else None
         decoder.reserve(capacity.positions)
 
-    def move_in(self, slot: int, begun: Prefilled, sampling: SamplingParams, seed: int) -> None:
-        """Copies a prefilled request into a slot, and draws the column after its prefill."""
-        cache, length = begun.cache, begun.columns.shape[1]
+    def open_slot(self, slot: int, prefilled: Prefilled, sampling: SamplingParams, seed: int) -> None:
+        """Copies a prefilled request into a slot, and draws its first column.
+
+        Args:
+            slot: the index of the slot.
+            prefilled: the request after its prefill.
+            sampling: how its tokens are drawn.
+            seed: the seed of its draws.
+        """
+        cache, length = prefilled.cache, prefilled.columns.shape[1]
         assert length <= self.capacity.columns, (length, self.capacity)
-        assert cache.length + length - begun.start <= self.capacity.positions, (cache.length, self.capacity)
+        assert cache.length + length - prefilled.start <= self.capacity.positions, (
+            cache.length,
+            self.capacity,
+        )
         assert cache.text_length <= self.capacity.text, (cache.text_length, self.capacity)
         own = slice(2 * slot, 2 * slot + 2)  # a single row is copied into both
         self.keys[:, own, :, : cache.length] = cache.keys[:, :, :, : cache.length]
         self.values[:, own, :, : cache.length] = cache.values[:, :, :, : cache.length]
         self._copy_text(slot, cache)
-        self.columns[slot, :, :length] = begun.columns
-        for numbers, own_number in (
-            (self.filled, begun.start), (self.end, length), (self.before, cache.length - begun.start),
+        self.columns[slot, :, :length] = prefilled.columns
+        for per_slot, number in (
+            (self.filled, prefilled.start), (self.end, length),
+            (self.prefix_length, cache.length - prefilled.start),
             (self.temperature, sampling.temperature), (self.guidance, sampling.guidance),
             (self.top_k, sampling.top_k), (self.top_p, sampling.top_p), (self.seed, seed),
         ):  # fmt: skip
-            numbers[slot].fill_(own_number)  # assigned, it would be copied from the host, and awaited
-        self._take(begun.logits.expand(2, -1, -1)[None], slice(slot, slot + 1))
+            per_slot[slot].fill_(number)  # an assignment would copy from the host, and wait
+        self._draw_column(prefilled.logits.expand(2, -1, -1)[None], slice(slot, slot + 1))
 
     def stop(self, slot: int) -> None:
+        """Stops a slot: the following steps do not change it."""
         self.end[slot].fill_(0)
 
     def stop_all(self) -> None:
+        """Stops all slots."""
         self.end.zero_()
 
     def step(self, extent: ActiveExtent) -> None:
-        """Computes one more column for every slot among the leading ones that is not done."""
+        """Computes one more column for every running slot among the leading ones.
+
+        Args:
+            extent: how much of the buffers is read. It must include every running slot's columns.
+        """
         slots = slice(extent.slots)
-        last = self.columns[slots].gather(2, self._at(self.filled[slots] - 1))  # [slots, K, 1]
+        last = self.columns[slots].gather(2, self._column_index(self.filled[slots] - 1))  # [slots, K, 1]
         rows = self._slot_of_row[: 2 * extent.slots]
         logits = self._decoder.logits(last, rows, StaticAttention(self, extent))
-        self._take(logits.view(-1, 2, *logits.shape[1:]), slots)
+        self._draw_column(logits.view(-1, 2, *logits.shape[1:]), slots)
 
     def with_all_slots_stopped(self, call: Callable[[], None]) -> None:
-        """Makes a call with all slots stopped: a step then writes only scratch that the next step
-        overwrites."""
+        """Makes a call while all slots are stopped, and starts them again.
+
+        A step in the call writes only scratch, which the next step overwrites.
+        """
         end = self.end.clone()
         self.end.zero_()
         try:
@@ -152,12 +190,11 @@ class DeviceState:
             self.end.copy_(end)
 
     def position(self) -> Tensor:
-        """[slots]: the position of each slot's newest token, its prefix counted."""
-        return (self.before + self.filled - 1).clamp(max=self.capacity.positions - 1)
+        """Returns the position of each slot's newest token [slots], counted from the start of its prefix."""
+        return (self.prefix_length + self.filled - 1).clamp(max=self.capacity.positions - 1)
 
-    def _take(self, logits: Tensor, slots: slice) -> None:
-        """Draws the tokens of the next column from its logits [slots, 2, K, card], where they are not
-        given."""
+    def _draw_column(self, logits: Tensor, slots: slice) -> None:
+        """Draws the unknown tokens of the next column of some slots from logits [slots, 2, K, card]."""
         drawn = self.operations.draw(
             logits,
             SlotParameters(
@@ -166,18 +203,18 @@ class DeviceState:
             ),
         )  # fmt: skip
         running = self.filled[slots] < self.end[slots]
-        at = self._at(torch.where(running, self.filled[slots], self.capacity.columns))
+        index = self._column_index(torch.where(running, self.filled[slots], self.capacity.columns))
         own = self.columns[slots]
-        given = own.gather(2, at)
-        own.scatter_(2, at, torch.where(given == UNKNOWN, drawn[..., None], given))
+        given = own.gather(2, index)
+        own.scatter_(2, index, torch.where(given == UNKNOWN, drawn[..., None], given))
         self.filled[slots].add_(running)
 
-    def _at(self, column: Tensor) -> Tensor:
-        """An index [slots, K, 1] into the columns, from a column [slots] for each slot."""
+    def _column_index(self, column: Tensor) -> Tensor:
+        """Expands one column number per slot [slots] to an index [slots, K, 1] into the columns."""
         return column[:, None, None].expand(-1, self._decoder.codebooks, 1)
 
     def _copy_text(self, slot: int, cache: RequestCache) -> None:
-        """Copies the text of a request, if it has one. Only the conditional row has it."""
+        """Copies the keys and values of the text, which only the conditional row has, and its length."""
         if self.text_keys is None or self.text_values is None:
             return
         self.text_length[2 * slot].fill_(cache.text_length)

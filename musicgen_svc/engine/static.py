@@ -1,9 +1,8 @@
-"""A batch with a fixed number of slots whose whole state lives on the device: a step never waits for the
-host.
+"""The batch for a GPU: a fixed number of slots whose state is on the device. A step never waits for the host.
 
 The host decides which request has which slot and how much of the buffers a step reads, and counts the
-columns. All the rest is on the device, in `state.py`. A step computes the leading slots, up to the last one
-in use.
+columns. Everything else is on the device, see `state.py`. A step computes the leading slots, up to the last
+one in use.
 """
 
 from dataclasses import dataclass
@@ -19,63 +18,79 @@ from musicgen_svc.engine.state import ActiveExtent, Capacity, DeviceState
 from musicgen_svc.runtime.ticks import Check, no_check
 
 CHUNK = 16
-"""Steps between two waits of the host for the device."""
+"""The number of steps that the host enqueues before it waits for the device."""
 
 CACHE_BUCKET = 256
 TEXT_BUCKET = 64
-"""Attention whose cost is the active extent gets whole buckets, so that few graphs serve all extents."""
+"""Positions and text tokens to which an extent is rounded up, so that few graphs serve all extents.
+
+Only used if the cost of attention depends on the extent (`Operations.reads_lengths` is false).
+"""
 
 
 @dataclass(eq=False)
 class StaticSlot(Slot):
-    """What the host knows of a slot without waiting for the device."""
+    """A slot, with what the host knows of it without waiting for the device."""
 
     index: int
-    before: int  # positions of its prefix
-    text: int  # how much of the text buffers it uses
+    prefix_length: int  # positions
+    text: int  # tokens of the text that its steps read
 
     @property
     def positions(self) -> int:
-        """How many positions its next step reads."""
-        return self.before + self.filled
+        """How many positions the slot's next step reads."""
+        return self.prefix_length + self.filled
 
 
 class StaticBatch:
-    """The batch for a GPU."""
+    """The batch for a GPU.
+
+    Attributes:
+        state: the buffers on the device.
+        graphed: the step, which is recorded once for each extent and replayed.
+    """
 
     def __init__(self, decoder: Decoder, capacity: Capacity, *, graphs: bool) -> None:
+        """Allocates the buffers.
+
+        Args:
+            decoder: computes the forward pass.
+            capacity: the size of the buffers, which may grow for a longer request.
+            graphs: whether steps are recorded as CUDA graphs.
+        """
         self.decoder = decoder
         self.num_slots = capacity.slots
         self.slots: list[StaticSlot] = []
         self.state = DeviceState(decoder, capacity)
-        self._last_made = capacity
+        self._wanted_capacity = capacity
         self.graphed: Graphed[ActiveExtent] = Graphed(self._step, decoder.device, enabled=graphs)
 
     def has_room(self, request: DecodeRequest) -> bool:
         """Whether the buffers are large enough. Turns false again only if growing the buffers failed."""
-        return self.state.capacity.holds(*self._extent(request))
+        return self.state.capacity.holds(*self._needs(request))
 
     @torch.inference_mode()
     def open(self, request: DecodeRequest, check: Check = no_check) -> StaticSlot:
+        """Opens the free slot with the lowest index, as `Batch.open`."""
         self._make_room(request)
-        begun = prefill(self.decoder, request, spare=False, check=check)
+        prefilled = prefill(self.decoder, request, room_to_decode=False, check=check)
         index = min(set(range(self.num_slots)) - {slot.index for slot in self.slots})
-        self.state.move_in(index, begun, request.sampling, seed_from(request.generator))
+        self.state.open_slot(index, prefilled, request.sampling, seed_from(request.generator))
         slot = StaticSlot(
-            columns=self.state.columns[index, :, : begun.columns.shape[1]],
-            start=begun.start,
-            filled=begun.start + 1,
+            columns=self.state.columns[index, :, : prefilled.columns.shape[1]],
+            start=prefilled.start,
+            filled=prefilled.start + 1,
             delays=self.decoder.delays,
             index=index,
-            before=begun.cache.length - begun.start,
-            text=max(begun.cache.text_length, 1),  # without any text a step still reads a bucket
+            prefix_length=prefilled.cache.length - prefilled.start,
+            text=max(prefilled.cache.text_length, 1),  # a step reads a bucket of text even if no slot has one
         )
         self.slots.append(slot)
         return slot
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Enqueues one step, and does not wait for it."""
+        """Enqueues one step for the running slots, and does not wait for it."""
         running = [slot for slot in self.slots if slot.running]
         if not running:
             return
@@ -89,6 +104,7 @@ class StaticBatch:
             slot.filled += 1
 
     def run(self) -> None:
+        """Computes `CHUNK` steps, and waits for the device."""
         for _ in range(CHUNK):
             self.step()
         device = self.decoder.device
@@ -97,6 +113,7 @@ class StaticBatch:
 
     @torch.inference_mode()
     def close(self, slot: Slot) -> None:
+        """Removes the slot, finished or not. Idempotent."""
         for own in self.slots:
             if own is slot:
                 self.state.stop(own.index)
@@ -104,17 +121,19 @@ class StaticBatch:
 
     @torch.inference_mode()
     def clear(self) -> None:
+        """Removes all slots."""
         self.slots = []
         self.state.stop_all()
 
     def _step(self, extent: ActiveExtent) -> None:
+        """Computes a step of the present `self.state`, which is another object after the buffers grow."""
         self.state.step(extent)
 
     def _bucketed(self, extent: ActiveExtent) -> ActiveExtent:
-        """The extent that is computed for this one: 1, 2, 4, 8 ... slots, and whole buckets."""
+        """Rounds an extent up to 1, 2, 4, 8 ... slots and to whole buckets, within the capacity."""
         capacity = self.state.capacity
 
-        def up(n: int, bucket: int, limit: int) -> int:
+        def round_up(n: int, bucket: int, limit: int) -> int:
             return min(-(-n // bucket) * bucket, limit)
 
         slots = min(1 << (extent.slots - 1).bit_length(), capacity.slots)
@@ -122,33 +141,36 @@ class StaticBatch:
             return ActiveExtent(slots, capacity.positions, capacity.text)
         return ActiveExtent(
             slots,
-            up(extent.positions, CACHE_BUCKET, capacity.positions),
-            up(extent.text, TEXT_BUCKET, capacity.text),
+            round_up(extent.positions, CACHE_BUCKET, capacity.positions),
+            round_up(extent.text, TEXT_BUCKET, capacity.text),
         )
 
-    def _extent(self, request: DecodeRequest) -> tuple[int, int, int]:
-        """The columns, positions and text of the buffers that a request needs at most."""
+    def _needs(self, request: DecodeRequest) -> tuple[int, int, int]:
+        """Returns upper bounds of the columns, positions and text tokens that a request needs."""
         columns = num_columns(request.length, self.decoder.delays)
-        prefix, text = self.decoder.extent(request.conditions)
+        prefix, text = self.decoder.condition_lengths(request.conditions)
         return columns, prefix + columns, text
 
     def _make_room(self, request: DecodeRequest) -> None:
-        """Grows the buffers for a request that is longer than any released model's window.
+        """Grows the buffers for a request that they cannot hold.
 
-        No other slot may be open. If there is no memory for longer buffers, none are left: the next request
-        gets buffers of the last size again. This comes before the prefill, which may lengthen the decoder's
-        table of positions, because recorded steps read the old table.
+        No slot may be open. If there is not enough memory for larger buffers, the batch has none, and the
+        next request allocates buffers of the previous size again. This must be done before the prefill: the
+        prefill may replace the decoder's position embeddings, which recorded steps read, so the recordings
+        must be dropped first.
         """
         if self.has_room(request):
             return
         assert not self.slots, "buffers that are in use cannot grow"
-        larger = self._last_made.for_request(*self._extent(request))
+        larger = self._wanted_capacity.for_request(*self._needs(request))
         self.graphed.forget()
-        self.state = DeviceState(self.decoder, Capacity(self.num_slots, 0, 0, 0))  # both may not fit at once
+        self.state = DeviceState(
+            self.decoder, Capacity(self.num_slots, 0, 0, 0)
+        )  # the old and the new buffers may not fit together
         self.state = DeviceState(self.decoder, larger)
-        self._last_made = larger
+        self._wanted_capacity = larger
 
 
 def seed_from(generator: torch.Generator) -> int:
-    """A seed for the draws on the device, taken from a request's generator."""
+    """Draws a seed for the draws on the device from a request's generator."""
     return int(torch.randint(2**62, (), generator=generator))

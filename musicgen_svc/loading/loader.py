@@ -235,7 +235,7 @@ class Loader:
             precision=cast(Precision, self._settings.precision),
             graphs=cast(Switch, self._settings.cuda_graphs),
             kernels=cast(Switch, self._settings.gpu_kernels),
-            lend=lazy_lm.loaded,
+            load_weights=lazy_lm.loaded,
         )
         return Model(
             name=name,

@@ -68,7 +68,7 @@ def sizes(loader: MakeLoader) -> dict[str, int]:
 
 def modules_bytes(model: Model) -> int:
     """Returns the bytes of all weights of a model; weights that share memory are counted once."""
-    lm = model.engine.decoder._lm
+    lm = model.engine.decoder.lm
     text = model.conditioner.conditioners["description"]
     modules = [lm, model.codec._mono, text._t5[0]]  # type: ignore[union-attr,index]
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]  # type: ignore[union-attr,operator]
@@ -211,7 +211,7 @@ def test_a_models_layers_are_in_memory_only_while_they_are_packed(
 
     monkeypatch.setattr(LazyLM, "load", counted)
     model = loader().model("small")
-    lm = model.engine.decoder._lm
+    lm = model.engine.decoder.lm
     assert len(counts) == len(lm.transformer.layers) + 1 and max(counts) <= torch.get_num_threads()
     assert in_memory(lm) == [] and not any(emb.weight.is_meta for emb in lm.emb)
 
@@ -232,7 +232,7 @@ def test_a_codecs_weights_are_the_files_own_pages(weights: Path, library: str) -
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
 def test_the_engines_buffers_on_a_gpu_are_counted(kind: str) -> None:
-    batch = batch_for(language_model(kind, dim=64, layers=3, heads=4), slots=2, kind="static")
+    batch = batch_for(language_model(kind, dim=64, layers=3, heads=4), slots=2, batch_kind="static")
     assert isinstance(batch, StaticBatch)
     state = batch.state
     buffers = [t for t in (state.keys, state.values, state.text_keys, state.text_values) if t is not None]

@@ -1,4 +1,4 @@
-"""The tokens of our pipeline are those of audiocraft's own MusicGen, from the same 32 kHz samples."""
+"""The service's tokens equal those of audiocraft's own MusicGen for the same 32 kHz samples."""
 
 import random
 import threading
@@ -29,7 +29,7 @@ Pretrained = Callable[[str], Any]
 
 @pytest.fixture(scope="module")
 def loaders(weights: Path) -> Callable[[str], Loader]:
-    """One loader a model, so that none is loaded twice."""
+    """`loaders(name)` gives one loader per model, so that no model is loaded twice."""
     made: dict[str, Loader] = {}
 
     def get(name: str) -> Loader:
@@ -42,7 +42,7 @@ def loaders(weights: Path) -> Callable[[str], Loader]:
 
 
 def tune(seconds: float, channels: int = 1, pitch_hz: float = 220.0) -> torch.Tensor:
-    """[C, T]: a few notes, each channel its own."""
+    """A melody [C, T] at 32 kHz, with other notes in each channel."""
     t = torch.arange(int(seconds * RATE)) / RATE
     notes = pitch_hz * 2 ** ((torch.floor(t * 2) * 5 % 12) / 12)
     return torch.stack([0.4 * torch.sin(2 * torch.pi * notes * (1 + c / 4) * t) for c in range(channels)])
@@ -92,7 +92,7 @@ TEXT_CASES = [
 
 
 @pytest.mark.parametrize(("name", "prompt", "seconds", "sampling"), TEXT_CASES)
-def test_text(
+def test_tokens_for_a_text_are_audiocrafts(
     loaders: Callable[[str], Loader], pretrained: Pretrained,
     name: str, prompt: str, seconds: int, sampling: SamplingParams,
 ) -> None:  # fmt: skip
@@ -106,38 +106,38 @@ LONG = SamplingParams(temperature=0.7)
 
 @pytest.fixture(scope="module")
 def long_pieces(pretrained: Pretrained) -> dict[int, torch.Tensor]:
-    """By seconds, audiocraft's own tokens of one request in several lengths.
+    """audiocraft's tokens of one request for several lengths, by seconds.
 
-    Both begin with the same 30 s: a window that starts out as one before, random state and all, is not
-    run again.
+    The pieces begin with the same windows. A window whose context and random state were seen before is not
+    computed again.
     """
     model, prompt = pretrained("small"), "rock"
     generate = model.lm.generate
-    known: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+    computed: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def remembered(context: torch.Tensor | None, conditions: Any, max_gen_len: int, **more: Any) -> Any:
         seen = None if context is None else context.numpy().tobytes()
         key = seen, max_gen_len, torch.get_rng_state().numpy().tobytes()
-        if key not in known:
+        if key not in computed:
             tokens = generate(context, conditions, max_gen_len=max_gen_len, **more)
-            known[key] = tokens, torch.get_rng_state()
-        tokens, state = known[key]
+            computed[key] = tokens, torch.get_rng_state()
+        tokens, state = computed[key]
         torch.set_rng_state(state)
         return tokens
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.lm, "generate", remembered)
-        patch.setattr(model, "generate_audio", lambda tokens: tokens)  # no test listens to it
+        patch.setattr(model, "generate_audio", lambda tokens: tokens)  # these tests need no audio
         pieces = {
             seconds: audiocrafts(model, 5, prompt=prompt, seconds=seconds, sampling=LONG)
             for seconds in (45, 65)
         }
-    assert len(known) == 2 + 2
+    assert len(computed) == 2 + 2
     return pieces
 
 
 @pytest.mark.parametrize("seconds", [45, 65])
-def test_text_over_two_windows_and_over_three(
+def test_tokens_over_two_and_three_windows_are_audiocrafts(
     loaders: Callable[[str], Loader], long_pieces: dict[int, torch.Tensor], seconds: int
 ) -> None:
     tokens = ours(loaders("small"), "small", 5, prompt="rock", seconds=seconds, sampling=LONG)
@@ -145,21 +145,23 @@ def test_text_over_two_windows_and_over_three(
     assert torch.equal(tokens, long_pieces[seconds])
 
 
-def test_three_at_once_get_what_audiocraft_gives_each_alone(weights: Path, pretrained: Pretrained) -> None:
-    asked = [
+def test_three_requests_at_once_get_audiocrafts_tokens_for_each_alone(
+    weights: Path, pretrained: Pretrained
+) -> None:
+    requests = [
         ("rock guitar", 1, 5, SamplingParams()),
         ("a slow sad song", 3, 6, SamplingParams(top_k=0, temperature=1.3, guidance=7)),
         ("jazz", 2, 7, SamplingParams(top_p=0.9, guidance=1)),
     ]
     model = Loader(Weights.at(weights, read_catalog(), None), CPU, Settings(slots=3)).model("small")
-    scores = [
+    plans = [
         prepare(model, prompt=prompt, frames=50 * seconds, melody=None, clip_tokens=None,
                     random=GlobalRandom(seed, CPU))
-        for prompt, seconds, seed, _ in asked
+        for prompt, seconds, seed, _ in requests
     ]  # fmt: skip
     all_in = threading.Barrier(3)
 
-    def play(plan: GenerationPlan, request: tuple[str, int, int, SamplingParams]) -> torch.Tensor:
+    def run(plan: GenerationPlan, request: tuple[str, int, int, SamplingParams]) -> torch.Tensor:
         waited = False
 
         def tick(done: int, total: int) -> None:
@@ -171,8 +173,8 @@ def test_three_at_once_get_what_audiocraft_gives_each_alone(weights: Path, pretr
         return generate(model, plan, request[3], torch.Generator().manual_seed(request[2]), tick)[0]
 
     with ThreadPoolExecutor(3) as threads:
-        played = list(threads.map(play, scores, asked))
-    for tokens, (prompt, seconds, seed, sampling) in zip(played, asked, strict=True):
+        generated = list(threads.map(run, plans, requests))
+    for tokens, (prompt, seconds, seed, sampling) in zip(generated, requests, strict=True):
         expected = audiocrafts(pretrained("small"), seed, prompt=prompt, seconds=seconds, sampling=sampling)
         assert torch.equal(tokens, expected)
 
@@ -180,10 +182,10 @@ def test_three_at_once_get_what_audiocraft_gives_each_alone(weights: Path, pretr
 @pytest.mark.parametrize(
     ("clip_s", "seconds", "prompt"), [(3.01, 2, "rock"), (5.0, 31, None), (40.0, 1, "jazz")]
 )
-def test_melody(
+def test_tokens_for_a_melody_are_audiocrafts(
     loaders: Callable[[str], Loader], pretrained: Pretrained, clip_s: float, seconds: int, prompt: str | None
 ) -> None:
-    """A melody shorter than the window, looped over windows, and longer than the window."""
+    """The melody is shorter than the window, repeated over two windows, or longer than the window."""
     sampling, clip = SamplingParams(), tune(clip_s)
     expected = audiocrafts(
         pretrained("melody"), 9, prompt=prompt, seconds=seconds, sampling=sampling, melody=clip
@@ -194,10 +196,10 @@ def test_melody(
     assert torch.equal(tokens, expected)
 
 
-def test_a_melody_beside_which_no_silence_is_separated(
+def test_separating_the_melody_alone_gives_audiocrafts_tokens(
     loaders: Callable[[str], Loader], pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """audiocraft asks a Demucs that normalizes for the melody of the null row, too."""
+    """audiocraft also separates the silence of the null row, with a Demucs that normalizes."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         demucs = Demucs(
@@ -221,17 +223,17 @@ def test_a_melody_beside_which_no_silence_is_separated(
     tokens = ours(loaders("melody"), "melody", 4, prompt="rock", seconds=2, sampling=sampling, melody=clip)
     assert torch.equal(tokens, expected)
     assert set(rows) == {1}
-    heard = conditioner(clip)[0][0]
-    assert heard.unique(dim=0).shape[0] > 3, "one note throughout proves nothing"
+    chroma = conditioner(clip)[0][0]
+    assert chroma.unique(dim=0).shape[0] > 3, "a melody of one note proves nothing"
 
 
-def test_melodies_are_heard(loaders: Callable[[str], Loader]) -> None:
+def test_another_melody_gives_other_tokens(loaders: Callable[[str], Loader]) -> None:
     sampling = SamplingParams(temperature=0)
-    heard = [
+    tokens = [
         ours(loaders("melody"), "melody", 0, prompt=None, seconds=2, sampling=sampling, melody=tune(3, 1, hz))
         for hz in (220.0, 311.0)
     ]
-    assert not torch.equal(*heard)
+    assert not torch.equal(*tokens)
 
 
 @pytest.mark.parametrize(
@@ -245,20 +247,20 @@ def test_melodies_are_heard(loaders: Callable[[str], Loader]) -> None:
         ("small", 20.0, 10, "rock"),
     ],
 )
-def test_continuation(
+def test_tokens_that_continue_a_clip_are_audiocrafts(
     loaders: Callable[[str], Loader], pretrained: Pretrained,
     name: str, clip_s: float, seconds: float, prompt: str | None,
 ) -> None:  # fmt: skip
-    """Within the window, a frame short of it, exactly as long, and longer."""
+    """The piece is shorter than the window, by one frame, as long as the window, or longer."""
     sampling, clip = SamplingParams(), tune(clip_s, 2 if name == "stereo" else 1)
     frames = -(-clip.shape[1] // 640) + round(50 * seconds)
-    total_s = (frames + 0.25) / 50  # audiocraft cuts to whole frames, and its seconds are floats
+    total_s = (frames + 0.25) / 50  # audiocraft rounds float seconds down to frames
     expected = audiocrafts(pretrained(name), 3, prompt=prompt, seconds=total_s, sampling=sampling, clip=clip)
     tokens = ours(loaders(name), name, 3, prompt=prompt, seconds=seconds, sampling=sampling, clip=clip)
     assert torch.equal(tokens, expected)
 
 
-def test_a_clip_beyond_the_window_is_kept_whole_and_its_last_12_s_are_continued(
+def test_a_clip_longer_than_the_window_is_kept_and_its_last_12_s_are_continued(
     loaders: Callable[[str], Loader], pretrained: Pretrained
 ) -> None:
     loader, clip, sampling = loaders("small"), tune(31), SamplingParams()
@@ -275,8 +277,8 @@ def test_a_clip_beyond_the_window_is_kept_whole_and_its_last_12_s_are_continued(
     assert torch.equal(tokens[:, -700:], expected[0])
 
 
-def test_a_top_k_above_the_codebook_is_the_codebook(loaders: Callable[[str], Loader]) -> None:
-    """audiocraft raises there."""
+def test_a_top_k_above_the_codebooks_size_keeps_all_tokens(loaders: Callable[[str], Loader]) -> None:
+    """audiocraft raises an error."""
     runs = [
         ours(loaders("small"), "small", 1, prompt="rock", seconds=1, sampling=SamplingParams(top_k=k))
         for k in (100_000, 400)
@@ -284,7 +286,7 @@ def test_a_top_k_above_the_codebook_is_the_codebook(loaders: Callable[[str], Loa
     assert torch.equal(*runs)
 
 
-def test_the_next_seed_is_another_piece(loaders: Callable[[str], Loader]) -> None:
+def test_another_seed_gives_other_tokens(loaders: Callable[[str], Loader]) -> None:
     runs = [
         ours(loaders("small"), "small", s, prompt="rock", seconds=1, sampling=SamplingParams())
         for s in (0, 1)

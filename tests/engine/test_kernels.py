@@ -1,4 +1,4 @@
-"""The kernels give what the plain operations give: by Triton's interpreter on a CPU, and on a GPU."""
+"""The kernels give the results of the plain operations, on a GPU and on a CPU with Triton's interpreter."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _kernel_checks import CHECKS
+from kernel_checks import CHECKS
 
 from benchmarks.random_models import conditions, language_model
 from musicgen_svc.engine import factory
@@ -20,8 +20,7 @@ from musicgen_svc.engine.factory import Switch, batch_for, kernels_that_work, op
 from musicgen_svc.engine.operations import PLAIN, Operations, PlainOperations
 from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.engine.selftest import Shape
-from musicgen_svc.engine.state import ActiveExtent
-from musicgen_svc.engine.static import StaticBatch
+from musicgen_svc.engine.state import ActiveExtent, DeviceState
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -42,11 +41,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 
 
 def program(name: str, folder: Path, **environment: str) -> dict[str, str | None]:
-    """What each check of such a program said, None where it passed. Triton's files go into the folder."""
-    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "scripts"))
+    """Runs a program of checks, whose compiled kernels go into the folder.
+
+    Returns:
+        dict: the failure of each check by name, None for a check that passed.
+    """
     ran = subprocess.run(
         [sys.executable, "-W", "error", HERE / name], capture_output=True, text=True, timeout=280,
-        env=os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(folder)} | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder)} | environment,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     return dict(json.loads(line) for line in ran.stdout.splitlines())
@@ -56,44 +58,46 @@ def program(name: str, folder: Path, **environment: str) -> dict[str, str | None
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     pytest.importorskip("triton")
     return program(
-        "_kernel_checks.py", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1", OMP_NUM_THREADS="1"
+        "kernel_checks.py", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1", OMP_NUM_THREADS="1"
     )
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_by_the_interpreter(check: str, interpreted: dict[str, str | None]) -> None:
-    wrong = interpreted[check]
-    assert wrong is None, wrong
+def test_interpreted_kernels_give_the_plain_results(check: str, interpreted: dict[str, str | None]) -> None:
+    failure = interpreted[check]
+    assert failure is None, failure
 
 
-def test_they_compile_for_an_h200_without_one(tmp_path: Path) -> None:
+def test_kernels_compile_for_an_h200_without_one(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    found = program("_kernel_builds.py", tmp_path, TRITON_INTERPRET="0")
-    wrong = {name: reason for name, reason in found.items() if reason is not None}
-    assert len(found) == 9 and not wrong, "\n".join(f"{name}: {reason}" for name, reason in wrong.items())
+    found = program("kernel_builds.py", tmp_path, TRITON_INTERPRET="0")
+    failures = [f"{name}: {failure}" for name, failure in found.items() if failure is not None]
+    assert len(found) == 9 and not failures, "\n".join(failures)
 
 
 @pytest.mark.cuda
 @needs_gpu
 @pytest.mark.parametrize("check", CHECKS)
-def test_on_a_gpu(check: str) -> None:
+def test_kernels_on_a_gpu_give_the_plain_results(check: str) -> None:
     with torch.inference_mode():
         CHECKS[check](torch.device("cuda"))
 
 
-# --- which operations an engine takes -----------------------------------------------------------
+# --- which operations the factory chooses --------------------------------------------------------
 
 
-def test_on_a_cpu_the_plain_ones_are_taken() -> None:
+def test_plain_operations_are_chosen_on_a_cpu() -> None:
     assert operations_for(language_model(dim=32, layers=1, heads=2)) is PLAIN
 
 
-def test_they_are_off_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_off_if_they_are_switched_off_or_the_batch_is_ragged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lm = language_model(dim=32, layers=1, heads=2)
-    monkeypatch.setattr(factory, "_kernels", lambda: BY_LENGTH)
-    assert batch_for(lm, kind="static", kernels="on").decoder.operations is BY_LENGTH
-    assert batch_for(lm, kind="static", kernels="off").decoder.operations is PLAIN
-    assert batch_for(lm, kind="ragged", kernels="on").decoder.operations is PLAIN
+    monkeypatch.setattr(factory, "load_kernels", lambda: BY_LENGTH)
+    assert batch_for(lm, batch_kind="static", kernels="on").decoder.operations is BY_LENGTH
+    assert batch_for(lm, batch_kind="static", kernels="off").decoder.operations is PLAIN
+    assert batch_for(lm, batch_kind="ragged", kernels="on").decoder.operations is PLAIN
 
 
 def _raise(exc: Exception) -> Operations:
@@ -101,44 +105,44 @@ def _raise(exc: Exception) -> Operations:
 
 
 @pytest.mark.parametrize(
-    ("kernels", "said"),
+    ("kernels", "reason"),
     [
         (partial(_raise, ImportError("No module named 'triton'")), "No module named 'triton'"),
         (partial(_raise, RuntimeError("Failed to find C compiler.")), "Failed to find C compiler."),
         (lambda: altered(draw=lambda *given: PLAIN.draw(*given) + 1), "other tokens are drawn"),
     ],
 )
-def test_an_engine_does_without_kernels_that_do_not_work(
+def test_kernels_that_do_not_work_are_not_used(
     kernels: Callable[[], Operations],
-    said: str,
+    reason: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(factory, "_kernels", kernels)
+    monkeypatch.setattr(factory, "load_kernels", kernels)
     with caplog.at_level(logging.WARNING):
         assert kernels_that_work(SHAPE, CPU) is PLAIN
-    assert said in caplog.text
+    assert reason in caplog.text
 
 
-def test_kernels_that_agree_are_taken(
+def test_kernels_that_agree_with_the_plain_operations_are_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(factory, "_kernels", lambda: BY_LENGTH)
+    monkeypatch.setattr(factory, "load_kernels", lambda: BY_LENGTH)
     assert kernels_that_work(SHAPE, CPU) is BY_LENGTH
     assert not caplog.text
 
 
-def test_with_them_a_number_of_slots_has_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the position and the text."""
-    monkeypatch.setattr(factory, "_kernels", lambda: BY_LENGTH)
+def test_with_kernels_all_positions_and_texts_share_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factory, "load_kernels", lambda: BY_LENGTH)
     lm = language_model(dim=32, layers=1, heads=2, card=40)
-    keys: dict[Switch, set[ActiveExtent]] = {"on": set(), "off": set()}
+    extents: dict[Switch, set[ActiveExtent]] = {"on": set(), "off": set()}
     codes = []
-    for kernels, seen in keys.items():
-        batch = batch_for(lm, slots=2, kind="static", kernels=kernels)
-        assert isinstance(batch, StaticBatch)
-        step = batch._step
-        batch.graphed._function = lambda reach, step=step, seen=seen: (seen.add(reach), step(reach))
+    compute = DeviceState.step
+    for kernels, seen in extents.items():
+        batch = batch_for(lm, slots=2, batch_kind="static", kernels=kernels)
+        monkeypatch.setattr(
+            DeviceState, "step", lambda state, extent, seen=seen: (seen.add(extent), compute(state, extent))
+        )
         for tokens in (5, 70):
             codes.append(
                 Engine(batch).generate(
@@ -146,8 +150,8 @@ def test_with_them_a_number_of_slots_has_one_graph(monkeypatch: pytest.MonkeyPat
                     generator=torch.Generator().manual_seed(0),
                 )
             )  # fmt: skip
-    assert keys["on"] == {ActiveExtent(1, 2048, 512)}
-    assert keys["off"] == {
+    assert extents["on"] == {ActiveExtent(1, 2048, 512)}
+    assert extents["off"] == {
         ActiveExtent(1, 256, 64),
         ActiveExtent(1, 512, 64),
         ActiveExtent(1, 256, 128),

@@ -1,4 +1,5 @@
-"""On a GPU, one of paper: nothing is left on the host, nobody waits unasked, and numbers are a CPU's."""
+"""Models and requests on a pretend GPU: all tensors are on it, nothing waits for it unnecessarily, and the
+numbers are those of a CPU."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ import pytest
 import soundfile
 import torch
 from fields import FIELDS
-from paper_gpu import DEVICE, PaperGpu, paper_gpu
 from sounds import noise, tone, written
 from torch import Tensor, nn
 
@@ -31,21 +31,22 @@ from musicgen_svc.runtime.ticks import no_tick
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import read_catalog
 from musicgen_svc.weights.paths import FINETUNED, Weights
+from tests.fixtures.pretend_gpu import DEVICE, PretendGpu, pretend_gpu
 
 RATE_HZ = 32_000
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperGpu]:
-    def kind(thing: Any) -> type:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
+    def type_of(thing: Any) -> type:
         return Tensor if isinstance(thing, Tensor) else type(thing)
 
-    # A U-Net looks whether its step is a tensor by its very type.
-    monkeypatch.setattr("audiocraft.models.unet.type", kind, raising=False)
-    # Of diffusion's twenty evaluations two do: one before noise is added, and the last.
+    # The U-Net compares the type of its step with `Tensor`, and would not accept a subclass.
+    monkeypatch.setattr("audiocraft.models.unet.type", type_of, raising=False)
+    # Two of diffusion's twenty evaluations are enough: one after which noise is added, and the last one.
     monkeypatch.setattr(Band, "steps", property(lambda band: [band.schedule.num_steps - 1, 500, 0]))
-    with paper_gpu(monkeypatch) as found:
+    with pretend_gpu(monkeypatch) as found:
         yield found
 
 
@@ -67,53 +68,44 @@ def tokens_of(codec: Codec, frames: int) -> Tensor:
     return torch.randint(codec.cardinality, (codec.codebooks, frames), generator=draw)
 
 
-def test_the_paper_refuses_notes_and_draws_as_a_gpu_does(gpu: PaperGpu) -> None:
-    there = torch.zeros(3, device="cuda")
-    assert there.is_cuda and (there + torch.tensor(2.0)).device == DEVICE
-    for mixed in (lambda: there + torch.ones(3), lambda: torch.ones(()).add_(there.sum())):
-        with pytest.raises(RuntimeError, match="same device"):
-            mixed()
-    there[1:].mul_(2).add_(1)
-    assert gpu.waits == []
-    assert there.cpu().tolist() == [0, 1, 1] and bool(there.any()) and len(there[there > 0]) == 2
-    assert len(gpu.waits) == 3
-    streams = torch.get_rng_state(), gpu.random
-    torch.randn(3, device="cuda")
-    assert torch.equal(torch.get_rng_state(), streams[0]) and not torch.equal(gpu.random, streams[1])
-    with torch.autocast("cuda", torch.float16):
-        assert (there[None] @ there[:, None]).dtype == torch.float16
-
-
-def placed(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.device, torch.Size]]:
+def dtypes_and_devices(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.device, torch.Size]]:
     return {name: (tensor.dtype, tensor.device, tensor.shape) for name, tensor in tensors.items()}
 
 
-def test_weights_have_the_types_and_the_place_that_audiocraft_gives_them(
-    gpu: PaperGpu, weights: Path, all_weights_kept: None
+def test_weights_have_the_dtypes_and_the_device_that_audiocraft_gives_them(
+    gpu: PretendGpu, weights: Path, all_weights_kept: None
 ) -> None:
     from audiocraft.models.musicgen import MusicGen
 
     ours = loader(weights, "melody", GPU).start()
-    with warnings.catch_warnings():  # torch's older weight norm; an autocast to float32, which is none
+    with (
+        warnings.catch_warnings()
+    ):  # of torch's older weight norm, and of an autocast to float32, which does nothing
         warnings.simplefilter("ignore")
         theirs = MusicGen.get_pretrained(str(weights / "melody"), device="cuda")
-    assert placed(ours.engine.decoder._lm.state_dict()) == placed(theirs.lm.state_dict())
-    assert placed(ours.codec._mono.state_dict()) == placed(theirs.compression_model.state_dict())
+    assert dtypes_and_devices(ours.engine.decoder.lm.state_dict()) == dtypes_and_devices(
+        theirs.lm.state_dict()
+    )
+    assert dtypes_and_devices(ours.codec._mono.state_dict()) == dtypes_and_devices(
+        theirs.compression_model.state_dict()
+    )
     mine, their = ours.conditioner.conditioners, theirs.lm.condition_provider.conditioners
     chromas = (conditioners[MELODY].chroma for conditioners in (mine, their))
-    assert placed(dict(next(chromas).named_buffers())) == placed(dict(next(chromas).named_buffers()))
-    kinds = {(weight.dtype, weight.device) for weight in mine[TEXT]._t5[0].parameters()}
-    assert kinds == {(weight.dtype, weight.device) for weight in their[TEXT].t5.parameters()}
+    assert dtypes_and_devices(dict(next(chromas).named_buffers())) == dtypes_and_devices(
+        dict(next(chromas).named_buffers())
+    )
+    types = {(weight.dtype, weight.device) for weight in mine[TEXT]._t5[0].parameters()}
+    assert types == {(weight.dtype, weight.device) for weight in their[TEXT].t5.parameters()}
 
 
-def test_text_and_melody_are_heard_as_on_a_cpu(gpu: PaperGpu, weights: Path) -> None:
+def test_conditions_are_those_of_a_cpu(gpu: PretendGpu, weights: Path) -> None:
     melody = torch.from_numpy(noise(1.0, RATE_HZ))
-    heard = []
+    given = []
     for device in (CPU, GPU):
         model = loader(weights, "melody", device).start()
         with GlobalRandom(3, device).pinned():
-            heard.append(model.conditioner.text("a waltz") | model.conditioner.melody(melody))
-    here, there = heard
+            given.append(model.conditioner.text("a waltz") | model.conditioner.melody(melody))
+    here, there = given
     for name, (embedding, mask) in there.items():
         assert embedding.device == mask.device == DEVICE
         torch.testing.assert_close(embedding.cpu(), here[name][0], atol=1e-4, rtol=1e-4)
@@ -121,7 +113,7 @@ def test_text_and_melody_are_heard_as_on_a_cpu(gpu: PaperGpu, weights: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["hf-codec", "stereo"])
-def test_a_codec_waits_for_nothing_but_its_chunks(gpu: PaperGpu, weights: Path, name: str) -> None:
+def test_a_codec_waits_once_per_chunk_only(gpu: PretendGpu, weights: Path, name: str) -> None:
     here, there = (codec_of(weights, name, device) for device in (CPU, GPU))
     wav = torch.from_numpy(noise(2.0, RATE_HZ, channels=here.channels))
     tokens = there.encode(wav)
@@ -141,7 +133,7 @@ def test_a_codec_waits_for_nothing_but_its_chunks(gpu: PaperGpu, weights: Path, 
 def test_an_lstms_weights_are_joined_where_they_are_used(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """cuDNN wants them in one piece: else it makes one, and warns, whenever it is called."""
+    """cuDNN needs them in one piece of memory. Otherwise it copies them, and warns, in every call."""
     joined: dict[nn.Module, list[Any]] = {}
     monkeypatch.setattr(
         nn.LSTM, "flatten_parameters", lambda self: joined.update({self: list(self._flat_weights)})
@@ -153,7 +145,7 @@ def test_an_lstms_weights_are_joined_where_they_are_used(
             assert [*map(id, joined[lstm])] == [*map(id, lstm.parameters())]
 
 
-def test_diffusion_draws_on_the_gpu_and_never_waits_for_it(gpu: PaperGpu, weights: Path) -> None:
+def test_diffusion_draws_on_the_gpu_and_never_waits_for_it(gpu: PretendGpu, weights: Path) -> None:
     file = weights / "multiband-diffusion" / "mbd_musicgen_32khz.th"
     codecs = {device: codec_of(weights, "small", device) for device in (CPU, GPU)}
     tokens = tokens_of(codecs[CPU], 9)
@@ -174,7 +166,7 @@ def test_diffusion_draws_on_the_gpu_and_never_waits_for_it(gpu: PaperGpu, weight
     assert 0 < (half - here).std() < 0.05 * here.std()
 
 
-def test_both_channels_are_diffused_from_the_same_noise(gpu: PaperGpu, weights: Path) -> None:
+def test_both_channels_are_diffused_from_the_same_noise(gpu: PretendGpu, weights: Path) -> None:
     file = weights / "multiband-diffusion" / "mbd_musicgen_32khz.th"
     codec = loader(weights, "stereo", GPU).start().codec
     one = torch.randint(codec.cardinality, (4, 3), generator=torch.Generator().manual_seed(3))
@@ -186,13 +178,13 @@ def test_both_channels_are_diffused_from_the_same_noise(gpu: PaperGpu, weights: 
 
 @pytest.mark.parametrize(("settings", "on"), [({}, True), ({"cuda_graphs": "off"}, False)])
 def test_steps_are_recorded_unless_an_operator_turns_that_off(
-    settings: dict[str, bool], on: bool, gpu: PaperGpu, weights: Path
+    settings: dict[str, bool], on: bool, gpu: PretendGpu, weights: Path
 ) -> None:
     batch = loader(weights, "small", GPU, **settings).start().engine.batch
     assert isinstance(batch, StaticBatch) and batch.graphed.enabled == on
 
 
-def test_a_whole_request_runs(gpu: PaperGpu, weights: Path, tmp_path: Path) -> None:
+def test_a_whole_request_runs(gpu: PretendGpu, weights: Path, tmp_path: Path) -> None:
     turn = FairQueue(1)
     pipeline = Pipeline(loader(weights, "melody", GPU, turn), turn, slots=1, tag_prompt=False)
     clip = tmp_path / "clip"
@@ -201,8 +193,3 @@ def test_a_whole_request_runs(gpu: PaperGpu, weights: Path, tmp_path: Path) -> N
     result = pipeline.run(request, StopFlag(1000), tmp_path)
     samples, rate = soundfile.read(result.path)
     assert (len(samples), rate) == (RATE_HZ, RATE_HZ) and samples.std() > 0.01
-
-
-def test_a_gpus_check_for_waits_does_not_fail_of_its_own_warning() -> None:
-    """torch warns where that check is first asked for, and a warning is an error here."""
-    torch._C._cuda_set_sync_debug_mode(0)

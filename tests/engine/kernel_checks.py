@@ -1,8 +1,8 @@
-"""What is asked of every kernel, beside the plain operation of the same name.
+"""Checks that each kernel gives the results of the plain operation of the same name.
 
-`test_engine_kernels.py` runs these on a GPU, where there is one, and on a CPU by Triton's interpreter.
-That is chosen in the environment before Triton is imported, so there it runs this file as a program:
-one line for each check, its name and what went wrong.
+`test_kernels.py` runs the checks on a GPU, if there is one, and on a CPU with Triton's interpreter. The
+interpreter must be chosen in the environment before Triton is imported, so for it this file is run as a
+program. It prints one line for each check: its name, and the failure or null.
 """
 
 import json
@@ -47,7 +47,7 @@ def norm_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 
 def norm_of_the_last_position(device: torch.device) -> None:
-    """Rows that do not lie one after the other."""
+    """The rows are not contiguous."""
     from musicgen_svc.engine import kernels
 
     x, delta = noise(2, 5, 96, device=device), noise(2, 5, 96, device=device, seed=1)
@@ -64,18 +64,18 @@ def norm_of_the_last_position(device: torch.device) -> None:
 def attention_of(
     lengths: list[int], head: int, capacity: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """One row per cache, storing each row's own key and value; the cache is a part of a larger buffer."""
+    """Each row has its own cache, which is a part of a larger buffer, and stores its own key and value."""
     from musicgen_svc.engine import kernels
 
     rows, heads = len(lengths), 2
-    packed = noise(rows, 1, 3, heads, head, device=device, dtype=dtype)  # as one product gives them
+    packed = noise(rows, 1, 3, heads, head, device=device, dtype=dtype)  # the layout of the packed projection
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
     buffers = noise(2, 3, rows + 2, heads, capacity, head, device=device, dtype=dtype, seed=1)
     at = torch.tensor(lengths, device=device)
     results = []
     for operation in (kernels.attention, PLAIN.attention):
         keys, values = buffers.clone()[:, 1, :rows]
-        # What lies beyond the length must not matter, whatever it is.
+        # Numbers beyond the length must not change the result.
         beyond = torch.arange(capacity, device=device) >= at[:, None] - 1
         for cache in (keys, values):
             cache.masked_fill_(beyond[:, None, :, None], 1000)
@@ -88,7 +88,7 @@ def attention_of(
 
 
 def shared_attention_of(lengths: list[int], capacity: int, device: torch.device) -> None:
-    """Pairs of rows over one cache, which stays as it is; a row of length 0 gets exactly zero."""
+    """Pairs of rows share a cache, which does not change. A row of length 0 gets exactly zero."""
     from musicgen_svc.engine import kernels
 
     rows, heads, head = len(lengths), 3, 16
@@ -108,7 +108,9 @@ def splits(device: torch.device) -> None:
 
     assert [splits_of(32, n) for n in (1, UNSPLIT, 1024, 2048, 4096)] == [1, 1, 8, 16, 32]
     assert [splits_of(rows * 32, 2048) for rows in (2, 8, 16, 32, 128)] == [16, 8, 4, 2, 1]
-    assert all(reach // splits_of(n, reach) >= BLOCK for n in (1, 7, 100) for reach in range(513, 5000, 61))
+    assert all(
+        extent // splits_of(n, extent) >= BLOCK for n in (1, 7, 100) for extent in range(513, 5000, 61)
+    )
 
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -130,7 +132,9 @@ def draws_of(card: int, dtype: torch.dtype, device: torch.device) -> None:
     from musicgen_svc.engine import kernels
 
     slots = len(PARAMETERS)
-    logits = (2 * noise(slots, 2, 2, card, device=device)).round().to(dtype)  # so that many are equal
+    logits = (
+        (2 * noise(slots, 2, 2, card, device=device)).round().to(dtype)
+    )  # rounded, so that many are equal
     parameters = SlotParameters(
         *(torch.tensor(p, device=device) for p in zip(*PARAMETERS, strict=True)),
         seed=torch.arange(slots, device=device) * 0x123456789ABCD,
@@ -140,7 +144,7 @@ def draws_of(card: int, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def draws_from_views(device: torch.device) -> None:
-    """As a request joins: both rows are one, and its parameters lie among others'."""
+    """Both rows are the same memory, and the parameters are views, as when a slot is opened."""
     from musicgen_svc.engine import kernels
 
     logits = noise(1, 2, 70, device=device).expand(2, -1, -1)[None]
@@ -153,7 +157,7 @@ def draws_from_views(device: torch.device) -> None:
 
 
 def int8_product_of(shape: tuple[int, ...], outputs: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Rows that do not lie one after the other; numbers beyond the input's end must not matter."""
+    """The rows are not contiguous. Numbers beyond the end of a row must not change the result."""
     from musicgen_svc.engine import kernels
 
     inputs = shape[-1]
@@ -171,7 +175,7 @@ def int8_product_of(shape: tuple[int, ...], outputs: int, dtype: torch.dtype, de
 
 
 def a_static_batch(device: torch.device) -> None:
-    """Requests that join, run side by side and end are decoded as by plain operations."""
+    """Requests that open and end at different steps get the tokens of the plain operations."""
     from benchmarks.random_models import conditions, language_model
     from musicgen_svc.engine.batch import DecodeRequest
     from musicgen_svc.engine.decoder import Decoder
@@ -181,17 +185,17 @@ def a_static_batch(device: torch.device) -> None:
     from musicgen_svc.engine.static import StaticBatch
 
     lm = language_model(dim=16, layers=2, heads=1, card=40, delays=(0, 1), device=device)
-    heard = {name: (t.to(device), mask.to(device)) for name, (t, mask) in conditions(dim=16).items()}
+    given = {name: (t.to(device), mask.to(device)) for name, (t, mask) in conditions(dim=16).items()}
     codes = []
     for kernels in ("on", "off"):
         decoder = Decoder(lm, operations=operations_for(lm, kernels))
         assert decoder.operations.reads_lengths == (kernels == "on")
         batch = StaticBatch(decoder, Capacity(2, 40, 640, 40), graphs="off")
         slots = []
-        for i, given in enumerate((heard, {})):
+        for i, own in enumerate((given, {})):
             sampling = SamplingParams(temperature=0 if i == 0 else 1, top_k=9)
             generator = torch.Generator().manual_seed(i)
-            slots.append(batch.open(DecodeRequest(given, None, 3 + i, sampling, generator)))
+            slots.append(batch.open(DecodeRequest(own, None, 3 + i, sampling, generator)))
             batch.step()
         while not all(slot.done for slot in slots):
             batch.step()
@@ -200,8 +204,8 @@ def a_static_batch(device: torch.device) -> None:
         assert torch.equal(ours, expected)
 
 
-def the_choice(device: torch.device) -> None:
-    """The kernels pass the check that comes before their use, and wrong ones do not."""
+def the_self_test(device: torch.device) -> None:
+    """The kernels pass the self-test at load, and wrong operations do not."""
     from musicgen_svc.engine.kernels import KERNELS
     from musicgen_svc.engine.selftest import Shape, disagreements
 
@@ -259,18 +263,19 @@ CHECKS: dict[str, Check] = {
         )
     },
     "static": a_static_batch,
-    "choice": the_choice,
+    "self-test": the_self_test,
 }  # fmt: skip
 
 
 def main() -> None:
+    """Runs all checks on a CPU, and prints the name and the failure, or null, of each as JSON."""
     for name, check in CHECKS.items():
         try:
             check(torch.device("cpu"))
-            wrong = None
+            failure = None
         except Exception:
-            wrong = traceback.format_exc()
-        print(json.dumps([name, wrong]), flush=True)
+            failure = traceback.format_exc()
+        print(json.dumps([name, failure]), flush=True)
 
 
 if __name__ == "__main__":

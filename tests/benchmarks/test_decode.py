@@ -1,4 +1,4 @@
-"""`scripts/bench` measures all sides, says what it compared, and fails where tokens differ."""
+"""`scripts/bench` measures each implementation, reports what it compared, and fails if tokens differ."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ Report = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Report:
-    """`bench(options)`: what the command reports, on a tiny model. Its exit status is under "status"."""
+    """`bench(*options)` runs the command on a tiny model: -> its report, with the exit status as "status"."""
     for name, size in list(SIZES.items()):
         monkeypatch.setitem(SIZES, name, size | {"dim": 64, "layers": 2, "heads": 4})
     monkeypatch.setattr(decode, "copy_bandwidth", lambda device: 10.0)
@@ -49,7 +49,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Report:
     return run
 
 
-def test_a_report_has_every_pair_of_every_number_of_slots(
+def test_a_report_has_every_pair_for_each_number_of_slots(
     bench: Report, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = bench("--seconds", "0.4", "--slots", "1,2", "--engine-only")
@@ -60,7 +60,9 @@ def test_a_report_has_every_pair_of_every_number_of_slots(
         for theirs, ours, ratio in pairs:
             assert ratio == pytest.approx(row["slots"] * ours / theirs) and theirs > 0
         assert len(row["ratio"]) == 3 and row["tokens"] == "equal"
-        assert row["per_step"] is None and row["growth"] is None  # no GPU; too short
+        assert (
+            row["per_step"] is None and row["growth"] is None
+        )  # there is no GPU, and the piece is too short
     assert "ratio min / median / max" in capsys.readouterr().out
 
 
@@ -77,13 +79,15 @@ def test_transformers_is_measured_in_the_same_pairs(
     assert "ratio to transformers" in capsys.readouterr().out
 
 
-def test_transformers_is_not_asked_for_a_melody(bench: Report, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_with_a_melody_model_is_refused(
+    bench: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         bench("--model", "melody", "--vs", "transformers")
     assert "melody was given, a model with text alone is expected" in capsys.readouterr().err
 
 
-def test_what_stands_beside_the_engine_is_timed(bench: Report) -> None:
+def test_the_text_encoder_and_the_decoders_are_timed_too(bench: Report) -> None:
     found = bench("--seconds", "0.4", "--pairs", "1", "--mbd")["beside"]
     assert found.keys() == {"t5_s", "encodec_decode_s", "mbd_decode_s"}
     assert min(found.values()) > 0
@@ -101,7 +105,7 @@ def test_tokens_that_differ_fail_the_command(
     assert "not audiocraft's: differ from frame 0" in found["failed"][0]
 
 
-def test_the_precisions_are_exact_or_say_how_far_they_are_from_it(bench: Report) -> None:
+def test_each_precision_is_exact_or_reports_its_distance_from_the_reference(bench: Report) -> None:
     options = ("--seconds", "0.4", "--slots", "2", "--pairs", "1", "--engine-only", "--precision")
     found = {precision: bench(*options, precision) for precision in get_args(Precision)}
     assert all(report["status"] == 0 for report in found.values())
@@ -113,7 +117,7 @@ def test_the_precisions_are_exact_or_say_how_far_they_are_from_it(bench: Report)
     assert far["float16"]["top1_agreement"] == 1 and far["int8"]["top1_agreement"] > 0.8
 
 
-def test_a_figure_that_is_missed_fails_the_command(bench: Report) -> None:
+def test_a_figure_below_its_bound_fails_the_command(bench: Report) -> None:
     bounds = ("--at-least", "steps=1e9", "--at-least", "ratio=0")
     found = bench("--seconds", "0.2", "--pairs", "1", "--engine-only", *bounds)
     assert found["status"] == 1
@@ -121,7 +125,7 @@ def test_a_figure_that_is_missed_fails_the_command(bench: Report) -> None:
     assert "median of steps" in sentence and "at least 1e+09" in sentence
 
 
-def test_the_others_may_decode_less(bench: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audiocraft_may_decode_fewer_seconds(bench: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(
         Workload,
@@ -145,7 +149,7 @@ def test_too_little_agreement_fails_the_command() -> None:
 
 ROOT = Path(__file__).parents[2]
 PYTHON = """#!/usr/bin/env bash
-# Stands for Python: notes each call, and fails where the file to write is named as FAILING says.
+# A stand-in for Python. It records each call, and fails if the file to write has the name FAILING.
 [ "$1" != -c ] || exit "$NO_GPU"
 echo "$*" >>"$CALLS"
 echo "${!#}" >"${!#}"
@@ -155,7 +159,7 @@ echo "${!#}" >"${!#}"
 
 @pytest.fixture
 def gpu_check(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[list[str]]]]:
-    """`gpu_check(failing)`: the script with a stand-in for Python -> how it ended, and its calls."""
+    """`gpu_check(failing)` runs the script with a stand-in for Python: -> how it ended, and the calls."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(PYTHON)
     (tmp_path / "bin" / "python").chmod(0o755)
@@ -175,29 +179,29 @@ def gpu_check(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess
     return run
 
 
-def test_only_what_failed_is_run_again(gpu_check: Any, tmp_path: Path) -> None:
+def test_gpu_check_repeats_only_what_failed(gpu_check: Any, tmp_path: Path) -> None:
     ended, calls = gpu_check(failing="medium-1")
     assert (ended.returncode, len(calls)) == (1, 14)
     assert ended.stdout.splitlines()[-1] == "Failed: medium-1"
-    assert (tmp_path / "rows" / "medium-1.failed.json").is_file()  # what was measured is kept
+    assert (tmp_path / "rows" / "medium-1.failed.json").is_file()  # keeps what was measured
 
     ended, calls = gpu_check()
     assert ended.returncode == 0 and [call[-1] for call in calls] == [f"{tmp_path}/rows/medium-1.json.part"]
-    assert len(list((tmp_path / "rows").iterdir())) == 14  # and no longer what had failed
+    assert len(list((tmp_path / "rows").iterdir())) == 14  # the file of the failure is gone
 
     ended, calls = gpu_check()
     assert (ended.returncode, calls) == (0, [])
 
 
-def test_without_a_gpu_nothing_is_measured(gpu_check: Any) -> None:
+def test_gpu_check_fails_without_a_gpu(gpu_check: Any) -> None:
     ended, calls = gpu_check(no_gpu=1)
     assert (ended.returncode, calls) == (1, [])
 
 
-def test_every_row_of_a_gpu_can_be_measured(gpu_check: Any, bench: Report) -> None:
-    """Each row's own options, but for the device and the lengths."""
+def test_the_benchmark_accepts_the_options_of_every_row_of_gpu_check(gpu_check: Any, bench: Report) -> None:
+    """They are used as they are, except for the device and the lengths."""
     (tests, *rows), seen = gpu_check()[1], set()
-    assert tests[:4] == ["-m", "pytest", "-m", "cuda"] and "tests/engine/test_engine_static.py" in tests
+    assert tests[:4] == ["-m", "pytest", "-m", "cuda"] and "tests/engine/test_static.py" in tests
     for call in rows:
         options = " ".join(call[3:-2])
         for here, there in (("cuda", "cpu"), ("--seconds 30", "--seconds 0.2"), ("--pairs 3", "--pairs 1")):

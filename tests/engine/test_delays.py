@@ -1,4 +1,4 @@
-"""Delays are audiocraft's pattern, and have an inverse."""
+"""The delayed columns are those of audiocraft's pattern, and can be converted back."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A faster precision changes the logits a little, and nothing about requests; projections are products."""
+"""Projections are products by their weights, in each precision within its rounding."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +55,7 @@ def test_float16_multiplies_in_fp32_by_weights_that_are_rounded() -> None:
     )  # fp16 activations or sums would be off by 1e-3
 
 
-@pytest.mark.skipif(not FBGEMM, reason="other kernels sum up in other orders")
+@pytest.mark.skipif(not FBGEMM, reason="other kernels add in another order")
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_a_row_of_a_product_does_not_depend_on_the_others(precision: Precision) -> None:
     multiply, x = projection(drawn(256, 192), precision), drawn(16, 192)
@@ -66,12 +66,13 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(precision: Precision) 
 
 
 def rounded_to_steps(x: Tensor, dim: int, steps: int) -> Tensor:
+    """Rounds to multiples of the largest number along a dimension, divided by `steps`."""
     scale = x.abs().amax(dim, keepdim=True) / steps
     return (x / scale).round() * scale
 
 
-@pytest.mark.skipif(not FBGEMM, reason="the input is not rounded elsewhere")
-def test_int8_is_the_product_of_what_is_rounded_by_row_and_by_output_channel(
+@pytest.mark.skipif(not FBGEMM, reason="only FBGEMM rounds the input")
+def test_int8_rounds_the_input_by_row_and_the_weight_by_output_channel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, weight = drawn(3, 96, seed=1) * torch.tensor([[1e-3], [1.0], [1e3]]), drawn(64, 96) ** 3
@@ -81,11 +82,11 @@ def test_int8_is_the_product_of_what_is_rounded_by_row_and_by_output_channel(
         expected = rounded_to_steps(x.double(), 1, steps) @ rounded_to_steps(weight.double(), 1, 127).T
         product = projection(weight, "int8")(x)
         error = (product - expected).abs().amax(1) / expected.abs().amax(1)
-        assert error.max() < 2e-3, "but for a few that lie between two steps"
+        assert error.max() < 2e-3, "a few numbers may round to the next step"
 
 
-def test_int8_without_fbgemm_rounds_the_weight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("musicgen_svc.engine.projections._fbgemm", lambda weight: False)
+def test_int8_without_fbgemm_rounds_the_weight_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("musicgen_svc.engine.projections.uses_fbgemm", lambda weight: False)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-2)):  # as on a CPU, as on a GPU
         x, weight = drawn(3, 96).to(dtype), drawn(64, 96).to(dtype)
         expected = x.double() @ rounded_to_steps(weight.double(), 1, 127).T
@@ -94,7 +95,7 @@ def test_int8_without_fbgemm_rounds_the_weight_alone(monkeypatch: pytest.MonkeyP
         assert (product - expected).abs().max() < tolerance * expected.abs().max()
 
 
-def test_int8_without_fbgemm_is_multiplied_by_the_operations_that_were_chosen() -> None:
+def test_int8_without_fbgemm_uses_the_chosen_operations() -> None:
     class Doubling(PlainOperations):
         def int8_linear(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
             assert weight.dtype == torch.int8 and scales.dtype == torch.float32
@@ -108,13 +109,13 @@ def test_int8_without_fbgemm_is_multiplied_by_the_operations_that_were_chosen() 
 def test_float16_without_fbgemm_is_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = drawn(2, 96), drawn(64, 96)
     expected = projection(weight, "float16")(x)
-    monkeypatch.setattr("musicgen_svc.engine.projections._fbgemm", lambda weight: False)
-    for own in (weight, weight.half().float()):  # one that is rounded now, one that was
+    monkeypatch.setattr("musicgen_svc.engine.projections.uses_fbgemm", lambda weight: False)
+    for own in (weight, weight.half().float()):  # one is rounded now, the other already was
         torch.testing.assert_close(projection(own, "float16")(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", get_args(Precision))
-def test_layers_in_half_precision_stay_in_it(precision: Precision) -> None:
+def test_products_of_half_precision_are_in_half_precision(precision: Precision) -> None:
     x, weight = drawn(2, 96).half(), drawn(64, 96).half()
     product = projection(weight, precision)(x)
     assert product.dtype == torch.float16
@@ -122,12 +123,12 @@ def test_layers_in_half_precision_stay_in_it(precision: Precision) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8"])
-def test_silence_stays_silence(precision: Precision) -> None:
+def test_zeros_give_exact_zeros(precision: Precision) -> None:
     assert not projection(drawn(64, 96), precision)(torch.zeros(2, 96)).any()
     assert not projection(torch.zeros(64, 96), precision)(drawn(2, 96)).any()
 
 
-@pytest.mark.skipif(not FBGEMM, reason="nothing is packed elsewhere")
+@pytest.mark.skipif(not FBGEMM, reason="only FBGEMM packs weights")
 def test_the_reference_packs_a_matrix_that_fits_float16_and_shares_any_other() -> None:
     exact, x = drawn(150, 96), drawn(2, 96)
     stored = exact.half().float()
@@ -142,8 +143,8 @@ def test_the_reference_packs_a_matrix_that_fits_float16_and_shares_any_other() -
 
 
 @contextmanager
-def lent(part: nn.Module) -> Iterator[None]:
-    """And then taken back."""
+def dropped_after_loading(part: nn.Module) -> Iterator[None]:
+    """A `WeightsLoader` after which the module has no weights."""
     yield
     for parameter in part.parameters():
         parameter.data = torch.empty(0)
@@ -151,13 +152,13 @@ def lent(part: nn.Module) -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
 @pytest.mark.parametrize("precision", ["reference", "float16"])
-def test_it_generates_audiocrafts_tokens_with_weights_that_are_stored_in_float16(
+def test_weights_that_are_stored_in_float16_give_audiocrafts_tokens_from_packed_copies(
     kind: str, precision: Precision
 ) -> None:
     lm = stored_in_float16(language_model(kind, card=300))
     given, sampling = conditions(kind, chroma=13), SamplingParams()
     expected = audiocraft_generates(lm, given, prompt=None, length=150, sampling=sampling, seed=3)
-    engine = Engine(batch_for(lm, precision=precision, lend=lent))
+    engine = Engine(batch_for(lm, precision=precision, load_weights=dropped_after_loading))
     assert not any(p.numel() for part in (*lm.transformer.layers, lm.linears) for p in part.parameters())
     generator = torch.Generator().manual_seed(3)
     tokens = engine.generate(given, prompt=None, length=150, sampling=sampling, generator=generator)
@@ -165,10 +166,10 @@ def test_it_generates_audiocrafts_tokens_with_weights_that_are_stored_in_float16
 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
-def test_what_is_not_packed_is_held_when_its_part_of_the_model_is_taken_back(kind: str) -> None:
+def test_weights_that_are_not_packed_are_kept_when_the_model_drops_them(kind: str) -> None:
     lm, given, sampling = language_model(kind, card=300), conditions(kind, chroma=13), SamplingParams()
     expected = audiocraft_generates(lm, given, prompt=None, length=40, sampling=sampling, seed=3)
-    engine = Engine(batch_for(lm, lend=lent))
+    engine = Engine(batch_for(lm, load_weights=dropped_after_loading))
     generator = torch.Generator().manual_seed(3)
     tokens = engine.generate(given, prompt=None, length=40, sampling=sampling, generator=generator)
     assert torch.equal(tokens, expected)

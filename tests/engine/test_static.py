@@ -1,6 +1,6 @@
-"""The step that lives on the device, run here without a graph: the same code, the same promises.
+"""A static batch gives the tokens of a ragged one, in any slot and beside any other request.
 
-What only a GPU can show is marked `cuda`.
+Most tests run it on a CPU, without graphs. Tests that need a GPU are marked `cuda`.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from benchmarks.random_models import STEREO, Conditions, conditions, language_model
 from musicgen_svc.audiocraft_compat import LMModel
+from musicgen_svc.engine import static
 from musicgen_svc.engine.batch import Batch, DecodeRequest, Slot
+from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import Switch, batch_for
 from musicgen_svc.engine.sampling_params import SamplingParams
-from musicgen_svc.engine.state import ActiveExtent
+from musicgen_svc.engine.state import ActiveExtent, Capacity, DeviceState
 from musicgen_svc.engine.static import StaticBatch
 
 CARD = 300
@@ -59,38 +61,38 @@ def finished(batch: Batch, slot: Slot) -> Tensor:
 @pytest.mark.parametrize("kind", ["text", "melody"])
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("frames", [0, 15])
-def test_greedy_tokens_are_the_ragged_ones(kind: str, guidance: float, frames: int) -> None:
+def test_greedy_tokens_are_those_of_a_ragged_batch(kind: str, guidance: float, frames: int) -> None:
     sampling = SamplingParams(temperature=0, guidance=guidance)
-    static, ragged = (batch_for(model(kind), kind=batch_kind) for batch_kind in ("static", "ragged"))
+    static, ragged = (batch_for(model(kind), batch_kind=batch_kind) for batch_kind in ("static", "ragged"))
     expected = finished(ragged, opened(ragged, given_for(kind), sampling, frames=frames))
     assert torch.equal(finished(static, opened(static, given_for(kind), sampling, frames=frames)), expected)
     assert expected.unique().numel() > 10, "a model that repeats itself proves nothing"
 
 
-def test_requests_are_the_same_in_any_slot_and_company() -> None:
+def test_tokens_do_not_depend_on_the_slot_or_on_other_requests() -> None:
     lm = model("text")
-    asks = [
+    requests = [
         (given_for("text", s), sampling, s) for s, sampling in enumerate((DRAWN, GREEDY, SamplingParams()))
     ]
 
     def alone(given: Conditions, sampling: SamplingParams, seed: int) -> Tensor:
-        batch = batch_for(lm, kind="static")
+        batch = batch_for(lm, batch_kind="static")
         return finished(batch, opened(batch, given, sampling, seed=seed))
 
-    batch = batch_for(lm, slots=3, kind="static")
-    first = opened(batch, *asks[0][:2], seed=9, length=60)
-    slots = [opened(batch, given, sampling, seed=seed) for given, sampling, seed in asks[1:]]
+    batch = batch_for(lm, slots=3, batch_kind="static")
+    first = opened(batch, *requests[0][:2], seed=9, length=60)
+    slots = [opened(batch, given, sampling, seed=seed) for given, sampling, seed in requests[1:]]
     for _ in range(10):
         batch.step()
-    batch.close(first)  # its place is taken by one that joins later
-    late = opened(batch, *asks[0][:2], seed=asks[0][2])
+    batch.close(first)  # a later request gets its slot
+    late = opened(batch, *requests[0][:2], seed=requests[0][2])
     assert late.index == first.index
-    for slot, ask in zip([late, *slots], asks, strict=True):
-        assert torch.equal(finished(batch, slot), alone(*ask))
+    for slot, request in zip([late, *slots], requests, strict=True):
+        assert torch.equal(finished(batch, slot), alone(*request))
 
 
-def test_seeds_differ_and_repeat() -> None:
-    batch = batch_for(model("melody"), kind="static")
+def test_a_seed_repeats_its_tokens_and_another_seed_draws_others() -> None:
+    batch = batch_for(model("melody"), batch_kind="static")
 
     def run(seed: int) -> Tensor:
         slot = opened(batch, given_for("melody"), DRAWN, seed=seed)
@@ -103,31 +105,31 @@ def test_seeds_differ_and_repeat() -> None:
 
 
 @pytest.mark.parametrize(
-    "reach", [ActiveExtent(*sizes) for sizes in ((1, 256, 64), (2, 256, 64), (4, 512, 64))]
+    "extent", [ActiveExtent(*sizes) for sizes in ((1, 256, 64), (2, 256, 64), (4, 512, 64))]
 )
-def test_a_rehearsed_step_leaves_no_trace(reach: ActiveExtent) -> None:
-    """However many slots it computes: those that run, fewer, or some that nobody has."""
+def test_a_step_with_all_slots_stopped_changes_no_request(extent: ActiveExtent) -> None:
+    """Whether it computes all slots, fewer, or some that are not open."""
     lm = model("text")
-    alone = batch_for(lm, kind="static")
+    alone = batch_for(lm, batch_kind="static")
     expected = finished(alone, opened(alone, given_for("text"), DRAWN))
-    batch = batch_for(lm, slots=4, kind="static")
+    batch = batch_for(lm, slots=4, batch_kind="static")
     assert isinstance(batch, StaticBatch)
     state = batch.state
     done = opened(batch, given_for("text"), DRAWN, length=3)
     slots = [opened(batch, given_for("text"), DRAWN, length=length) for length in (40, 60)]
     while not slots[1].done:
         with torch.inference_mode():
-            state.with_all_slots_stopped(lambda: state.step(reach))
+            state.with_all_slots_stopped(lambda: state.step(extent))
             assert state.filled[:3].tolist() == [slot.filled for slot in (done, *slots)]
         batch.step()
     assert torch.equal(slots[0].codes, expected)
     assert torch.equal(slots[1].codes[:, :37], expected[:, :37])
 
 
-def test_a_step_computes_the_places_that_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As 1, 2, 4 or 8 of them. A request stays in its place when those below have left."""
+def test_a_step_computes_the_leading_slots_that_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their number is rounded up to 1, 2, 4 or 8. A request keeps its slot when lower ones are closed."""
     lm = model("text")
-    batch = batch_for(lm, slots=6, kind="static")
+    batch = batch_for(lm, slots=6, batch_kind="static")
     rows: list[int] = []
     logits = batch.decoder.logits
 
@@ -153,27 +155,27 @@ def test_a_step_computes_the_places_that_are_in_use(monkeypatch: pytest.MonkeyPa
     batch.close(slots[4])
     assert stepped() == 2 * 4
     finished(batch, slots[3])
-    assert stepped() == 2 * 1, "one that is done needs no steps"
+    assert stepped() == 2 * 1, "a slot that is done needs no steps"
     monkeypatch.undo()
 
-    alone = batch_for(lm, kind="static")
+    alone = batch_for(lm, batch_kind="static")
     assert torch.equal(slots[3].codes, finished(alone, opened(alone, given_for("text"), DRAWN, seed=3)))
-    alone = batch_for(lm, kind="static")
+    alone = batch_for(lm, batch_kind="static")
     expected_codes = finished(alone, opened(alone, given_for("text"), GREEDY, length=50))
     assert torch.equal(finished(batch, slots[0]), expected_codes)
 
 
-def test_a_place_forgets_the_text_of_who_had_it_before() -> None:
+def test_a_slot_does_not_keep_the_text_of_its_previous_request() -> None:
     null = {name: (torch.zeros_like(tensor), mask) for name, (tensor, mask) in given_for("text").items()}
-    batch = batch_for(model("text"), kind="static")
+    batch = batch_for(model("text"), batch_kind="static")
     batch.close(opened(batch, given_for("text"), GREEDY))
     codes = finished(batch, opened(batch, null, GREEDY))
-    fresh = batch_for(model("text"), kind="static")
+    fresh = batch_for(model("text"), batch_kind="static")
     assert torch.equal(codes, finished(fresh, opened(fresh, null, GREEDY)))
 
 
 def test_generate_drives_the_static_batch() -> None:
-    batch = batch_for(model("text"), kind="static")
+    batch = batch_for(model("text"), batch_kind="static")
     ticks: list[tuple[int, int]] = []
     codes = Engine(batch).generate(
         given_for("text"), prompt=None, length=40, sampling=DRAWN,
@@ -191,7 +193,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 @pytest.mark.parametrize("kind", ["text", "melody"])
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 @pytest.mark.parametrize("kernels", ["on", "off"])
-def test_a_graph_generates_what_the_step_does(kind: str, sampling: SamplingParams, kernels: Switch) -> None:
+def test_replayed_steps_give_the_tokens_of_launched_ones_on_a_gpu(
+    kind: str, sampling: SamplingParams, kernels: Switch
+) -> None:
     codes = []
     for graphs in ("on", "off"):
         batch = batch_for(model(kind, "cuda"), slots=2, graphs=graphs, kernels=kernels)
@@ -205,7 +209,7 @@ def test_a_graph_generates_what_the_step_does(kind: str, sampling: SamplingParam
 @needs_gpu
 @pytest.mark.parametrize("kind", ["text", "melody"])
 @pytest.mark.parametrize("kernels", ["on", "off"])
-def test_graphs_pass_their_self_test(kind: str, kernels: Switch) -> None:
+def test_graphs_pass_their_self_test_on_a_gpu(kind: str, kernels: Switch) -> None:
     batch = batch_for(model(kind, "cuda"), graphs="auto", kernels=kernels)
     assert isinstance(batch, StaticBatch) and batch.graphed.enabled
 
@@ -213,8 +217,8 @@ def test_graphs_pass_their_self_test(kind: str, kernels: Switch) -> None:
 @pytest.mark.cuda
 @needs_gpu
 @pytest.mark.parametrize("kind", ["text", "melody"])
-def test_with_kernels_and_without_the_tokens_are_the_same(kind: str) -> None:
-    """In fp32, where sums in another order hardly ever choose another token."""
+def test_kernels_give_the_tokens_of_the_plain_operations(kind: str) -> None:
+    """In fp32, in which sums in another order rarely change a token."""
     lm = language_model(kind, dim=128, heads=2, card=CARD, device="cuda")
     codes = []
     for kernels in ("on", "off"):
@@ -232,8 +236,8 @@ def test_with_kernels_and_without_the_tokens_are_the_same(kind: str) -> None:
 
 @pytest.mark.cuda
 @needs_gpu
-def test_threads_take_turns_at_the_same_graphs() -> None:
-    """One of them records, all of them replay. In fp32, since products over more rows round otherwise."""
+def test_threads_replay_the_graphs_that_another_thread_recorded() -> None:
+    """In fp32, because in fp16 products with another number of rows round differently."""
     engine = Engine(batch_for(language_model("text", delays=STEREO, card=CARD, device="cuda"), slots=3))
 
     def run(seed: int) -> Tensor:
@@ -268,7 +272,7 @@ def test_a_step_never_waits_for_the_device() -> None:
 @pytest.mark.parametrize("kind", ["text", "melody"])
 def test_logits_are_audiocrafts_under_autocast(kind: str) -> None:
     lm, given = model(kind, "cuda"), given_for(kind, device="cuda")
-    batch = batch_for(lm, kind="ragged")
+    batch = batch_for(lm, batch_kind="ragged")
     slot = opened(batch, given, GREEDY)
     seen = [slot.logits]
     while not slot.done:
@@ -281,15 +285,15 @@ def test_logits_are_audiocrafts_under_autocast(kind: str) -> None:
     torch.testing.assert_close(ours.float(), guided.float(), atol=0.1, rtol=0.02)
 
 
-def test_buffers_grow_for_a_request_beyond_them() -> None:
-    """A prompt of 2,000 characters can have more T5 tokens than the buffers were made for."""
+def test_buffers_grow_for_a_request_that_they_cannot_hold() -> None:
+    """A prompt of 2,000 characters can have more T5 tokens than the default buffers hold."""
     lm = model("text")
     given = conditions("text", tokens=700)
     sampling = SamplingParams(temperature=0)
     expected = Engine(batch_for(lm)).generate(
         given, prompt=None, length=20, sampling=sampling, generator=torch.Generator()
     )
-    engine = Engine(batch_for(lm, kind="static"))
+    engine = Engine(batch_for(lm, batch_kind="static"))
     for _ in range(2):
         tokens = engine.generate(
             given, prompt=None, length=20, sampling=sampling, generator=torch.Generator()
@@ -297,8 +301,8 @@ def test_buffers_grow_for_a_request_beyond_them() -> None:
         assert torch.equal(tokens, expected)
 
 
-def test_there_is_room_for_just_what_the_buffers_hold() -> None:
-    batch = batch_for(model("text"), kind="static")
+def test_there_is_room_for_exactly_what_the_buffers_hold() -> None:
+    batch = batch_for(model("text"), batch_kind="static")
 
     def fits(length: int, tokens: int = 5) -> bool:
         given = conditions("text", tokens=tokens)
@@ -308,21 +312,46 @@ def test_there_is_room_for_just_what_the_buffers_hold() -> None:
     assert fits(8, tokens=512) and not fits(8, tokens=513)
 
 
-def test_recorded_steps_are_forgotten_before_what_they_read_is_elsewhere(
+def test_recordings_are_dropped_before_the_memory_that_they_read_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A prefill beyond the table of positions makes a longer one, and may be given up after that."""
-    batch = batch_for(model("melody"), kind="static")
+    """A long prefill replaces the position embeddings, and may be cancelled after that."""
+    batch = batch_for(model("melody"), batch_kind="static")
     assert isinstance(batch, StaticBatch)
-    tables, forgotten = [batch.decoder._table], []
-    monkeypatch.setattr(batch.graphed, "forget", lambda: forgotten.append(batch.decoder._table))
+    tables, dropped = [batch.decoder.position_embeddings], []
+    monkeypatch.setattr(batch.graphed, "forget", lambda: dropped.append(batch.decoder.position_embeddings))
 
-    def give_up() -> None:
-        tables.append(batch.decoder._table)
+    def cancel() -> None:
+        tables.append(batch.decoder.position_embeddings)
         raise InterruptedError
 
     given = conditions("melody", tokens=2100)
     with pytest.raises(InterruptedError):
-        batch.open(DecodeRequest(given, None, 8, GREEDY, torch.Generator()), give_up)
-    assert len(tables[1]) > len(tables[0]) and [table is tables[0] for table in forgotten] == [True]
+        batch.open(DecodeRequest(given, None, 8, GREEDY, torch.Generator()), cancel)
+    assert len(tables[1]) > len(tables[0]) and [table is tables[0] for table in dropped] == [True]
     assert not batch.slots
+
+
+def test_buffers_that_could_not_grow_are_allocated_again_for_the_next_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = batch_for(model("text"), slots=2, batch_kind="static")
+    assert isinstance(batch, StaticBatch)
+
+    def generated(engine: Engine, given: Conditions) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return engine.generate(given, prompt=None, length=30, sampling=DRAWN, generator=generator)
+
+    def scarce(decoder: Decoder, capacity: Capacity) -> DeviceState:
+        if capacity.text > 512:
+            raise torch.OutOfMemoryError("for the buffers")
+        return DeviceState(decoder, capacity)
+
+    monkeypatch.setattr(static, "DeviceState", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        generated(Engine(batch), conditions("text", tokens=600))
+    assert batch.state.keys.numel() == 0, "the old buffers were dropped before"
+    fresh = batch_for(model("text"), slots=2, batch_kind="static")
+    tokens = generated(Engine(batch), given_for("text"))
+    assert torch.equal(tokens, generated(Engine(fresh), given_for("text")))
+    assert batch.state.capacity == Capacity(2)

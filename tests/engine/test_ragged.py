@@ -1,4 +1,4 @@
-"""On a CPU in fp32 the engine generates audiocraft's tokens, all of them."""
+"""On a CPU in fp32 a ragged batch generates exactly audiocraft's tokens."""
 
 from functools import cache
 
@@ -89,7 +89,7 @@ def test_tokens_are_audiocrafts(
 
 
 @pytest.mark.parametrize("length", [1, 2, 4])
-def test_lengths_shorter_than_the_delays(length: int) -> None:
+def test_tokens_are_audiocrafts_for_lengths_below_the_delays(length: int) -> None:
     lm = model("text", "stereo")
     generator = torch.Generator().manual_seed(0)
     given, sampling = given_for("text"), SamplingParams()
@@ -100,7 +100,7 @@ def test_lengths_shorter_than_the_delays(length: int) -> None:
     assert torch.equal(tokens, expected)
 
 
-def test_a_window_that_the_prompt_all_but_fills() -> None:
+def test_tokens_are_audiocrafts_if_the_prompt_leaves_one_frame() -> None:
     tokens = assert_equal_to_audiocraft(
         model("melody"), given_for("melody"), frames=59, length=60, sampling=SamplingParams()
     )
@@ -110,21 +110,21 @@ def test_a_window_that_the_prompt_all_but_fills() -> None:
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_equal_rows_are_run_once_and_change_nothing(
+def test_two_equal_rows_are_computed_once_with_the_same_tokens(
     kind: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {name: (tensor[1:].repeat(2, 1, 1), mask) for name, (tensor, mask) in given_for(kind).items()}
     rows: set[int] = set()
-    take = RaggedSlot.take
+    draw_column = RaggedSlot.draw_column
     monkeypatch.setattr(
-        RaggedSlot, "take", lambda slot, logits: (rows.add(len(logits)), take(slot, logits))[1]
+        RaggedSlot, "draw_column", lambda slot, logits: (rows.add(len(logits)), draw_column(slot, logits))[1]
     )
     sampling = SamplingParams(temperature=temperature)
     assert_equal_to_audiocraft(model(kind), given, frames=0, length=70, sampling=sampling)
     assert rows == {1}
 
 
-def test_a_melody_model_without_any_condition() -> None:
+def test_tokens_are_audiocrafts_without_any_condition() -> None:
     assert_equal_to_audiocraft(model("melody"), {}, frames=0, length=70, sampling=SamplingParams())
 
 
@@ -137,14 +137,14 @@ def test_cached_logits_are_those_of_the_full_forward_at_every_step(
     lm, given = model(kind, layout), given_for(kind)
     seen: list[Tensor] = []
     slots: list[RaggedSlot] = []
-    take = RaggedSlot.take
+    draw_column = RaggedSlot.draw_column
 
     def record(slot: RaggedSlot, logits: Tensor) -> None:
         seen.append(logits)
         slots.append(slot)
-        take(slot, logits)
+        draw_column(slot, logits)
 
-    monkeypatch.setattr(RaggedSlot, "take", record)
+    monkeypatch.setattr(RaggedSlot, "draw_column", record)
     Engine(batch_for(lm)).generate(
         given,
         prompt=prompt_of(lm, frames),

@@ -1,6 +1,7 @@
-"""Compiles every kernel for an H200, down to its machine code, which needs no GPU.
+"""A program that compiles every kernel to machine code for an H200. This needs no GPU.
 
-The types and constants are those of the released models. One line for each, as in `_kernel_checks.py`.
+The types and constants are those of the released models. For each kernel it prints one line, as
+`kernel_checks.py` does.
 """
 
 import json
@@ -11,7 +12,7 @@ import torch
 
 from musicgen_svc.engine import kernels, sampling_kernels
 
-SHARED_MEMORY = 48 * 1024
+SHARED_MEMORY = 48 * 1024  # bytes that every kernel may use
 TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -47,8 +48,8 @@ BUILDS: dict[str, tuple[Any, dict[str, Any], int]] = {
             "x_stride": int, "delta_stride": int, "eps": float, "DIM": 1536, "BLOCK": 2048, "ADD": True,
         }, 8,
     ),
-    "_soften": (
-        sampling_kernels._soften,
+    "_guided_softmax": (
+        sampling_kernels._guided_softmax,
         SAMPLED | {"logits": HALF, "guidance": SINGLE, "probabilities": SINGLE, "ROW": 2048}, 8,
     ),
     "_race": (
@@ -58,7 +59,7 @@ BUILDS: dict[str, tuple[Any, dict[str, Any], int]] = {
             **dict.fromkeys(("top_k", "seed", "step"), LONG), "CARD": 2048, "TOKENS": 64, "OTHERS": 128,
         }, 4,
     ),
-    "_finish": (sampling_kernels._finish, SAMPLED | {"races": SINGLE, "ROW": 2048}, 8),
+    "_choose": (sampling_kernels._choose, SAMPLED | {"races": SINGLE, "ROW": 2048}, 8),
     **{
         f"_int8_linear, {rows} rows, {block} outputs": (
             kernels._int8_linear,
@@ -74,6 +75,13 @@ BUILDS: dict[str, tuple[Any, dict[str, Any], int]] = {
 
 
 def build(kernel: Any, arguments: dict[str, Any], warps: int) -> None:
+    """Compiles a kernel.
+
+    Args:
+        kernel: the Triton function.
+        arguments: by name, the dtype or type of each argument, or the value of each constant.
+        warps: how many warps a program has.
+    """
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -96,13 +104,14 @@ def build(kernel: Any, arguments: dict[str, Any], warps: int) -> None:
 
 
 def main() -> None:
+    """Compiles all of them, and prints the name and the failure, or null, of each as JSON."""
     for name, what in BUILDS.items():
         try:
             build(*what)
-            wrong = None
+            failure = None
         except Exception:
-            wrong = traceback.format_exc()
-        print(json.dumps([name, wrong]), flush=True)
+            failure = traceback.format_exc()
+        print(json.dumps([name, failure]), flush=True)
 
 
 if __name__ == "__main__":

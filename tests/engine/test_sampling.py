@@ -1,4 +1,4 @@
-"""Tokens are drawn as audiocraft draws them, and never from outside the allowed set."""
+"""Tokens are drawn as audiocraft draws them, and only from the allowed set."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def _counted(logits: Tensor, params: SamplingParams, seed: int, step: int = 0) -
 
 
 def _allowed(logits: Tensor, params: SamplingParams) -> Tensor:
-    """[K, card] by definition, one token at a time: the naive oracle."""
+    """Computes which tokens [K, card] may be drawn by the definitions, token by token."""
     allowed = torch.zeros_like(logits, dtype=torch.bool)
     for k, row in enumerate(logits):
         if params.temperature == 0:
@@ -52,7 +52,9 @@ def _allowed(logits: Tensor, params: SamplingParams) -> Tensor:
                 if held > params.top_p + 1e-6:
                     break
                 held += float(probabilities[token])
-                allowed[k] |= probabilities == probabilities[token]  # ties: any order of them
+                allowed[k] |= (
+                    probabilities == probabilities[token]
+                )  # equally likely tokens may be in any order
         elif params.top_k > 0:
             kth = probabilities.sort(descending=True).values[min(params.top_k, len(row)) - 1]
             allowed[k] = probabilities >= kth
@@ -63,7 +65,7 @@ def _allowed(logits: Tensor, params: SamplingParams) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-6, 0.009])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_temperature_next_to_zero_is_greedy_and_never_overflows(
+def test_a_temperature_close_to_zero_is_greedy_and_does_not_overflow(
     temperature: float, dtype: torch.dtype
 ) -> None:
     logits = (100 * _logits(seed=1)).to(dtype)
@@ -103,7 +105,7 @@ def test_only_allowed_tokens_are_drawn(params: SamplingParams, seed: int, ties: 
         assert allowed[rows, token].all()
 
 
-def test_greedy_takes_the_first_of_the_best_and_draws_nothing() -> None:
+def test_a_greedy_choice_is_the_first_most_likely_token_and_draws_no_number() -> None:
     logits = torch.tensor([[1.0, 5.0, 5.0, 0.0]])
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
@@ -144,7 +146,7 @@ def test_counted_draws_follow_the_distribution() -> None:
     assert torch.allclose(shares, torch.softmax(logits[0], dim=-1), atol=0.015)
 
 
-def test_counted_draws_depend_on_seed_and_step_alone() -> None:
+def test_counted_draws_depend_on_seed_and_step_only() -> None:
     seed, step = torch.tensor([5, 6, 5, 5 + 2**32]), torch.tensor([1, 1, 2, 1])
     numbers = counted_uniform(seed, step, 2, 512)
     assert torch.equal(counted_uniform(seed[2:3], step[2:3], 2, 512)[0], numbers[2])

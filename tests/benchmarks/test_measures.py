@@ -1,4 +1,4 @@
-"""What `scripts/bench` measures beside speed, and that all sides do the same work."""
+"""What `scripts/bench` measures besides speed is right, and all implementations do the same work."""
 
 import itertools
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def _work(frames: int = 47, *, device: str = "cpu", **size: Any) -> Workload:
 
 
 def test_transformers_does_the_same_work() -> None:
-    """The same weights, guidance and number of frames: greedily the same tokens."""
+    """With the same weights, guidance and number of frames, greedy tokens are the same."""
     from benchmarks.transformers_generate import TransformersMusicgen
 
     work, greedy = _work(20), SamplingParams(temperature=0)
@@ -40,11 +40,11 @@ def test_transformers_does_the_same_work() -> None:
     assert torch.equal(ours, theirs)
 
 
-def test_a_shorter_piece_is_compared_as_far_as_it_can_be() -> None:
+def test_a_shorter_piece_is_compared_except_for_its_last_frames() -> None:
     long, short = _work(30), _work(15)
     (tokens,) = long.engine(batch_for(long.lm), 1)
     expected = short.audiocraft()
-    assert not torch.equal(tokens[:, :15], expected)  # whose last frames saw the end coming
+    assert not torch.equal(tokens[:, :15], expected)  # its last frames are drawn beside the delayed end
     assert decode.compared(tokens, expected, long) == "equal"
     expected[2, 11] += 1
     assert decode.compared(tokens, expected, long) == "differ from frame 11"
@@ -59,7 +59,7 @@ def test_multiband_diffusion_has_the_published_widths() -> None:
 
 def test_bytes_read_are_the_weights_and_the_mean_cache() -> None:
     work = _work(47, card=100)
-    layer = 64 * 64 * (4 + 2 + 8)  # self-attention, what is left of cross-attention, feed-forward
+    layer = 64 * 64 * (4 + 2 + 8)  # self-attention, query and output of cross-attention, feed-forward
     norms = 2 * (2 * 3 * 64) + 2 * 64
     weights = 2 * layer + 4 * 100 * 64 + norms
     position = 2 * 2 * 2 * 64  # keys and values, rows, layers, dim
@@ -84,16 +84,16 @@ def test_steps_that_take_equally_long_do_not_grow() -> None:
     assert found.ratio_beyond_cache == pytest.approx(1)
 
 
-def test_what_the_cache_explains_is_left_out_of_the_growth() -> None:
+def test_growth_beyond_the_cache_leaves_out_what_the_cache_explains() -> None:
     chunks = [16 * (0.010 + 1e-6 * (16 * i + 8)) for i in range(90)]
-    found, blamed = (growth([chunks], steps=16, position_s=s) for s in (0, 1e-6))
-    assert found is not None and blamed is not None
+    found, explained = (growth([chunks], steps=16, position_s=s) for s in (0, 1e-6))
+    assert found is not None and explained is not None
     assert found.ratio > 1.1
     assert found.ratio_beyond_cache == pytest.approx(found.ratio)
-    assert blamed.ratio_beyond_cache == pytest.approx(1)
+    assert explained.ratio_beyond_cache == pytest.approx(1)
 
 
-def test_a_short_piece_says_nothing_of_growth() -> None:
+def test_a_short_piece_has_no_growth() -> None:
     assert growth([[0.1] * 8], steps=16, position_s=0) is None
 
 
@@ -107,7 +107,7 @@ def test_a_decode_gives_the_seconds_of_its_full_chunks() -> None:
 
 
 def _events(**names: int) -> list[SimpleNamespace]:
-    """So many events of each name, on the host; `gpu_NAME`: on the device."""
+    """Makes as many events of each name on the host, or on the device for `gpu_NAME`."""
     return [
         SimpleNamespace(
             name=name.removeprefix("gpu_"),
@@ -118,7 +118,7 @@ def _events(**names: int) -> list[SimpleNamespace]:
     ]
 
 
-def test_launches_syncs_and_kernels_are_told_apart() -> None:
+def test_launches_syncs_and_kernels_are_counted_apart() -> None:
     events = _events(
         cudaLaunchKernel=5, cuLaunchKernelEx=2, cudaGraphLaunch=1, cudaMemcpyAsync=3, cudaMemsetAsync=1,
         cudaStreamSynchronize=2, cudaDeviceSynchronize=1, cudaEventSynchronize=1, cudaMemcpy=1,
@@ -133,7 +133,7 @@ def test_a_run_is_profiled_without_a_warning() -> None:
     assert "aten::sum" in names
 
 
-def test_a_steps_share_leaves_out_what_a_run_has_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_per_step_leave_out_what_happens_once_per_run(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
 
     def profiled(run: Callable[[], object]) -> list[SimpleNamespace]:
@@ -142,12 +142,12 @@ def test_a_steps_share_leaves_out_what_a_run_has_once(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(launches, "profiled", profiled)
     assert launches.per_step(runs.append) == {"launches": 3, "syncs": 1 / 8, "kernels": 0}
-    assert runs == [24, 8, 24]  # what is recorded once is recorded before
+    assert runs == [24, 8, 24]  # the first run records the graphs
 
 
 @needs_gpu
 @pytest.mark.cuda
-def test_a_recorded_step_is_hardly_a_launch() -> None:
+def test_a_recorded_step_has_fewer_than_four_launches() -> None:
     work = _work(device="cuda", dtype=torch.float16)
     batches = [batch_for(work.lm, graphs=graphs) for graphs in ("on", "off")]
     recorded, launched = (
@@ -163,7 +163,7 @@ def test_a_recorded_step_is_hardly_a_launch() -> None:
 @pytest.mark.parametrize("batch_kind", ["ragged", "static"])
 def test_the_engine_agrees_with_audiocraft(batch_kind: BatchKind) -> None:
     work = _work()
-    found = with_audiocraft(work, batch_for(work.lm, kind=batch_kind), frames=12)
+    found = with_audiocraft(work, batch_for(work.lm, batch_kind=batch_kind), frames=12)
     assert (found.top1, found.first_divergence, found.frames) == (1, None, 12)
 
 
@@ -180,7 +180,7 @@ def test_a_single_wrong_token_is_found_where_it_is(monkeypatch: pytest.MonkeyPat
     work = _work()
     found = with_audiocraft(work, batch_for(work.lm), frames=12)
     assert found.first_divergence == 4
-    assert found.top1 == pytest.approx(1 - 1 / 48)  # it reads on with audiocraft's token
+    assert found.top1 == pytest.approx(1 - 1 / 48)  # the next steps read audiocraft's token
 
 
 @needs_gpu
