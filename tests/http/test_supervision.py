@@ -29,7 +29,8 @@ from musicgen_svc.cli.prediction_folders import COG_FOLDER
 SOAK = bool(os.environ.get("MUSICGEN_SOAK"))
 HANG_UPS, CANCELS = (1000, 300) if SOAK else (60, 40)
 SLOTS = 4
-RESTART_S = 60
+RESTART_S = 240 if SOAK else 60
+"""How long a restart may take. In a soak it comes after others, and waits longer each time."""
 
 pytestmark = [needs_proc, pytest.mark.timeout(3000 if SOAK else 300)]
 

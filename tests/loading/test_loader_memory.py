@@ -245,7 +245,7 @@ def test_the_server_counts_the_bytes_that_one_more_request_takes() -> None:
     large = SIZES["large"]
     config = _config(large["kind"], dim=large["dim"], layers=large["layers"])
     per_request = engine_bytes(config, torch.device("cuda"), slots=1, precision="reference")
-    assert per_request / GB == pytest.approx(cog_server.PLACE_GB, rel=0.02)
+    assert per_request / GB == pytest.approx(cog_server.REQUEST_GB, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
