@@ -10,7 +10,11 @@
 `Stopped` is not a ServiceError: it ends a request that the client cancelled, and nobody reads it.
 """
 
+import errno
 from pathlib import Path
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Numbers of an `OSError` that mean that a file cannot grow: the disk, a quota or a limit of the process."""
 
 
 class ServiceError(Exception):

@@ -1,7 +1,6 @@
 """Unpacks the tar or zip around a checkpoint into a folder, or refuses it before anything is written."""
 
 import bz2
-import errno
 import gzip
 import lzma
 import os
@@ -19,14 +18,13 @@ from typing import IO, Any
 
 from musicgen_svc.checkpoints.damage import damaged_error
 from musicgen_svc.checkpoints.unpickle import ZIP_MAGIC, is_torch_file
-from musicgen_svc.errors import WeightsError
+from musicgen_svc.errors import DISK_FULL, WeightsError
 
 MAX_UNPACKED_BYTES = 64 << 30
 """This is several times the size of the largest model in fp32."""
 _MAX_ENTRIES = 10_000
 UNFINISHED_PREFIX = ".unpacking-"
 """The prefix of a folder's name while it is written."""
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PIECE_BYTES = 1 << 20
 """Files are copied in pieces of this size, and no header of a tar may be longer."""
 _TAR_BLOCK_BYTES = 512
@@ -91,7 +89,7 @@ def unpack(path: Path, folder: Path, limit_bytes: int = MAX_UNPACKED_BYTES) -> N
 def _unpack_error(path: Path, cache: Path, total: int, exc: Exception) -> WeightsError:
     """The error for an archive that a library or the operating system failed to unpack."""
     number = exc.errno if isinstance(exc, OSError) else None
-    if number in _DISK_FULL:
+    if number in DISK_FULL:
         return WeightsError(
             f"{path} unpacks to {total:,} bytes, and the disk of {cache} is full: make room there."
         )

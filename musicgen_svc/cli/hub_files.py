@@ -3,7 +3,6 @@
 HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and similar variables are read by huggingface_hub and have its meaning.
 """
 
-import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils.sha import git_hash
 
-from musicgen_svc.errors import WeightsError
+from musicgen_svc.errors import DISK_FULL, WeightsError
 from musicgen_svc.weights.lock_file import LockedFile, sha256_of
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 AGAIN = "run the same command again to go on where it stopped"
 """What an error tells the user to do."""
 

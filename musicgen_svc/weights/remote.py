@@ -3,7 +3,6 @@
 The files before and after completion are those of `url_cache.py`.
 """
 
-import errno
 import os
 import shutil
 import time
@@ -13,7 +12,7 @@ from typing import IO
 
 import requests
 
-from musicgen_svc.errors import WeightsError
+from musicgen_svc.errors import DISK_FULL, WeightsError
 from musicgen_svc.runtime.file_lock import locked
 from musicgen_svc.weights.url_cache import CacheEntry, remove_leftovers
 from musicgen_svc.weights.url_rules import Rules, is_page
@@ -23,7 +22,6 @@ _MAX_TRIES_WITHOUT_PROGRESS = 4
 _TIMEOUT_S = (10, 60)  # for connecting, and between two pieces
 _PIECE_BYTES = 1 << 20
 _LOG_EVERY_S = 5.0
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class _TemporaryError(Exception):
@@ -59,7 +57,7 @@ def fetch(url: str, cache: Path, rules: Rules, session: requests.Session | None 
     except requests.RequestException:  # an OSError whose text has the URL
         raise WeightsError(f"{rules.label(url)} could not be fetched: start again to go on.") from None
     except OSError as exc:
-        full = exc.errno in _DISK_FULL
+        full = exc.errno in DISK_FULL
         reason = "the disk is full: make room there" if full else f"{exc.strerror}: check that folder"
         raise WeightsError(f"{rules.label(url)} cannot be kept in {cache}: {reason}.") from exc
 
@@ -187,7 +185,7 @@ class _Fetch:
         try:
             out.write(piece)
         except OSError as exc:
-            if exc.errno not in _DISK_FULL:
+            if exc.errno not in DISK_FULL:
                 raise
             self._entry.remove_partial()
             size = f"{total:,} bytes" if total else f"more than {offset:,} bytes"

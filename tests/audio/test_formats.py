@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import mutagen.flac
@@ -39,22 +38,9 @@ from sounds import (
 )
 
 from musicgen_svc.audio.formats import CONTAINERS
-from musicgen_svc.audio.reading import read_clip
 from musicgen_svc.errors import AudioError
 
 RATE = 32_000
-
-
-@pytest.fixture
-def read(tmp_path: Path) -> Callable[..., torch.Tensor]:
-    """Reads bytes from a file without a suffix, as Cog may write it."""
-
-    def from_bytes(content: bytes, **options: object) -> torch.Tensor:
-        path = tmp_path / "clip"
-        path.write_bytes(content)
-        return read_clip(path, **({"sample_rate": RATE, "channels": 1} | options))
-
-    return from_bytes
 
 
 def second(kind: str = "wav16", rate: int = 44_100, channels: int = 1) -> bytes:

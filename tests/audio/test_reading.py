@@ -29,18 +29,6 @@ from musicgen_svc.errors import AudioError
 RATE = 32_000
 
 
-@pytest.fixture
-def read(tmp_path: Path) -> Callable[..., torch.Tensor]:
-    """Reads bytes from a file without a suffix, as Cog may write it."""
-
-    def from_bytes(content: bytes, **options: object) -> torch.Tensor:
-        path = tmp_path / "clip"
-        path.write_bytes(content)
-        return read_clip(path, **({"sample_rate": RATE, "channels": 1} | options))
-
-    return from_bytes
-
-
 # The largest number of padding samples in formats that do not state it.
 PADDING = {kind: 3 * 1024 for kind in ("aac", "latm", "aac-flv", "aac-ts", "wma")}
 PADDING |= {kind: 3 * 1152 for kind in ("mp2", "mp2-mpeg", "mp3-mkv", "mp3-avi")}
