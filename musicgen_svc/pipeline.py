@@ -1,12 +1,11 @@
 """The order of one request's stages, from valid fields to a file. No other module knows it.
 
-Requests run at the same time, each on a thread of its own, and queue for three resources:
+Requests run at the same time, each on a thread of its own. The callers see to it that those which generate at
+the same time are for the same language model. Requests queue for two resources:
 
 - The device. Loading, conditioning and decoding hold it, and the engine holds it while it computes. Nothing
   uses the device without holding it, so only one thread at a time changes its memory or the process's random
   state, or records a CUDA graph. Long work yields the device every 0.1 s, at a tick.
-- The language model. Only one model generates at a time. Requests for the same model run together; a request
-  for another model waits until they have ended, and later requests wait behind it. Encode-decode needs none.
 - MultiBand Diffusion, which one request holds from its loading to its result, because it needs by far the
   most memory.
 """
@@ -30,8 +29,9 @@ from musicgen_svc.loading.loader import Loader
 from musicgen_svc.models.encodec import Codec
 from musicgen_svc.request import Mode, Request
 from musicgen_svc.runtime.fair_queue import FairQueue
-from musicgen_svc.runtime.progress import Progress, StopFlag
+from musicgen_svc.runtime.progress import Progress
 from musicgen_svc.runtime.randomness import GlobalRandom
+from musicgen_svc.runtime.threads import use_threads
 from musicgen_svc.runtime.ticks import Tick
 
 
@@ -58,49 +58,60 @@ class Sound:
 class Pipeline:
     """Runs requests. Its `run` may be called from several threads at once."""
 
-    def __init__(self, loader: Loader, device_queue: FairQueue, *, slots: int, tag_prompt: bool) -> None:
+    def __init__(self, loader: Loader, device_queue: FairQueue, *, tag_prompt: bool) -> None:
         """Makes a pipeline without loading anything.
 
         Args:
             loader: what gives the models.
             device_queue: the queue for the device that the loader's engines use too.
-            slots: how many requests for one model run at once.
             tag_prompt: whether the output's tags include the prompt.
         """
         self._loader = loader
         self._device_queue = device_queue
-        self._model_queue = FairQueue(slots)
         self._diffusion_queue = FairQueue(1)
         self._tag_prompt = tag_prompt
 
-    def run(self, request: Request, stop: StopFlag, folder: Path) -> Result:
+    def check(self, request: Request) -> None:
+        """Fails before the request waits for its model, if the model is missing or takes no melody.
+
+        Raises:
+            InputError: the model takes no melody.
+            WeightsError: the model is missing, or its configuration cannot be read.
+        """
+        if request.mode is Mode.ENCODE_DECODE:
+            return
+        with self._device_queue.acquire_next():
+            takes_melody = self._loader.takes_melody(request.model)  # raises if there is no such model
+            if takes_melody or request.mode is not Mode.MELODY:
+                return
+            able = " or ".join(map(repr, self._loader.melody_models()))
+            raise InputError(
+                f"model_version {request.model!r} cannot follow a melody: use {able}, "
+                "or set continuation to true."
+            )
+
+    def run(self, request: Request, progress: Progress, folder: Path) -> Result:
         """Runs one request and writes its file.
 
         Args:
-            request: what to do.
-            stop: ends the request from another thread, or by its time limit.
+            request: what to do; `check` has accepted it.
+            progress: of this request, with the stages of `stage_shares`. Its stop flag ends the request.
             folder: where the file goes.
 
         Raises:
             ServiceError: with the sentence for the user.
             Stopped: the client cancelled.
         """
-        with Progress(_shares(request), stop) as progress:
-            if request.mode is Mode.ENCODE_DECODE:
-                stop.start_clock()
-                sound = self._encode_decode(request, progress)
-            else:
-                self._check_servable(request, progress)
-                with self._queued(self._model_queue, progress, request.model):
-                    stop.start_clock()
-                    sound = self._generate(request, progress)
-            return _write(request, sound, progress, folder)
+        use_threads(self._loader.threads.most)  # until the model is known
+        make = self._encode_decode if request.mode is Mode.ENCODE_DECODE else self._generate
+        return _write(request, make(request, progress), progress, folder)
 
     def _generate(self, request: Request, progress: Progress) -> Sound:
         """Runs a request that generates: text, melody or continuation."""
         random = GlobalRandom(request.seed, self._loader.device)
         with progress.stage("load") as tick, self._device_held(progress, random, tick):
             model = self._loader.model(request.model)
+            use_threads(model.threads)
             if request.multi_band_diffusion:  # checked now, so that no work is lost
                 self._loader.diffusion_weights(model.path, model.codec)
         codec = model.codec
@@ -135,6 +146,7 @@ class Pipeline:
         random = GlobalRandom(request.seed, self._loader.device)
         with progress.stage("load") as tick, self._device_held(progress, random, tick):
             checkpoint, codec = self._loader.codec()
+            use_threads(self._loader.threads.for_model(codec.parameter_count))
             provenance = {"codebooks_sha256": codec.fingerprint()}
             if request.multi_band_diffusion:
                 self._loader.diffusion_weights(checkpoint, codec)
@@ -154,7 +166,7 @@ class Pipeline:
         if not request.multi_band_diffusion:
             with progress.stage("decode") as tick, self._device_held(progress, random, tick) as device_tick:
                 return codec.decode(tokens, device_tick).float().cpu()
-        with self._queued(self._diffusion_queue, progress):
+        with self._diffusion_held(progress):
             with progress.stage("load") as tick, self._device_held(progress, random, tick):
                 diffusion = self._loader.diffusion(checkpoint, codec)
             with (
@@ -181,24 +193,12 @@ class Pipeline:
             yield device_tick
 
     @contextmanager
-    def _queued(self, queue: FairQueue, progress: Progress, group: str | None = None) -> Iterator[None]:
-        """Context manager that holds a turn of a queue. Only the wait for it is the stage `queue`."""
+    def _diffusion_held(self, progress: Progress) -> Iterator[None]:
+        """Context manager that holds MultiBand Diffusion. Only the wait for it is the stage `queue`."""
         with ExitStack() as held:
             with progress.waiting():
-                held.enter_context(queue.acquire(progress.check, group))
+                held.enter_context(self._diffusion_queue.acquire(progress.check))
             yield
-
-    def _check_servable(self, request: Request, progress: Progress) -> None:
-        """Fails before the request queues for its model, if the model is missing or takes no melody."""
-        with progress.waiting(), self._device_queue.acquire(progress.check):
-            takes_melody = self._loader.takes_melody(request.model)  # raises if there is no such model
-            if takes_melody or request.mode is not Mode.MELODY:
-                return
-            able = " or ".join(map(repr, self._loader.melody_models()))
-            raise InputError(
-                f"model_version {request.model!r} cannot follow a melody: use {able}, "
-                "or set continuation to true."
-            )
 
     def _tags(self, request: Request, provenance: Mapping[str, object]) -> dict[str, str]:
         """Returns the tags of the file: a title, and as JSON all that is needed to make the file again.
@@ -247,7 +247,7 @@ def _write(request: Request, sound: Sound, progress: Progress, folder: Path) -> 
     return Result(folder / name, metrics | progress.seconds)
 
 
-def _shares(request: Request) -> dict[str, float]:
+def stage_shares(request: Request) -> dict[str, float]:
     """Returns the stages in order, each with the relative time that it is expected to take."""
     decode = 60.0 if request.multi_band_diffusion else 8.0
     if request.mode is Mode.ENCODE_DECODE:

@@ -1,4 +1,4 @@
-"""Runs predictions for `predict.py`: each on a thread of its own, each failure as one sentence."""
+"""Runs predictions for `predict.py`: each waits for a slot, has a thread, and fails with one sentence."""
 
 import asyncio
 import contextvars
@@ -6,6 +6,7 @@ import gc
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +16,18 @@ from transformers.utils import logging as transformers_logging
 from musicgen_svc.engine.engine import StepError
 from musicgen_svc.errors import GenerationError, ServiceError, Stopped, WeightsError
 from musicgen_svc.loading.loader import Loader
-from musicgen_svc.pipeline import Pipeline, Result
-from musicgen_svc.request import Request
+from musicgen_svc.pipeline import Pipeline, Result, stage_shares
+from musicgen_svc.request import Mode, Request
 from musicgen_svc.runtime.device import find_device, is_out_of_memory, use_device
 from musicgen_svc.runtime.failures import for_client, log_failure
 from musicgen_svc.runtime.fair_queue import FairQueue
+from musicgen_svc.runtime.freed_memory import FreedMemory
 from musicgen_svc.runtime.output_files import WorkFolder
-from musicgen_svc.runtime.progress import StopFlag
+from musicgen_svc.runtime.progress import Progress, StopFlag
 from musicgen_svc.runtime.request_threads import RequestThreads
+from musicgen_svc.runtime.threads import use_threads
+from musicgen_svc.runtime.ticks import Check
+from musicgen_svc.runtime.waiting_room import POLL_S, WaitingRoom
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import read_catalog
 from musicgen_svc.weights.lock_file import check_sizes
@@ -32,9 +37,6 @@ RecordMetric = Callable[[str, object], None]
 GivenUp = Callable[[], bool]
 """Tells whether Cog has given up a prediction that still runs here."""
 
-GIVEN_UP_POLL_S = 0.5
-"""How often a running request calls `GivenUp`."""
-
 
 class Service:
     """The service as `predict.py` uses it: `start` once, then `predict` for each request."""
@@ -42,9 +44,12 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         """Creates the work folder and the threads; loads no model."""
         self._settings = settings
-        # Cog's event loop must not be blocked. Cog sends at most `slots` requests at once.
-        self._threads = RequestThreads(settings.slots)
+        # Cog's event loop must not be blocked: one thread loads and checks, one for each slot runs requests.
+        self._loading_thread = RequestThreads(1)
+        self._threads = RequestThreads(0)
+        self._room: WaitingRoom | None = None
         self._device_queue = FairQueue(1)
+        self._freed_memory = FreedMemory()
         self._work = WorkFolder(settings.work_dir)
         self._pipeline: Pipeline | None = None
         self._device = torch.device("cpu")
@@ -60,13 +65,13 @@ class Service:
             ServiceError: a file is missing or wrong, or the device cannot be used.
         """
         try:
-            self._threads.run(partial(self._start, weights))
+            self._loading_thread.run(partial(self._start, weights))
         except ServiceError as exc:
             _print_cause(exc)
             raise
 
     def _start(self, given: str | None) -> None:
-        """Does the work of `start`, on a request's thread."""
+        """Does the work of `start`, on the thread that loads."""
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         device = self._device = find_device(self._settings.device)
@@ -75,12 +80,17 @@ class Service:
         given = local_path(given, self._settings)
         weights = Weights.at(self._settings.weights_dir, read_catalog(), given)
         loader = Loader(weights, device, self._settings, self._device_queue)
+        use_threads(loader.threads.most)
         with self._device_queue.acquire_next():
             model = loader.start()
-        self._pipeline = Pipeline(
-            loader, self._device_queue, slots=self._settings.slots, tag_prompt=self._settings.tag_prompt
+        self._pipeline = Pipeline(loader, self._device_queue, tag_prompt=self._settings.tag_prompt)
+        self._room = WaitingRoom(loader.slots)
+        self._threads = RequestThreads(loader.slots)
+        waiting = self._settings.max_concurrency - loader.slots
+        print(
+            f"{model.name} is ready on {device}: {model.format} {model.path}. "
+            f"Requests at once: {loader.slots}; more that may wait: {waiting}."
         )
-        print(f"{model.name} is ready on {device}: {model.format} {model.path}")
 
     def healthy(self) -> bool:
         """Returns False once the device has failed permanently. Never waits for the device."""
@@ -108,33 +118,57 @@ class Service:
         print(f"seed: {request.seed}")
         record_metric("seed", request.seed)
         stop = StopFlag(self._settings.max_request_s)
-        folder = self._work.new_request()
-        grace_s = 0.0
-        try:
-            result = await self._in_thread(request, stop, folder, given_up)
-            grace_s = self._settings.output_grace_s
-        finally:
-            self._work.release(folder, grace_s)
+
+        def poll() -> None:
+            # Cog gives up a prediction that is cancelled within its first millisecond: it answers the client,
+            # but has started the prediction and will never cancel it. So the request has to ask.
+            if given_up() and not stop.cancelled:
+                print("Cog gave this prediction up, so it is stopped.")
+                stop.cancel()
+
+        with Progress(stage_shares(request), stop) as progress:
+            result = await self._in_slot(request, progress, stop, poll)
         for name, value in result.metrics.items():
             record_metric(name, value)
         return result.path
 
-    async def _in_thread(self, request: Request, stop: StopFlag, folder: Path, given_up: GivenUp) -> Result:
-        """Runs a request on a thread, and stops it when the client cancels or Cog gives it up.
+    async def _in_slot(self, request: Request, progress: Progress, stop: StopFlag, poll: Check) -> Result:
+        """Waits for a slot and runs a request in it. `poll`: called every 0.5 s all the time."""
+        assert self._pipeline and self._room, "call start() before predict()"
+        group = None if request.mode is Mode.ENCODE_DECODE else request.model
 
-        Cog gives up a prediction that is cancelled within its first millisecond: it answers the client, but
-        has started the prediction and will never cancel it. So the request has to ask.
-        """
-        assert self._pipeline is not None, "call start() before predict()"
+        def on_wait(before: int) -> None:
+            poll()
+            stop.check()
+            progress.show_position(before)
+            self._freed_memory.give_back()
+
+        async with AsyncExitStack() as slot:
+            with progress.waiting():
+                await self._in_thread(
+                    self._loading_thread, partial(self._pipeline.check, request), stop, poll
+                )
+                await slot.enter_async_context(self._room.slot(group, on_wait))
+            stop.start_clock()
+            folder, grace_s = self._work.new_request(), 0.0
+            try:
+                work = partial(self._pipeline.run, request, progress, folder)
+                result = await self._in_thread(self._threads, work, stop, poll)
+                grace_s = self._settings.output_grace_s
+            finally:
+                self._work.release(folder, grace_s)
+        return result
+
+    async def _in_thread[T](
+        self, threads: RequestThreads, work: Callable[[], T], stop: StopFlag, poll: Check
+    ) -> T:
+        """Does a part of a request's work on a thread. After a cancel it waits until the thread is free."""
         # Cog assigns log lines to predictions by context variables, which a thread does not inherit.
         context = contextvars.copy_context()
-        work = partial(context.run, self._run, self._pipeline, request, stop, folder)
-        job, outcome = self._threads.submit(work)
+        job, outcome = threads.submit(partial(context.run, self._guarded, work))
         try:
-            while not (await asyncio.wait([outcome], timeout=GIVEN_UP_POLL_S))[0]:
-                if given_up() and not stop.cancelled:
-                    print("Cog gave this prediction up, so it is stopped.")
-                    stop.cancel()
+            while not (await asyncio.wait([outcome], timeout=POLL_S))[0]:
+                poll()
             return outcome.result()
         except asyncio.CancelledError:
             stop.cancel()
@@ -143,11 +177,11 @@ class Service:
                 outcome.exception()  # read it, or asyncio reports it as never retrieved
             raise
 
-    def _run(self, pipeline: Pipeline, request: Request, stop: StopFlag, folder: Path) -> Result:
-        """Runs a request in the calling thread. Turns each error into one sentence and logs its cause."""
+    def _guarded[T](self, work: Callable[[], T]) -> T:
+        """Does work in the calling thread. Turns each error into one sentence and logs its cause."""
         try:
             use_device(self._device)
-            return pipeline.run(request, stop, folder)
+            return work()
         except Stopped:
             raise
         except ServiceError as exc:

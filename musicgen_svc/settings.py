@@ -42,8 +42,12 @@ class Settings:
     PyTorch's operations."""
     tag_prompt: bool = False
     """Whether the output's tags include the prompt."""
-    slots: int = field(default=1, metadata={"variable": "COG_MAX_CONCURRENCY"})
-    """How many predictions run at once. Cog reads the variable too, and refuses more."""
+    slots: int = 0
+    """How many requests are decoded at once; 0: as many as the device's memory holds."""
+    max_concurrency: int = field(default=1, metadata={"variable": "COG_MAX_CONCURRENCY"})
+    """How many predictions Cog runs at once, those that wait for a slot included. It refuses more."""
+    omp_num_threads: str = field(default="", metadata={"variable": "OMP_NUM_THREADS"})
+    """If it is set, every model computes with this number of threads; PyTorch itself reads the number."""
     memory_budget_gb: float = 0.0
     """How much of the device's memory models may use, in units of 10^9 bytes; 0: all but working space."""
     weights_hosts: str = "replicate.delivery,huggingface.co,hf.co"

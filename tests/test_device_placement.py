@@ -22,10 +22,10 @@ from musicgen_svc.models.diffusion_bands import Band, load_bands
 from musicgen_svc.models.encodec import Codec
 from musicgen_svc.models.encodec_builder import build_codec
 from musicgen_svc.models.multiband_diffusion import MultiBandDiffusion, _Count
-from musicgen_svc.pipeline import Pipeline
+from musicgen_svc.pipeline import Pipeline, stage_shares
 from musicgen_svc.request import Request
 from musicgen_svc.runtime.fair_queue import FairQueue
-from musicgen_svc.runtime.progress import StopFlag
+from musicgen_svc.runtime.progress import Progress, StopFlag
 from musicgen_svc.runtime.randomness import GlobalRandom
 from musicgen_svc.runtime.ticks import no_tick
 from musicgen_svc.settings import Settings
@@ -186,10 +186,11 @@ def test_steps_are_recorded_unless_an_operator_turns_that_off(
 
 def test_a_whole_request_runs(gpu: PretendGpu, weights: Path, tmp_path: Path) -> None:
     turn = FairQueue(1)
-    pipeline = Pipeline(loader(weights, "melody", GPU, turn), turn, slots=1, tag_prompt=False)
+    pipeline = Pipeline(loader(weights, "melody", GPU, turn), turn, tag_prompt=False)
     clip = tmp_path / "clip"
     clip.write_bytes(written(tone(440, 1.5, RATE_HZ), RATE_HZ))
     request = Request.from_fields(FIELDS | {"input_audio": clip, "multi_band_diffusion": True}, 600)
-    result = pipeline.run(request, StopFlag(1000), tmp_path)
+    with Progress(stage_shares(request), StopFlag(1000)) as progress:
+        result = pipeline.run(request, progress, tmp_path)
     samples, rate = soundfile.read(result.path)
     assert (len(samples), rate) == (RATE_HZ, RATE_HZ) and samples.std() > 0.01

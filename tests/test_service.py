@@ -181,7 +181,7 @@ def test_a_finished_request_leaves_one_file_in_a_folder_of_its_own(service: Serv
 
 @pytest.fixture
 def shared(weights: Path, tmp_path: Path) -> Service:
-    made = Service(Settings(weights_dir=weights, work_dir=tmp_path, device="cpu", slots=4))
+    made = Service(Settings(weights_dir=weights, work_dir=tmp_path, device="cpu", slots=4, max_concurrency=4))
     made.start(str(weights / "melody"))
     return made
 
@@ -240,8 +240,8 @@ def test_a_failed_shared_step_is_a_sentence_for_each_request_and_the_next_one_is
 
 def test_a_request_that_is_cancelled_while_it_waits_lets_the_next_one_begin(shared: Service) -> None:
     """`small` waits for `finetuned`, and the next request for `finetuned` waits behind it."""
-    pipeline = shared._pipeline
-    assert pipeline
+    room = shared._room
+    assert room
 
     async def run() -> list[str]:
         ended: list[str] = []
@@ -251,7 +251,7 @@ def test_a_request_that_is_cancelled_while_it_waits_lets_the_next_one_begin(shar
             ended.append(name)
 
         async def queued(number: int) -> None:
-            while pipeline._model_queue.length < number:
+            while room.running + room.waiting < number:
                 await asyncio.sleep(0.01)
 
         async def cancelled(task: asyncio.Task[None]) -> None:

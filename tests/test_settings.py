@@ -22,7 +22,8 @@ def test_every_setting_is_read_in_its_own_type() -> None:
         "MUSICGEN_DIFFUSION_WINDOW_S": "20", "MUSICGEN_TAG_PROMPT": "true", "MUSICGEN_PRECISION": "bfloat16",
         "MUSICGEN_CUDA_GRAPHS": "on", "MUSICGEN_LORA_STRENGTH": "0.5", "COG_MAX_CONCURRENCY": "4",
         "MUSICGEN_MEMORY_BUDGET_GB": "7.5", "MUSICGEN_WEIGHTS_HOSTS": "a.org,b.org",
-        "MUSICGEN_WEIGHTS_MAX_GB": "1.5", "MUSICGEN_GPU_KERNELS": "auto",
+        "MUSICGEN_WEIGHTS_MAX_GB": "1.5", "MUSICGEN_GPU_KERNELS": "auto", "MUSICGEN_SLOTS": "3",
+        "OMP_NUM_THREADS": "2",
     }  # fmt: skip
     assert len(environment) == len(dataclasses.fields(Settings))
     expected = Settings(
@@ -38,7 +39,9 @@ def test_every_setting_is_read_in_its_own_type() -> None:
         "on",
         "auto",
         True,
+        3,
         4,
+        "2",
         7.5,
         "a.org,b.org",
         1.5,

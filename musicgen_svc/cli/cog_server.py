@@ -14,16 +14,16 @@ from typing import Any
 from musicgen_svc.cli.cog_log import CogLog, Console
 from musicgen_svc.cli.prediction_folders import PredictionFolders
 from musicgen_svc.cli.reaper import Reaper, end_group
+from musicgen_svc.runtime.machine import memory_bytes
 from musicgen_svc.runtime.output_files import WorkFolder
+from musicgen_svc.runtime.slots import slots_on_cpu, slots_on_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "openapi_schema.json"
 PATHS = ("COG_WEIGHTS", "MUSICGEN_WEIGHTS_DIR", "MUSICGEN_WORK_DIR")
 """Settings that may hold a path relative to the current folder. The server runs in another folder."""
-LARGE_GB, REQUEST_GB = 14, 1.8
-"""GPU memory for `large` and all its parts, 4 GB of it for MultiBand Diffusion; and for each request."""
-MOST_AT_ONCE = 16
-"""The largest number of predictions at once that is chosen without being asked for."""
+WAITING = 64
+"""How many predictions may wait for a slot, unless MUSICGEN_WAITING says otherwise."""
 LINE_BYTES = 2**24
 """The longest line of Cog's log that is read. Cog cuts its lines at 4 MB."""
 HEALTH_S = 12.0
@@ -198,21 +198,42 @@ def environment(port: int, temporary: Path) -> dict[str, str]:
         for name in PATHS
         if os.environ.get(name) and Path(os.environ[name]).exists()
     }
-    at_once = {} if os.environ.get("COG_MAX_CONCURRENCY") else {"COG_MAX_CONCURRENCY": str(concurrency())}
-    return quiet | os.environ | at_once | paths | fixed
+    return quiet | os.environ | {"COG_MAX_CONCURRENCY": str(concurrency())} | paths | fixed
 
 
 def concurrency() -> int:
-    """Chooses how many predictions run at once: as many as the smallest GPU holds, or one on a CPU."""
-    if os.environ.get("MUSICGEN_DEVICE") == "cpu":
-        return 1
-    try:  # torch would know too, but takes seconds to import
-        shown = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
-            capture_output=True, timeout=10,
-        )  # fmt: skip
-        memory_gb = min(int(line) for line in shown.stdout.splitlines()) * 2**20 / 1e9
-    except (OSError, subprocess.TimeoutExpired, ValueError):  # there is no NVIDIA GPU
-        return 1
-    held = min(max(1, int((memory_gb - LARGE_GB) / REQUEST_GB)), MOST_AT_ONCE)
-    return 1 << (held.bit_length() - 1)  # the engine's steps are recorded for 1, 2, 4, 8 ... requests
+    """Returns how many predictions Cog runs at once: those that decode, and those that wait for a slot.
+
+    Raises:
+        SystemExit: a variable is not a number.
+    """
+    if os.environ.get("COG_MAX_CONCURRENCY"):
+        return _number("COG_MAX_CONCURRENCY", least=1)
+    slots = _number("MUSICGEN_SLOTS", least=0) if os.environ.get("MUSICGEN_SLOTS") else 0
+    waiting = _number("MUSICGEN_WAITING", least=0) if os.environ.get("MUSICGEN_WAITING") else WAITING
+    return (slots or _slots()) + waiting
+
+
+def _number(name: str, least: int) -> int:
+    """Reads a variable that must be a whole number."""
+    text = os.environ[name]
+    if not (text.isdecimal() and int(text) >= least):
+        sys.exit(f"{name} is {text!r}; it must be a whole number from {least}.")
+    return int(text)
+
+
+def _slots() -> int:
+    """Returns how many requests the smallest GPU decodes at once, or the CPU where there is no GPU.
+
+    Set-up counts them again for the device that it uses.
+    """
+    if os.environ.get("MUSICGEN_DEVICE") != "cpu":
+        try:  # torch would know too, but takes seconds to import
+            shown = subprocess.run(
+                ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+                capture_output=True, timeout=10,
+            )  # fmt: skip
+            return slots_on_gpu(min(int(line) for line in shown.stdout.splitlines()) * 2**20 / 1e9)
+        except (OSError, subprocess.TimeoutExpired, ValueError):  # there is no NVIDIA GPU
+            pass
+    return slots_on_cpu(memory_bytes() / 1e9)

@@ -16,10 +16,9 @@ from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import Switch, batch_for
 from musicgen_svc.engine.projections import Precision
 from musicgen_svc.errors import InputError, WeightsError
-from musicgen_svc.loading import parts
+from musicgen_svc.loading import memory_budget, parts
 from musicgen_svc.loading.cache import Entry, ModelCache, Spec
 from musicgen_svc.loading.file_hashes import FileState
-from musicgen_svc.loading.memory_budget import budget
 from musicgen_svc.loading.model import Model, engine_bytes
 from musicgen_svc.loading.opener import Opener
 from musicgen_svc.models.conditioners import (
@@ -34,6 +33,7 @@ from musicgen_svc.models.encodec_builder import adapted, codec_for
 from musicgen_svc.models.language_model import LazyLM
 from musicgen_svc.models.multiband_diffusion import MultiBandDiffusion
 from musicgen_svc.runtime.fair_queue import FairQueue
+from musicgen_svc.runtime.threads import ComputeThreads
 from musicgen_svc.runtime.ticks import Tick, no_tick
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import DIFFUSION_FILE
@@ -59,15 +59,17 @@ class Loader:
         Args:
             weights: where the files of the models are.
             device: where the models will run.
-            settings: the memory budget, and how models are decoded.
+            settings: the memory budget, the number of slots, and how models are decoded.
             device_queue: what the engines acquire whenever they use the device.
         """
         self.device = device
+        self.slots = min(settings.slots or memory_budget.slots(device), settings.max_concurrency)
+        self.threads = ComputeThreads(user_chose=bool(settings.omp_num_threads))
         self._weights = weights
         self._settings = settings
         self._device_queue = device_queue
         self._opener = Opener(weights, settings.lora_strength)
-        self._cache = ModelCache(budget(device, settings.memory_budget_gb), device)
+        self._cache = ModelCache(memory_budget.budget(device, settings.memory_budget_gb), device)
         self._models: dict[str, Entry[Model]] = {}
         self._name_in_use = ""
         self._encode_decode: tuple[Entry[CompressionModel], weakref.ref[Codec]] | None = None
@@ -203,7 +205,7 @@ class Loader:
         specs = parts.specs_of(self._weights, opened, config, self.device)
         codec, text = self._cache.entry(specs.codec), self._cache.entry(specs.text)
         lm = LazyLM(config, f"The {opened.format} {opened.path}", self.device)
-        slots, precision = self._settings.slots, self._settings.precision
+        slots, precision = self.slots, self._settings.precision
         spec = Spec(
             "model",
             (*self._opener.files, *specs.codec.files, *specs.text.files),
@@ -231,7 +233,7 @@ class Loader:
         )
         batch = batch_for(
             lazy_lm.open(opened.lm(), conditioner),
-            slots=self._settings.slots,
+            slots=self.slots,
             precision=cast(Precision, self._settings.precision),
             graphs=cast(Switch, self._settings.cuda_graphs),
             kernels=cast(Switch, self._settings.gpu_kernels),
@@ -245,6 +247,7 @@ class Loader:
             conditioner=conditioner,
             engine=Engine(batch, self._device_queue),
             codec=codec,
+            threads=self.threads.for_model(lazy_lm.parameter_count),
             hash=self._cache.hashes.content_later(opened.files),
         )
 

@@ -26,6 +26,8 @@ class Model:
     conditioner: Conditioner
     engine: Engine
     codec: Codec
+    threads: int
+    """With how many threads a CPU computes its requests, see `runtime/threads.py`."""
     hash: Future[str]
     """What `content_hash` waits for."""
 

@@ -45,6 +45,8 @@ class Codec:
     """How many there are; where left and right have codebooks of their own, both are counted."""
     cardinality: int
     """The number of entries of a codebook."""
+    parameter_count: int
+    """The number of its weights."""
 
     def __init__(self, model: CompressionModel, chunk_frames: int = CHUNK_FRAMES) -> None:
         """Makes a codec of audiocraft's model.
@@ -79,6 +81,7 @@ class Codec:
         self.channels = int(model.channels) * self._rows
         self.codebooks = int(model.num_codebooks) * self._rows
         self.cardinality = int(model.cardinality)
+        self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
 
     @torch.no_grad()
     def encode(self, wav: Tensor, tick: Tick = no_tick) -> Tensor:

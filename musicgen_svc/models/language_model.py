@@ -51,6 +51,11 @@ class LazyLM:
         """Bytes of all its weights, except the few megabytes of the conditioners' projections."""
         return sum(tensor.nbytes for tensor in self._lm.state_dict().values())
 
+    @property
+    def parameter_count(self) -> int:
+        """The number of its weights, except those of the conditioners' projections."""
+        return sum(tensor.numel() for tensor in self._lm.state_dict().values())
+
     def open(self, checkpoint: Checkpoint, conditioner: Conditioner) -> LMModel:
         """Loads everything except the layers and the heads, and returns the model.
 

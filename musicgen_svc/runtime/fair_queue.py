@@ -1,7 +1,7 @@
 """A fair queue for threads that must stay cancellable while they wait.
 
 It has three uses: the device, which one thread uses at a time and yields between pieces of its work; the
-engine's slots; and the language model, which requests for the same model share.
+engine's slots; and MultiBand Diffusion, which one request uses at a time.
 """
 
 import threading

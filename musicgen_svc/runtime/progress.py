@@ -104,6 +104,12 @@ class Progress:
         with self.stage("queue"), self._stop.clock_stopped():
             yield
 
+    def show_position(self, before: int) -> None:
+        """Shows how many requests wait before this one."""
+        text = f"queue ({before} before this one)"
+        if text != self._bar.desc:
+            self._bar.set_description_str(text)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[Tick]:
         """Context manager that measures a stage and yields its tick.

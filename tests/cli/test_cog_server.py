@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from musicgen_svc.cli import weights_folder
-from musicgen_svc.cli.cog_server import environment
+from musicgen_svc.cli import cog_server, weights_folder
+from musicgen_svc.cli.cog_server import concurrency, environment
 from tests.cli.repository import ROOT
 
 
@@ -29,14 +29,16 @@ def test_a_path_is_where_the_user_is_and_a_link_stays_one(
     assert weights_folder.chosen_folder() == ROOT / "weights"
 
 
-def test_a_gpu_takes_as_many_at_once_as_it_holds_and_a_cpu_one(
+def test_as_many_requests_are_let_in_as_the_device_holds_and_as_may_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def at_once() -> str:
         return environment(5000, tmp_path)["COG_MAX_CONCURRENCY"]
 
-    monkeypatch.delenv("COG_MAX_CONCURRENCY", raising=False)
-    monkeypatch.delenv("MUSICGEN_DEVICE", raising=False)
+    for name in ("COG_MAX_CONCURRENCY", "MUSICGEN_DEVICE", "MUSICGEN_SLOTS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cog_server, "memory_bytes", lambda: 16 * 10**9)
+    monkeypatch.setenv("MUSICGEN_WAITING", "0")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert at_once() == "1"
     tool = tmp_path / "nvidia-smi"
@@ -54,5 +56,26 @@ def test_a_gpu_takes_as_many_at_once_as_it_holds_and_a_cpu_one(
     )
     monkeypatch.setenv("MUSICGEN_DEVICE", "cpu")
     assert at_once() == "1"
+    monkeypatch.delenv("MUSICGEN_WAITING")
+    assert at_once() == "65"
+    monkeypatch.setenv("MUSICGEN_SLOTS", "5")
+    monkeypatch.setenv("MUSICGEN_WAITING", "10")
+    assert at_once() == "15"
     monkeypatch.setenv("COG_MAX_CONCURRENCY", "7")
-    assert at_once() == "7"
+    assert at_once() == "7", "the user's own number holds"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MUSICGEN_WAITING", "many"), ("MUSICGEN_WAITING", "-1"), ("MUSICGEN_SLOTS", "1.5"),
+        ("COG_MAX_CONCURRENCY", "0"),
+    ],
+)  # fmt: skip
+def test_a_number_of_requests_that_is_none_is_one_sentence(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COG_MAX_CONCURRENCY", raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=f"{name} is '{value}'; it must be a whole number from"):
+        concurrency()

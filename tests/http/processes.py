@@ -56,6 +56,12 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def memory_bytes(pid: int) -> int:
+    """Memory of a process that is in RAM."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
+
 def wait_for(condition: Callable[[], object], limit_s: float = 60.0) -> None:
     """Returns when the condition holds, and fails if it does not within the limit."""
     deadline = time.monotonic() + limit_s

@@ -153,7 +153,9 @@ def test_three_requests_at_once_get_audiocrafts_tokens_for_each_alone(
         ("a slow sad song", 3, 6, SamplingParams(top_k=0, temperature=1.3, guidance=7)),
         ("jazz", 2, 7, SamplingParams(top_p=0.9, guidance=1)),
     ]
-    model = Loader(Weights.at(weights, read_catalog(), None), CPU, Settings(slots=3)).model("small")
+    model = Loader(
+        Weights.at(weights, read_catalog(), None), CPU, Settings(slots=3, max_concurrency=3)
+    ).model("small")
     plans = [
         prepare(model, prompt=prompt, frames=50 * seconds, melody=None, clip_tokens=None,
                     random=GlobalRandom(seed, CPU))
