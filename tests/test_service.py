@@ -46,6 +46,12 @@ def predict(service: Service) -> Path:
             "ran out of",
             True,
         ),
+        (RuntimeError("could not create a primitive"), "ran out of memory", True),
+        (
+            RuntimeError("could not create a primitive descriptor for a matmul"),
+            r"failed \(RuntimeError\)",
+            True,
+        ),
         (torch.AcceleratorError("device-side assert triggered"), "must be restarted", False),
         (KeyError("a bug of ours"), r"failed \(KeyError\)", True),
     ],

@@ -6,6 +6,10 @@ from musicgen_svc.errors import ServiceError
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 """Words in the messages of torch's allocator on a CPU, of CUDA and Triton, and of CUDA's libraries."""
+_NO_MEMORY_FOR_CODE = "could not create a primitive"
+"""The whole message of oneDNN when it has no memory for the code that it generates.
+
+When it lacks an operation, the message goes on with "descriptor"."""
 
 
 def find_device(name: str) -> torch.device:
@@ -61,7 +65,8 @@ def is_out_of_memory(exc: BaseException) -> bool:
     """Tells whether an error means that a device, or the host, had no memory left."""
     # On a GPU, memory that torch's allocator does not manage fails with a RuntimeError or AcceleratorError.
     return isinstance(exc, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(exc, RuntimeError) and any(words in str(exc) for words in _OUT_OF_MEMORY)
+        isinstance(exc, RuntimeError)
+        and (str(exc) == _NO_MEMORY_FOR_CODE or any(words in str(exc) for words in _OUT_OF_MEMORY))
     )
 
 
