@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
@@ -12,12 +12,9 @@ from musicgen_svc.loading.file_hashes import FileState, Hashes
 from musicgen_svc.loading.memory_budget import GB
 from musicgen_svc.runtime.randomness import GlobalRandom
 
-T = TypeVar("T")
-K = TypeVar("K", bound=Hashable)
-
 
 @dataclass(frozen=True)
-class Spec(Generic[T]):
+class Spec[T]:
     """What is known of a model or part before it is built.
 
     Two specs of parts with the same role, variant and content of files are specs of the same part.
@@ -36,7 +33,7 @@ class Spec(Generic[T]):
     """Whatever else it depends on."""
 
 
-class Entry(Generic[T]):
+class Entry[T]:
     """A model or part: not built yet, in memory, or evicted."""
 
     def __init__(self, spec: Spec[T], parts: Sequence["Entry[Any]"] = ()) -> None:
@@ -103,7 +100,7 @@ class ModelCache:
         """Bytes of everything that is in memory."""
         return self._budget.used
 
-    def entry(self, spec: Spec[T]) -> Entry[T]:
+    def entry[T](self, spec: Spec[T]) -> Entry[T]:
         """Returns the entry in memory of the same part, or a new one, which `get` builds and keeps.
 
         Raises:
@@ -158,7 +155,7 @@ class ModelCache:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def get(self, entry: Entry[T]) -> T:
+    def get[T](self, entry: Entry[T]) -> T:
         """Returns the value of an entry, and marks the entry as the most recently used.
 
         An entry that is not in memory is built first, after its parts; there must be room for it.
@@ -194,7 +191,7 @@ class DoesNotFit(Exception):
         self.need, self.budget = need, budget
 
 
-class LruBudget(Generic[K]):
+class LruBudget[K: Hashable]:
     """Sizes of keys within a budget, and the order in which they were last used. It holds no values."""
 
     def __init__(self, budget: int) -> None:

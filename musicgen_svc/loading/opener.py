@@ -3,13 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from musicgen_svc.checkpoints import OpenedCheckpoint, open_checkpoint
 from musicgen_svc.loading.file_hashes import FileState
 from musicgen_svc.weights.paths import UNPACKED, Weights
-
-T = TypeVar("T")
 
 
 class Opener:
@@ -69,7 +66,7 @@ class Opener:
         if opened.archive:
             opened.archive.accept()
 
-    def read(self, name: str, question: Callable[[OpenedCheckpoint], T]) -> T:
+    def read[T](self, name: str, question: Callable[[OpenedCheckpoint], T]) -> T:
         """Returns the answer to a question about the model called `name`, and loads nothing.
 
         What was unpacked from an archive is removed if the question fails.
