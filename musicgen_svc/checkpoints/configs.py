@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import musicgen_svc.checkpoints.field_tables as tables
 from musicgen_svc.checkpoints.base import component_name
-from musicgen_svc.checkpoints.expansion import defused, expand, first_reference, unreadable_config
+from musicgen_svc.checkpoints.expansion import expand, first_reference, unreadable_config, without_references
 from musicgen_svc.checkpoints.field_types import quoted, read_fields
 from musicgen_svc.errors import WeightsError
 
@@ -31,7 +31,7 @@ def plain_config(source: Any, origin: str) -> DictConfig:
     Raises:
         WeightsError: it is not a configuration, or expands beyond the bounds of `expansion.py`.
     """
-    return OmegaConf.create(defused(expand(source, origin)))
+    return OmegaConf.create(without_references(expand(source, origin)))
 
 
 def codec_config(source: Any, origin: str) -> DictConfig:
@@ -145,7 +145,7 @@ def lm_config(source: Any, origin: str) -> DictConfig:
     plain["transformer_lm"] |= {"memory_efficient": True, "custom": False}
     plain["transformer_lm"].setdefault("hidden_scale", 4)
     check_lm(plain, origin)
-    return OmegaConf.create(defused(plain))
+    return OmegaConf.create(without_references(plain))
 
 
 def check_lm(plain: Mapping[str, Any], origin: str) -> None:
