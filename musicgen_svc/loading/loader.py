@@ -152,7 +152,7 @@ class Loader:
                 the model.
             WeightsError: there are no diffusion weights, or they are damaged.
         """
-        folder = self._weights.component(DIFFUSION, checkpoint)
+        folder = self._weights.part(DIFFUSION, checkpoint)
         file = folder / DIFFUSION_FILE
         bands = self._cache.entry(parts.diffusion_spec(file, self.device))
         if folder.parent != checkpoint and not self._fits(file, codec):
@@ -255,7 +255,7 @@ class Loader:
         """Returns a function that runs Demucs, and loads it whenever it is not in memory."""
 
         def separate(audio: torch.Tensor, tick: Tick = no_tick) -> torch.Tensor:
-            folder = self._weights.component(parts.DEMUCS, checkpoint)
+            folder = self._weights.part(parts.DEMUCS, checkpoint)
             separator = self._cache.entry(parts.separator_spec(folder, sample_rate, self.device))
             self._cache.make_room("Demucs beside the model", [separator], keep=self._in_use())
             return self._cache.get(separator)(audio, tick)

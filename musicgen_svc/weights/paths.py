@@ -1,4 +1,4 @@
-"""Finds the path of each model and component on this machine. Base models are downloaded by `cli/`."""
+"""Finds the path of each model and part on this machine. Base models are downloaded by `cli/`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +37,10 @@ def local_path(cog_weights: str | None, settings: Settings) -> str | None:
 
 @dataclass(frozen=True)
 class Weights:
-    """The paths of the checkpoints and of the components that they share."""
+    """The paths of the checkpoints and of the parts that they share."""
 
     folder: Path
-    """The folder of the base models and components."""
+    """The folder of the base models and parts."""
     catalog: Catalog
     finetuned: Path | None
     """The file or folder of the model `finetuned`; None if there is none, not even the demo model."""
@@ -109,8 +109,8 @@ class Weights:
             f"{', '.join(source.repository for source in self.catalog.models.values())}."
         )
 
-    def component(self, name: str, checkpoint: Path) -> Path:
-        """The folder of a component: inside the checkpoint, else beside it, else among all weights.
+    def part(self, name: str, checkpoint: Path) -> Path:
+        """The folder of a part: inside the checkpoint, else beside it, else among all weights.
 
         Raises:
             WeightsError: it is in none of these.
