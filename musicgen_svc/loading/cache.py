@@ -113,7 +113,7 @@ class ModelCache:
         return Entry(spec)
 
     def check_room(self, what: str, entries: Sequence[Entry[Any]], keep: Collection[Entry[Any]] = ()) -> None:
-        """Fails if `make_room` would fail for the same arguments.
+        """Raises the error that `make_room` would raise for the same arguments. Evicts nothing.
 
         Raises:
             WeightsError: the entries do not fit beside what must be kept.
@@ -130,15 +130,18 @@ class ModelCache:
 
     def make_room(
         self, what: str, entries: Sequence[Entry[Any]],
-        *, keep: Collection[Entry[Any]] = (), last: Collection[Entry[Any]] = (),
+        *, keep: Collection[Entry[Any]] = (), evict_last: Collection[Entry[Any]] = (),
     ) -> None:  # fmt: skip
-        """Evicts other entries so that these fit with their parts. Call it before any of them is built.
+        """Evicts entries until the given ones fit into the budget together with their parts.
+
+        It must be called before any of the given entries is built.
 
         Args:
-            what: all of the entries together, for the message.
-            entries: those already in memory need no room, and are kept.
-            keep: entries in use, which are not evicted.
-            last: entries that are evicted only if evicting all others is not enough.
+            what: a name for all given entries together, with which the error message begins.
+            entries: those that will be in memory at once. The ones that are in memory already are kept, and
+                need no more room.
+            keep: other entries that must not be evicted, because they are in use.
+            evict_last: entries that are evicted only if evicting all others is not enough.
 
         Raises:
             WeightsError: the entries do not fit beside what must be kept; nothing has been evicted.
@@ -146,7 +149,7 @@ class ModelCache:
         self.check_room(what, entries, keep)
         entries = _with_parts(entries)
         kept = {*_with_parts(keep), *entries}
-        evicted = self._budget.make_room(_missing_bytes(entries), kept, last=_with_parts(last))
+        evicted = self._budget.make_room(_missing_bytes(entries), kept, _with_parts(evict_last))
         if not evicted:
             return
         for entry in evicted:
@@ -168,7 +171,7 @@ class ModelCache:
             with GlobalRandom(0, self._device).pinned(), torch.inference_mode(False):
                 entry.build()
             self._budget.add(entry, entry.size)
-        # Touch a model before its parts, so that the model is evicted first.
+        # The parts are marked after the model, so that the model is evicted before them.
         self._budget.use(entry, *entry.parts)
         return entry.value()
 
@@ -230,13 +233,13 @@ class LruBudget[K: Hashable]:
         if kept + need > self.budget:
             raise DoesNotFit(kept + need, self.budget)
 
-    def make_room(self, need: int, keep: Collection[K] = (), last: Collection[K] = ()) -> list[K]:
+    def make_room(self, need: int, keep: Collection[K] = (), evict_last: Collection[K] = ()) -> list[K]:
         """Removes keys, the least recently used first, until `need` more bytes fit.
 
         Args:
             need: in bytes.
             keep: keys that are not removed.
-            last: keys that are removed only if removing all others is not enough.
+            evict_last: keys that are removed only if removing all others is not enough.
 
         Returns:
             The removed keys, in order.
@@ -245,7 +248,9 @@ class LruBudget[K: Hashable]:
             DoesNotFit: the bytes do not fit beside what is kept; nothing is removed.
         """
         self.check(need, keep)
-        candidates = sorted((key for key in self._sizes if key not in keep), key=lambda key: key in last)
+        candidates = sorted(
+            (key for key in self._sizes if key not in keep), key=lambda key: key in evict_last
+        )
         removed = []
         while self.used + need > self.budget:
             removed.append(candidates.pop(0))
