@@ -95,7 +95,7 @@ class Loader:
         """
         entry = self._current(name)
         if entry is None:
-            with self._opener.trying(name) as opened:
+            with self._opener.loading(name) as opened:
                 entry = self._models[name] = self._load(name, opened)
         self._name_in_use = name
         return self._cache.get(entry)
@@ -124,7 +124,7 @@ class Loader:
         Raises:
             WeightsError: neither is present, or the codec does not load.
         """
-        with self._opener.trying(next(iter(self._weights.base_models()), FINETUNED)) as opened:
+        with self._opener.loading(next(iter(self._weights.base_models()), FINETUNED)) as opened:
             config = opened.config()
             entry = self._cache.entry(parts.codec_spec(self._weights, opened, config, self.device))
             # Requests may be generating with the model in use. It is evicted only if nothing else is left.
@@ -154,7 +154,7 @@ class Loader:
                 the model.
             WeightsError: there are no diffusion weights, or they are damaged.
         """
-        folder = self._weights.part(DIFFUSION, checkpoint)
+        folder = self._weights.part_path(DIFFUSION, checkpoint)
         file = folder / DIFFUSION_FILE
         bands = self._cache.entry(parts.diffusion_spec(file, self.device))
         if folder.parent != checkpoint and not self._fits(file, codec):
@@ -257,7 +257,7 @@ class Loader:
         """Returns a function that runs Demucs, and loads it whenever it is not in memory."""
 
         def separate(audio: torch.Tensor, tick: Tick = no_tick) -> torch.Tensor:
-            folder = self._weights.part(parts.DEMUCS, checkpoint)
+            folder = self._weights.part_path(parts.DEMUCS, checkpoint)
             separator = self._cache.entry(parts.separator_spec(folder, sample_rate, self.device))
             self._cache.make_room("Demucs beside the model", [separator], keep=self._in_use())
             return self._cache.get(separator)(audio, tick)

@@ -36,7 +36,7 @@ class Opener:
             last, files, opened = self._last
             if last == name and all(file.unchanged for file in files):
                 return opened
-        path = self._weights.model(name)
+        path = self._weights.model_path(name)
         opened = self.open_path(path)
         read = (*opened.files, path)  # the path may be that of an archive, whose files are elsewhere
         self._last = name, tuple(FileState.of(file) for file in read if file.is_file()), opened
@@ -49,7 +49,7 @@ class Opener:
         return self._last[1]
 
     @contextmanager
-    def trying(self, name: str) -> Iterator[OpenedCheckpoint]:
+    def loading(self, name: str) -> Iterator[OpenedCheckpoint]:
         """Opens the model called `name`, which is then loaded inside the context.
 
         What was unpacked from an archive is kept if loading succeeds, and removed if it fails.
@@ -88,7 +88,7 @@ class Opener:
         """
         return open_checkpoint(
             path,
-            base=self._weights.base,
+            base=self._weights.base_path,
             strength=self._lora_strength,
             cache=self._weights.folder / UNPACKED,
         )
