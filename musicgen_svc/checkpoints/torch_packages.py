@@ -1,4 +1,4 @@
-"""What each tool's torch.save file holds -> one model: a package is the dictionary that the tool saved.
+"""Finds the one model in a package, which is the dictionary that a tool saved with torch.save.
 
 The formats, told apart by their keys:
 

@@ -1,4 +1,4 @@
-"""The cache of models and parts: one entry for equal content, the least recently used evicted first."""
+"""The cache of models and parts. Equal content has one entry; the least recently used is evicted first."""
 
 import gc
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence

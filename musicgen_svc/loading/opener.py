@@ -1,4 +1,4 @@
-"""The opener: a model's name -> its opened checkpoint. Nothing of its tensors is read yet."""
+"""The opener: a model's name -> its opened checkpoint, whose tensors are not read yet."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

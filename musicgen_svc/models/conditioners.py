@@ -1,8 +1,8 @@
 """Computes condition tensors from a prompt and a melody.
 
-audiocraft's conditioners download T5 and Demucs in their constructors. These get loaded models instead, and
-compute the same numbers. Every condition is a pair of an embedding [2, S, D] and a mask [2, S]. Row 0 is
-what the request asks for, row 1 the null condition of classifier-free guidance.
+audiocraft's conditioners download T5 and Demucs in their constructors. The conditioners of this module get
+loaded models instead, and compute the same numbers. Every condition is a pair of an embedding [2, S, D] and a
+mask [2, S]. Row 0 is what the request asks for, row 1 the null condition of classifier-free guidance.
 """
 
 import math
