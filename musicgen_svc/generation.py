@@ -1,4 +1,4 @@
-"""Generates the tokens of one request: plans its windows with their conditions, and decodes one by one."""
+"""Generates the tokens of one request: plans its windows with their conditions, and decodes each."""
 
 from dataclasses import dataclass
 

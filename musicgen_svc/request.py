@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.errors import InputError
@@ -17,8 +17,6 @@ from musicgen_svc.errors import InputError
 ModelVersion = Literal["melody", "small", "medium", "large", "encode-decode", "finetuned"]
 Normalization = Literal["loudness", "clip", "peak", "rms"]
 OutputFormat = Literal["wav", "mp3"]
-
-T = TypeVar("T", bound=str)
 
 MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**32 - 1
@@ -148,7 +146,7 @@ def _input_audio(fields: Mapping[str, object]) -> Path | None:
     return value
 
 
-def _choice(fields: Mapping[str, object], name: str, choices: tuple[T, ...]) -> T:
+def _choice[T: str](fields: Mapping[str, object], name: str, choices: tuple[T, ...]) -> T:
     """Returns a field's value, which must be one of `choices`."""
     for choice in choices:
         if fields[name] == choice:

@@ -2,7 +2,9 @@
 numbers are those of a CPU."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,21 @@ from fields import FIELDS
 from sounds import noise, tone, written
 from torch import Tensor, nn
 
+from musicgen_svc.audiocraft_compat import CompressionModel
 from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.loading.loader import Loader
 from musicgen_svc.loading.opener import Opener
-from musicgen_svc.loading.parts import codec_source
+from musicgen_svc.loading.parts import codec_spec, text_spec
 from musicgen_svc.models.conditioners import MELODY, TEXT
 from musicgen_svc.models.diffusion_bands import Band, load_bands
-from musicgen_svc.models.encodec import Codec
-from musicgen_svc.models.encodec_builder import build_codec
-from musicgen_svc.models.multiband_diffusion import MultiBandDiffusion, _Count
+from musicgen_svc.models.encodec import CHUNK_FRAMES, Codec
+from musicgen_svc.models.multiband_diffusion import MultiBandDiffusion
+from musicgen_svc.models.t5 import T5Encoder
 from musicgen_svc.pipeline import Pipeline, stage_shares
 from musicgen_svc.request import Request
 from musicgen_svc.runtime.fair_queue import FairQueue
 from musicgen_svc.runtime.progress import Progress, StopFlag
 from musicgen_svc.runtime.randomness import GlobalRandom
-from musicgen_svc.runtime.ticks import no_tick
 from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import read_catalog
 from musicgen_svc.weights.paths import FINETUNED, Weights
@@ -57,15 +59,30 @@ def loader(
     return Loader(found, device, Settings(**settings), turn)
 
 
-def codec_of(weights: Path, name: str, device: torch.device) -> Codec:
+def parts_of(weights: Path, name: str, device: torch.device) -> tuple[CompressionModel, T5Encoder]:
+    """Builds the codec and T5 of a model as the loader builds them."""
     found = Weights.at(weights, read_catalog(), str(weights / name))
     opened = Opener(found, 1.0).open(FINETUNED)
-    return Codec(build_codec(codec_source(found, opened), device))
+    given = found, opened, opened.config(), device
+    return codec_spec(*given).build(), text_spec(*given).build().encoder
+
+
+def codec_of(weights: Path, name: str, device: torch.device, chunk_frames: int = CHUNK_FRAMES) -> Codec:
+    return Codec(parts_of(weights, name, device)[0], chunk_frames)
 
 
 def tokens_of(codec: Codec, frames: int) -> Tensor:
     draw = torch.Generator().manual_seed(3)
     return torch.randint(codec.cardinality, (codec.codebooks, frames), generator=draw)
+
+
+@contextmanager
+def waits_counted(gpu: PretendGpu) -> Iterator[Counter[str]]:
+    """Context manager: counts the operations for which the host waits. The counter is filled at its end."""
+    gpu.waits.clear()
+    counted = Counter[str]()
+    yield counted
+    counted.update(gpu.waits)
 
 
 def dtypes_and_devices(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.device, torch.Size]]:
@@ -86,15 +103,14 @@ def test_weights_have_the_dtypes_and_the_device_that_audiocraft_gives_them(
     assert dtypes_and_devices(ours.engine.decoder.lm.state_dict()) == dtypes_and_devices(
         theirs.lm.state_dict()
     )
-    assert dtypes_and_devices(ours.codec._mono.state_dict()) == dtypes_and_devices(
-        theirs.compression_model.state_dict()
-    )
+    codec, t5 = parts_of(weights, "melody", GPU)
+    assert dtypes_and_devices(codec.state_dict()) == dtypes_and_devices(theirs.compression_model.state_dict())
     mine, their = ours.conditioner.conditioners, theirs.lm.condition_provider.conditioners
     chromas = (conditioners[MELODY].chroma for conditioners in (mine, their))
     assert dtypes_and_devices(dict(next(chromas).named_buffers())) == dtypes_and_devices(
         dict(next(chromas).named_buffers())
     )
-    types = {(weight.dtype, weight.device) for weight in mine[TEXT]._t5[0].parameters()}
+    types = {(weight.dtype, weight.device) for weight in t5.parameters()}
     assert types == {(weight.dtype, weight.device) for weight in their[TEXT].t5.parameters()}
 
 
@@ -121,13 +137,15 @@ def test_a_codec_waits_once_per_chunk_only(gpu: PretendGpu, weights: Path, name:
     samples, expected = there.decode(tokens), here.decode(tokens.cpu())
     assert samples.device == DEVICE
     torch.testing.assert_close(samples.cpu(), expected, atol=1e-4, rtol=1e-4)
-    latents, chunk = there.latents(tokens), 34
-    for at_once, waits in ((100, []), (chunk, ["synchronize"] * 3)):
-        for stack, x in ((there._encoder, wav.to(GPU)[None, :1]), (there._decoder, latents)):
-            gpu.waits.clear()
-            with torch.no_grad():
-                assert len([*stack.run(x, at_once)]) == max(len(waits), 1)
-            assert gpu.waits == waits
+    on_gpu, in_chunks = wav.to(GPU), codec_of(weights, name, GPU, chunk_frames=34)
+    with waits_counted(gpu) as looked_up:  # it waits to see whether all tokens are in the codebooks
+        there.latents(tokens)
+    for codec, waits in ((there, Counter[str]()), (in_chunks, Counter(synchronize=3))):
+        with waits_counted(gpu) as encoding:
+            codec.encode(on_gpu)
+        with waits_counted(gpu) as decoding:
+            codec.decode(tokens)
+        assert (encoding, decoding) == (waits, waits + looked_up)
 
 
 def test_an_lstms_weights_are_joined_where_they_are_used(
@@ -136,31 +154,32 @@ def test_an_lstms_weights_are_joined_where_they_are_used(
     """cuDNN needs them in one piece of memory. Otherwise it copies them, and warns, in every call."""
     joined: dict[nn.Module, list[Any]] = {}
     monkeypatch.setattr(
-        nn.LSTM, "flatten_parameters", lambda self: joined.update({self: list(self._flat_weights)})
+        nn.LSTM, "flatten_parameters", lambda self: joined.update({self: list(self.parameters())})
     )
     for name in ("small", "hf-codec"):
-        lstms = [part for part in codec_of(weights, name, CPU)._mono.modules() if isinstance(part, nn.LSTM)]
+        lstms = [part for part in parts_of(weights, name, CPU)[0].modules() if isinstance(part, nn.LSTM)]
         assert len(lstms) == 2
         for lstm in lstms:
             assert [*map(id, joined[lstm])] == [*map(id, lstm.parameters())]
 
 
 def test_diffusion_draws_on_the_gpu_and_never_waits_for_it(gpu: PretendGpu, weights: Path) -> None:
+    """It waits only where the codec does, which gives it the latents and the levels of the bands."""
     file = weights / "multiband-diffusion" / "mbd_musicgen_32khz.th"
     codecs = {device: codec_of(weights, "small", device) for device in (CPU, GPU)}
     tokens = tokens_of(codecs[CPU], 9)
     wavs = []
     for device, half in ((CPU, False), (GPU, False), (GPU, None)):
         codec = codecs[device]
-        diffusion = MultiBandDiffusion(load_bands(file, device)[1:2], codec, half=half)
-        with GlobalRandom(3, device).pinned(), torch.no_grad():
-            condition = codec.latents(tokens).float()
-            gpu.waits.clear()
-            count = _Count(no_tick, 1, diffusion._device)
-            made = diffusion._diffuse(condition, [(0, 6), (4, 9)], count)
-            equalized = diffusion._equalize(made, made * 2, count)
-        assert gpu.waits == [] and equalized.device == made.device == condition.device
-        wavs.append(made.cpu())
+        window_s = 6 / codec.frame_rate  # two windows
+        diffusion = MultiBandDiffusion(load_bands(file, device)[1:2], codec, window_s, half=half)
+        with waits_counted(gpu) as codec_waits:
+            samples = codec.decode(tokens)
+            codec.latents(tokens)
+        with GlobalRandom(3, device).pinned(), waits_counted(gpu) as waits:
+            wav = diffusion.decode(tokens)
+        assert waits == codec_waits and wav.device == samples.device
+        wavs.append(wav.cpu())
     here, there, half = wavs
     torch.testing.assert_close(there, here, atol=1e-4, rtol=1e-4)
     assert 0 < (half - here).std() < 0.05 * here.std()

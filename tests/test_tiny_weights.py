@@ -1,4 +1,4 @@
-"""The tiny checkpoints load with audiocraft itself, and everything a test may turn is heard."""
+"""audiocraft itself loads the tiny checkpoints, and each input that a test may change has an effect."""
 
 import filecmp
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def _differ(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", [*TEXT_MODELS, "melody"])
-def test_audiocraft_loads_and_plays_it_at_a_sane_level(pretrained: Pretrained, name: str) -> None:
+def test_audiocraft_loads_it_and_its_audio_has_a_plausible_level(pretrained: Pretrained, name: str) -> None:
     wav, tokens = _generate(pretrained(name), "happy rock")
     stereo = name == "stereo"
     assert wav.shape == (1, 1 + stereo, 32_000)
@@ -59,7 +59,7 @@ def test_the_melody_changes_the_tokens(pretrained: Pretrained) -> None:
     assert _differ(_melody_tokens(model, 392.0), _melody_tokens(model, 587.3)) > 0.5
 
 
-def test_demucs_gives_the_sound_to_the_stem_that_melody_listens_to(pretrained: Pretrained) -> None:
+def test_demucs_puts_the_whole_signal_into_a_stem_that_the_melody_uses(pretrained: Pretrained) -> None:
     demucs = pretrained("melody").lm.condition_provider.conditioners["self_wav"].demucs.models[0]
     mix = torch.randn(1, 2, 44_101)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_demucs_gives_the_sound_to_the_stem_that_melody_listens_to(pretrained: P
 
 
 @pytest.mark.parametrize("name", ["small", "hf-codec"])
-def test_the_codec_hears_and_remembers(pretrained: Pretrained, name: str) -> None:
+def test_the_codec_depends_on_its_input_and_on_frames_long_before(pretrained: Pretrained, name: str) -> None:
     codec = pretrained(name).compression_model
     time_s = torch.arange(3 * 32_000) / 32_000
     low, high = (0.3 * torch.sin(2 * torch.pi * hz * time_s)[None, None] for hz in (220, 440))
@@ -81,10 +81,12 @@ def test_the_codec_hears_and_remembers(pretrained: Pretrained, name: str) -> Non
     other[..., :2] = (other[..., :2] + 1) % codec.cardinality
     with torch.no_grad():
         difference = (codec.decode(codes) - codec.decode(other)).abs()[0, 0]
-    assert difference[100 * 640 :].max() > 1e-3, "two frames are forgotten after two seconds"
+    assert difference[100 * 640 :].max() > 1e-3, "the first two frames have no effect after two seconds"
 
 
-def test_same_source_same_bytes_whatever_the_callers_randomness(weights: Path, tmp_path: Path) -> None:
+def test_the_same_source_gives_the_same_bytes_whatever_the_callers_random_state(
+    weights: Path, tmp_path: Path
+) -> None:
     torch.rand(1)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     tiny_weights.build(tmp_path)

@@ -9,9 +9,8 @@ note whose age can be told from the sound.
 
 import random
 from dataclasses import dataclass
-from typing import TypeAlias
 
-Notes: TypeAlias = tuple[tuple[int, float], ...]
+type Notes = tuple[tuple[int, float], ...]
 """A sequence of (MIDI pitch, beats)."""
 
 _STEPS = {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}

@@ -5,7 +5,8 @@
 - Of several streams FFmpeg's own choice is used: the default stream, else the one with the highest bit rate,
   else the first.
 - Encoder delay and padding are removed where the file states them (mp3, m4a, ogg, webm).
-- A truncated file, or one whose header promises more than there is, gives what is there, as in a player.
+- A truncated file, or one whose header promises more frames than there are, gives the frames that it has, as
+  in a player.
   Damaged packets are skipped, unless they are the majority.
 """
 

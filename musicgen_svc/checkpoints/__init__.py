@@ -1,4 +1,4 @@
-"""Opens checkpoints: a path in, a configuration and a state dict out. No code of a file is run.
+"""Opens checkpoints: finds the configuration and the state dict at a path. No code in a file is run.
 
 detect.py                what format a path has, by its content: `open_checkpoint`, the only entry
 base.py                  what every format provides

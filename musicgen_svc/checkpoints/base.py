@@ -83,7 +83,7 @@ class OpenedCheckpoint(ABC):
         return None
 
 
-def component_name(name: object) -> str:
+def part_name(name: object) -> str:
     """The last part of a repository's name, which is also the name of the folder of its weights.
 
     Raises:

@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import musicgen_svc.checkpoints.field_tables as tables
-from musicgen_svc.checkpoints.base import component_name
-from musicgen_svc.checkpoints.expansion import defused, expand, first_reference, unreadable_config
+from musicgen_svc.checkpoints.base import part_name
+from musicgen_svc.checkpoints.expansion import expand, first_reference, unreadable_config, without_references
 from musicgen_svc.checkpoints.field_types import quoted, read_fields
 from musicgen_svc.errors import WeightsError
 
@@ -31,7 +31,7 @@ def plain_config(source: Any, origin: str) -> DictConfig:
     Raises:
         WeightsError: it is not a configuration, or expands beyond the bounds of `expansion.py`.
     """
-    return OmegaConf.create(defused(expand(source, origin)))
+    return OmegaConf.create(without_references(expand(source, origin)))
 
 
 def codec_config(source: Any, origin: str) -> DictConfig:
@@ -145,7 +145,7 @@ def lm_config(source: Any, origin: str) -> DictConfig:
     plain["transformer_lm"] |= {"memory_efficient": True, "custom": False}
     plain["transformer_lm"].setdefault("hidden_scale", 4)
     check_lm(plain, origin)
-    return OmegaConf.create(defused(plain))
+    return OmegaConf.create(without_references(plain))
 
 
 def check_lm(plain: Mapping[str, Any], origin: str) -> None:
@@ -207,7 +207,7 @@ def _check_conditioners(conditioners: Mapping[str, Any], origin: str) -> set[str
         if not isinstance(own, dict):
             raise WeightsError(f"{origin} has conditioners.{name:.60} {quoted(own)}; it must be a mapping.")
         if isinstance(own.get("t5"), dict):
-            component_name(own["t5"].get("name"))
+            part_name(own["t5"].get("name"))
         if own.get("model") == "t5":
             read_fields(
                 own.get("t5"), tables.T5_CONDITIONER, f"conditioners.{name:.60}.t5", origin, skip_unknown=True

@@ -1,4 +1,4 @@
-"""Why a file of weights cannot be read, in one sentence: told by its length and its first bytes.
+"""Says in one sentence why a file of weights cannot be read, from its length and its first bytes.
 
 Every reader of such a file raises `damaged_error` when its library refuses the file. The library's own words
 are not repeated.

@@ -2,8 +2,8 @@
 
 A few hundred bytes can expand to more entries than fit into any memory: a YAML alias, a list to which a
 pickle refers twice, and the reference in `${a}${a}` are each one object in the file and two in the result.
-Therefore entries and characters are counted while they are made. The result holds no references, so that
-OmegaConf, which does not count, has none to follow.
+Therefore entries and characters are counted while they are made. OmegaConf would not count them, so no
+reference is left for OmegaConf to follow: `expand` resolves them, and `without_references` disables the rest.
 
 Accepted are 100,000 entries, 1,000,000 characters in all, 64 levels and 256 KiB of YAML. audiocraft's own
 configurations have about 600 entries on 6 levels, in 20 KB.
@@ -48,7 +48,8 @@ def unreadable_config(origin: str, reason: str) -> WeightsError:
 def expand(source: object, origin: str) -> dict[Any, Any]:
     """The configuration as plain values, with every reference to another of its entries resolved.
 
-    A reference to an entry that does not exist, and any other `${…}`, stays as it is; `defused` disables it.
+    A reference to an entry that does not exist, and any other `${…}`, stays as it is; `without_references`
+    disables it.
 
     Args:
         source: a YAML string, OmegaConf's object or a plain dictionary.
@@ -76,12 +77,12 @@ def first_reference(value: object) -> str | None:
     return next((found for item in items if (found := first_reference(item)) is not None), None)
 
 
-def defused(value: Any) -> Any:
-    """The value without the `$` of what is still a reference or a call, which OmegaConf would follow."""
+def without_references(value: Any) -> Any:
+    """Returns an expanded value, without the `$` of each text that OmegaConf would still follow or call."""
     if isinstance(value, dict):
-        return {key: defused(item) for key, item in value.items()}
+        return {key: without_references(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [defused(item) for item in value]
+        return [without_references(item) for item in value]
     return value.replace("$", "") if isinstance(value, str) and "${" in value else value
 
 
@@ -118,8 +119,8 @@ def _parse_yaml(text: str) -> object:
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Loads YAML as OmegaConf does, but refuses merge keys and very long scalars.
 
-    An alias becomes a shared object, which is counted when it is copied. PyYAML would expand a merge key
-    without any count.
+    An alias becomes another reference to one object, whose entries are counted when `_Unwrapper` copies it.
+    A merge key is refused, because PyYAML itself would copy the entries, and would not count them.
     """
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
@@ -132,7 +133,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         return super().construct_scalar(node)
 
 
-# As in OmegaConf, 1e-5 is a number, which is a text in YAML 1.1, and a date is a text.
+# OmegaConf reads 1e-5 as a number and a date as a text. PyYAML follows YAML 1.1: there 1e-5 is a text and a
+# date is a date.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d+|\d*\.\d+|\d+\.\d*)[eE][-+]?\d+$"),

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import Any
 
 from musicgen_svc.errors import WeightsError
 
@@ -188,7 +188,7 @@ class Field:
     """The value of a missing field. Without one the field stays missing: audiocraft has its own default."""
 
 
-Table: TypeAlias = Mapping[str, Field]
+type Table = Mapping[str, Field]
 
 
 def read_fields(

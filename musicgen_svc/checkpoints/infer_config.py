@@ -1,4 +1,4 @@
-"""Infers a configuration from tensors alone: that of the released models, with the sizes of the tensors."""
+"""Infers a configuration from tensors: the one of the released models, with the sizes of these tensors."""
 
 import re
 from collections.abc import Mapping

@@ -1,10 +1,8 @@
 """Names of one tensor that differ between tools, or between versions of a tool."""
 
-from typing import TypeAlias
-
 import torch
 
-State: TypeAlias = dict[str, torch.Tensor]
+type State = dict[str, torch.Tensor]
 
 _WEIGHT_NORM = {
     "parametrizations.weight.original0": "weight_g",

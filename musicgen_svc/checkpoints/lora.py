@@ -1,10 +1,10 @@
 """Merges a PEFT LoRA adapter, `adapter_config.json` and the adapter's tensors, into its base model.
 
 W += strength * alpha / r * B @ A (Hu et al., arXiv 2106.09685), or alpha / sqrt(r) for a rank-stabilized
-adapter (Kalajdzievski, arXiv 2312.03732). audiocraft keeps query, key and value in one tensor: what an
-adapter of transformers' model changes of one of them is added to a third of that tensor. The names of the
-adapter's tensors determine which modules it changes: `target_modules`, which may be a regular expression, is
-not read.
+adapter (Kalajdzievski, arXiv 2312.03732). audiocraft keeps query, key and value in one tensor, and
+transformers keeps three tensors. A change of one of the three is added to a third of audiocraft's tensor. The
+names of the adapter's tensors determine which modules it changes: `target_modules`, which may be a regular
+expression, is not read.
 """
 
 import math

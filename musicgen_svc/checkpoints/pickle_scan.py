@@ -1,11 +1,11 @@
-"""Counts what a pickle would make, from its opcodes, before anything is made of them.
+"""Counts from the opcodes of a pickle what it would make, before it is unpickled.
 
 With `weights_only`, torch.load calls only functions from a list of harmless ones. Harmless calls can still be
 expensive: an encoding doubles a text each time, a list can be copied as often as it is named, `bytearray(n)`
 takes n bytes, and the hash of nested tuples visits each of them as often as it is reached. Therefore a pickle
-has at most 8 MiB and a million opcodes, its calls may be passed ten million entries in all, and a zip's
-entries must be stored without compression. A released `large` has 20,000 opcodes in 120 KB, and a training's
-checkpoint about ten times that.
+has at most 8 MiB and a million opcodes, the arguments of its calls have at most ten million entries in all,
+and a zip's entries must be stored without compression. A released `large` has 20,000
+opcodes in 120 KB, and a training's checkpoint about ten times that.
 """
 
 import io

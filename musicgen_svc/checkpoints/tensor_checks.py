@@ -1,4 +1,4 @@
-"""Checks of a state dict: against the file that stores it, its configuration, its module; and its values.
+"""Checks a state dict against the file that stores it, its configuration and its module, and its values.
 
 In the order in which a loader calls them: `check_stored` when the file is opened, `check_*_sizes` before any
 module is built, `check_fit` when the module exists without weights, `check_finite` when it has its weights.

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from musicgen_svc.checkpoints.archives import is_archive
-from musicgen_svc.checkpoints.base import Checkpoint, CodecPointer, OpenedCheckpoint, component_name
+from musicgen_svc.checkpoints.base import Checkpoint, CodecPointer, OpenedCheckpoint, part_name
 from musicgen_svc.checkpoints.damage import (
     check_not_damaged,
     damaged_error,
@@ -146,11 +146,11 @@ class TorchFile(OpenedCheckpoint):
             if own := _codec_beside(file):
                 return _read_codec(own)
             if is_public:
-                return CodecPointer(component_name(named))
+                return CodecPointer(part_name(named))
         if codec := (self._folder or FolderModels.read(file.parent)).codec():
             return codec
         if is_public:
-            return CodecPointer(component_name(named))
+            return CodecPointer(part_name(named))
         raise WeightsError(
             f"{file} was trained with the codec {str(named)!r:.80}, which only its trainer has: "
             f"put the {EXPORT_CODEC} of that codec beside it."

@@ -1,4 +1,4 @@
-"""What each tool's torch.save file holds -> one model: a package is the dictionary that the tool saved.
+"""Finds the one model in a package, which is the dictionary that a tool saved with torch.save.
 
 The formats, told apart by their keys:
 
@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from musicgen_svc.checkpoints.base import Checkpoint, CodecPointer, component_name
+from musicgen_svc.checkpoints.base import Checkpoint, CodecPointer, part_name
 from musicgen_svc.checkpoints.configs import codec_config, lm_config
 from musicgen_svc.checkpoints.infer_config import infer_config, with_window
 from musicgen_svc.checkpoints.key_names import State, plain_attention, plain_weight_norm
@@ -59,7 +59,7 @@ def find_model(package: object) -> PackagedModel | CodecPointer | None:
     for find in _FORMATS:
         if found := find(package):
             return found
-    return CodecPointer(component_name(package["pretrained"])) if "pretrained" in package else None
+    return CodecPointer(part_name(package["pretrained"])) if "pretrained" in package else None
 
 
 def _find_export(package: Package) -> PackagedModel | None:

@@ -12,7 +12,7 @@ from musicgen_svc.checkpoints.base import (
     CodecPointer,
     OpenedCheckpoint,
     TransformersPart,
-    component_name,
+    part_name,
 )
 from musicgen_svc.checkpoints.configs import check_lm
 from musicgen_svc.checkpoints.field_types import Integer, quoted
@@ -98,7 +98,7 @@ class TransformersFolder(OpenedCheckpoint):
         """The codec inside, or the released one if the folder has none."""
         state = _under(AUDIO_ENCODER, self._tensors)
         if not state:
-            return CodecPointer(component_name(ENCODEC))
+            return CodecPointer(part_name(ENCODEC))
         return self._part("audio_encoder", parametrized_weight_norm(state))
 
     def text_encoder(self) -> TransformersPart | None:

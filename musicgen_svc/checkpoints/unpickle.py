@@ -1,4 +1,4 @@
-"""Reads torch.save files without running any code of theirs."""
+"""Reads torch.save files without running code that is in them."""
 
 import pickle
 import re

@@ -1,4 +1,4 @@
-"""Cog's JSON log: readable lines for a terminal, and the state of predictions and slots that it tells."""
+"""Reads Cog's JSON log: makes readable lines of it, and follows the state of predictions and slots."""
 
 import asyncio
 import contextlib

@@ -222,7 +222,7 @@ def download(sources: list[Source], weights_dir: Path, update: bool) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command. Returns the exit status."""
     catalog = read_catalog()
-    names = ", ".join([*catalog.models, *catalog.components, *catalog.aliases])
+    names = ", ".join([*catalog.models, *catalog.parts, *catalog.aliases])
     parser = argparse.ArgumentParser(prog="download_weights", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {names}")
     parser.add_argument("--weights-dir", type=Path, help="default: MUSICGEN_WEIGHTS_DIR, else weights/")

@@ -45,7 +45,7 @@ class Refusal(Exception):
         self.problem = problem
 
 
-class Passage(NamedTuple):
+class RelayedRequest(NamedTuple):
     """A request that is relayed to Cog."""
 
     head: bytes
@@ -75,11 +75,11 @@ class Gate:
         self._port, self._folders = port, folders
 
     def open(self) -> None:
-        """Relays predictions."""
+        """Lets predictions through, also those that wait."""
         self._open.set()
 
     def close(self) -> None:
-        """Keeps new predictions waiting until the gate is opened. All other requests are relayed."""
+        """Keeps new predictions waiting until the gate is opened. Lets all other requests through."""
         self._open.clear()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -87,9 +87,9 @@ class Gate:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             try:
                 async with asyncio.timeout(HEAD_S):
-                    passage = await _read_passage(reader)
-                if passage is not None:
-                    await self._relay(passage, reader, writer)
+                    request = await _read_request(reader)
+                if request is not None:
+                    await self._relay(request, reader, writer)
             except TimeoutError:
                 pass
             except Refusal as refusal:
@@ -99,16 +99,16 @@ class Gate:
             writer.close()
 
     async def _relay(
-        self, passage: Passage, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, request: RelayedRequest, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         try:
             async with asyncio.timeout(HOLD_S):
-                from_cog, to_cog = await self._connect(waits=passage.creates)
+                from_cog, to_cog = await self._connect(waits=request.creates)
         except TimeoutError:
             raise Refusal(503, "The server is being restarted: try again later.") from None
-        with self._requested(passage.id):
+        with self._keeping_folder(request.id):
             try:
-                to_cog.write(passage.head + passage.body)
+                to_cog.write(request.head + request.body)
                 await _both_ways(reader, to_cog, from_cog, writer)
             finally:
                 to_cog.close()
@@ -124,8 +124,8 @@ class Gate:
             await asyncio.sleep(CONNECT_POLL_S)
 
     @contextmanager
-    def _requested(self, id: str | None) -> Iterator[None]:
-        """Context manager: a request with this id is on its way, so that its folder is kept."""
+    def _keeping_folder(self, id: str | None) -> Iterator[None]:
+        """Context manager: while a request with this id is on its way, the folder of the id is kept."""
         folders = self._folders
         if id is None or folders is None:
             yield
@@ -137,7 +137,7 @@ class Gate:
             folders.answered(id)
 
 
-async def _read_passage(reader: asyncio.StreamReader) -> Passage | None:
+async def _read_request(reader: asyncio.StreamReader) -> RelayedRequest | None:
     """Reads the head of a request. None: the client has closed the connection.
 
     Raises:
@@ -161,7 +161,7 @@ async def _read_passage(reader: asyncio.StreamReader) -> Passage | None:
         if name.lower() not in HOP_BY_HOP
     ]
     lines += [b"Connection: close", b"", b""]
-    return Passage(
+    return RelayedRequest(
         b"\r\n".join(lines), parser.trailing_data[0], id, creates=id is not None and method == b"PUT"
     )
 

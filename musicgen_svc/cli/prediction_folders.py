@@ -1,4 +1,4 @@
-"""Removes the folders that Cog makes for each prediction, named after its id, and never removes itself."""
+"""Removes the folders that Cog makes: one for each prediction, named after its id. Cog removes none."""
 
 import shutil
 import tempfile

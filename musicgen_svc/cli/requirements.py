@@ -1,8 +1,9 @@
 """`scripts/lock`: prints requirements.txt, the part of requirements.lock that Cog's image needs.
 
-Cog installs cog and coglet itself. It replaces torch and torchaudio by builds for the image's CUDA, which
-hashes and the nvidia-* pins of PyPI's build would contradict. It also resolves dependencies; audiocraft,
-whose pins are overridden in pyproject.toml, is therefore installed by cog.yaml with --no-deps.
+Cog installs cog and coglet itself. It replaces torch and torchaudio by builds for the image's CUDA, so
+requirements.txt has no hashes and none of the nvidia-* packages that PyPI's build of torch needs. Cog also
+resolves dependencies, and does not know that pyproject.toml overrides the pins of audiocraft. cog.yaml
+therefore installs audiocraft with --no-deps.
 """
 
 import re

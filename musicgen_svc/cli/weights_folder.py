@@ -67,9 +67,9 @@ def verify(sources: list[Source], weights_dir: Path) -> None:
 
 
 def show(catalog: Catalog, weights_dir: Path) -> None:
-    """Prints a line for each model and component: its size on disk and what is missing."""
+    """Prints a line for each model and part: its size on disk and what is missing."""
     lock = read_lock(weights_dir)
-    sources = [*catalog.models.values(), *catalog.components.values()]
+    sources = [*catalog.models.values(), *catalog.parts.values()]
     states = {source.name: state(source, weights_dir, lock.get(source.name)) for source in sources}
     aliases = {name: f" ({alias})" for alias, name in catalog.aliases.items()}
     for source in sources:

@@ -11,6 +11,7 @@ decoder.py           one forward pass over audiocraft's weights
 layers.py            the weights of a layer, bound to the operations that read them
 architecture.py      checks that a model is built like the released ones
 projections.py       matrix products, per device and precision
+memory.py            how many bytes an engine takes, before the model is loaded
 kv_cache.py          keys and values of one request, and attention over those of several
 sampling.py          draws tokens from logits
 sampling_params.py   how the tokens of a request are drawn

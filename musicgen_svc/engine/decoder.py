@@ -10,7 +10,6 @@ of the text are computed once per request, and rows that cannot change the resul
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +23,11 @@ from musicgen_svc.engine.operations import PLAIN, Operations
 from musicgen_svc.engine.projections import Precision, Projection, projection
 from musicgen_svc.runtime.ticks import Check, no_check
 
-Conditions: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
+type Conditions = Mapping[str, tuple[Tensor, Tensor]]
 """audiocraft's `condition_tensors`: name -> ([2, S, D] embedding, [2, S] mask). Row 0 is the conditional one,
 row 1 the null one."""
 
-WeightsLoader: TypeAlias = Callable[[nn.Module], AbstractContextManager[object]]
+type WeightsLoader = Callable[[nn.Module], AbstractContextManager[object]]
 """Loads the weights of a submodule: inside the context manager they are loaded, after it they are dropped
 unless something refers to them. What is needed afterwards must be packed or referenced inside."""
 

@@ -11,17 +11,15 @@ capture checks the operations of its own thread only.
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
-
-Key = TypeVar("Key", bound=Hashable)
 
 WARM_UP_CALLS = 2
 """Calls before the recording, in which libraries choose their kernels and allocate their workspaces."""
 
 
-class Graphed(Generic[Key]):
+class Graphed[Key: Hashable]:
     """Replays `function(key)` as one launch on a GPU, and calls it on any other device."""
 
     def __init__(

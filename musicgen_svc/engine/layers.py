@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from musicgen_svc.engine.operations import Operations
 from musicgen_svc.engine.projections import Projection
 
-AddNorm: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+type AddNorm = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """Takes the residual stream [..., D] in fp32 and the previous block's result [..., D], and gives their sum in
 fp32 and the LayerNorm of the sum in the layers' dtype. The addition is done here because the norm reads the
 sum anyway."""

@@ -1,1 +1,1 @@
-"""From a model's name to modules on the device."""
+"""Loads models: turns a model's name into modules on the device."""

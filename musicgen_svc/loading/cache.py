@@ -1,9 +1,9 @@
-"""The cache of models and parts: one entry for equal content, the least recently used evicted first."""
+"""The cache of models and parts. Equal content has one entry; the least recently used is evicted first."""
 
 import gc
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
@@ -12,12 +12,9 @@ from musicgen_svc.loading.file_hashes import FileState, Hashes
 from musicgen_svc.loading.memory_budget import GB
 from musicgen_svc.runtime.randomness import GlobalRandom
 
-T = TypeVar("T")
-K = TypeVar("K", bound=Hashable)
-
 
 @dataclass(frozen=True)
-class Spec(Generic[T]):
+class Spec[T]:
     """What is known of a model or part before it is built.
 
     Two specs of parts with the same role, variant and content of files are specs of the same part.
@@ -36,7 +33,7 @@ class Spec(Generic[T]):
     """Whatever else it depends on."""
 
 
-class Entry(Generic[T]):
+class Entry[T]:
     """A model or part: not built yet, in memory, or evicted."""
 
     def __init__(self, spec: Spec[T], parts: Sequence["Entry[Any]"] = ()) -> None:
@@ -103,7 +100,7 @@ class ModelCache:
         """Bytes of everything that is in memory."""
         return self._budget.used
 
-    def entry(self, spec: Spec[T]) -> Entry[T]:
+    def entry[T](self, spec: Spec[T]) -> Entry[T]:
         """Returns the entry in memory of the same part, or a new one, which `get` builds and keeps.
 
         Raises:
@@ -116,7 +113,7 @@ class ModelCache:
         return Entry(spec)
 
     def check_room(self, what: str, entries: Sequence[Entry[Any]], keep: Collection[Entry[Any]] = ()) -> None:
-        """Fails if `make_room` would fail for the same arguments.
+        """Raises the error that `make_room` would raise for the same arguments. Evicts nothing.
 
         Raises:
             WeightsError: the entries do not fit beside what must be kept.
@@ -133,15 +130,18 @@ class ModelCache:
 
     def make_room(
         self, what: str, entries: Sequence[Entry[Any]],
-        *, keep: Collection[Entry[Any]] = (), last: Collection[Entry[Any]] = (),
+        *, keep: Collection[Entry[Any]] = (), evict_last: Collection[Entry[Any]] = (),
     ) -> None:  # fmt: skip
-        """Evicts other entries so that these fit with their parts. Call it before any of them is built.
+        """Evicts entries until the given ones fit into the budget together with their parts.
+
+        It must be called before any of the given entries is built.
 
         Args:
-            what: all of the entries together, for the message.
-            entries: those already in memory need no room, and are kept.
-            keep: entries in use, which are not evicted.
-            last: entries that are evicted only if evicting all others is not enough.
+            what: a name for all given entries together, with which the error message begins.
+            entries: those that will be in memory at once. The ones that are in memory already are kept, and
+                need no more room.
+            keep: other entries that must not be evicted, because they are in use.
+            evict_last: entries that are evicted only if evicting all others is not enough.
 
         Raises:
             WeightsError: the entries do not fit beside what must be kept; nothing has been evicted.
@@ -149,7 +149,7 @@ class ModelCache:
         self.check_room(what, entries, keep)
         entries = _with_parts(entries)
         kept = {*_with_parts(keep), *entries}
-        evicted = self._budget.make_room(_missing_bytes(entries), kept, last=_with_parts(last))
+        evicted = self._budget.make_room(_missing_bytes(entries), kept, _with_parts(evict_last))
         if not evicted:
             return
         for entry in evicted:
@@ -158,7 +158,7 @@ class ModelCache:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def get(self, entry: Entry[T]) -> T:
+    def get[T](self, entry: Entry[T]) -> T:
         """Returns the value of an entry, and marks the entry as the most recently used.
 
         An entry that is not in memory is built first, after its parts; there must be room for it.
@@ -171,7 +171,7 @@ class ModelCache:
             with GlobalRandom(0, self._device).pinned(), torch.inference_mode(False):
                 entry.build()
             self._budget.add(entry, entry.size)
-        # Touch a model before its parts, so that the model is evicted first.
+        # The parts are marked after the model, so that the model is evicted before them.
         self._budget.use(entry, *entry.parts)
         return entry.value()
 
@@ -194,7 +194,7 @@ class DoesNotFit(Exception):
         self.need, self.budget = need, budget
 
 
-class LruBudget(Generic[K]):
+class LruBudget[K: Hashable]:
     """Sizes of keys within a budget, and the order in which they were last used. It holds no values."""
 
     def __init__(self, budget: int) -> None:
@@ -233,13 +233,13 @@ class LruBudget(Generic[K]):
         if kept + need > self.budget:
             raise DoesNotFit(kept + need, self.budget)
 
-    def make_room(self, need: int, keep: Collection[K] = (), last: Collection[K] = ()) -> list[K]:
+    def make_room(self, need: int, keep: Collection[K] = (), evict_last: Collection[K] = ()) -> list[K]:
         """Removes keys, the least recently used first, until `need` more bytes fit.
 
         Args:
             need: in bytes.
             keep: keys that are not removed.
-            last: keys that are removed only if removing all others is not enough.
+            evict_last: keys that are removed only if removing all others is not enough.
 
         Returns:
             The removed keys, in order.
@@ -248,7 +248,9 @@ class LruBudget(Generic[K]):
             DoesNotFit: the bytes do not fit beside what is kept; nothing is removed.
         """
         self.check(need, keep)
-        candidates = sorted((key for key in self._sizes if key not in keep), key=lambda key: key in last)
+        candidates = sorted(
+            (key for key in self._sizes if key not in keep), key=lambda key: key in evict_last
+        )
         removed = []
         while self.used + need > self.budget:
             removed.append(candidates.pop(0))

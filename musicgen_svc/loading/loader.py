@@ -14,12 +14,13 @@ from musicgen_svc.audiocraft_compat import CompressionModel
 from musicgen_svc.checkpoints import OpenedCheckpoint
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import Switch, batch_for
+from musicgen_svc.engine.memory import engine_bytes
 from musicgen_svc.engine.projections import Precision
 from musicgen_svc.errors import InputError, WeightsError
 from musicgen_svc.loading import memory_budget, parts
 from musicgen_svc.loading.cache import Entry, ModelCache, Spec
 from musicgen_svc.loading.file_hashes import FileState
-from musicgen_svc.loading.model import Model, engine_bytes
+from musicgen_svc.loading.model import Model
 from musicgen_svc.loading.opener import Opener
 from musicgen_svc.models.conditioners import (
     MELODY,
@@ -40,14 +41,15 @@ from musicgen_svc.weights.catalog import DIFFUSION_FILE
 from musicgen_svc.weights.paths import FINETUNED, Weights
 
 DIFFUSION = "multiband-diffusion"
-WITH_DIFFUSION = "MultiBand Diffusion beside what it decodes for"
+WITH_DIFFUSION = "MultiBand Diffusion together with the model or codec whose tokens it decodes"
 
 
 class Loader:
     """Loads models on demand, and keeps those that fit into the memory budget.
 
-    Call it only while you hold the device. The model in use is the one that was asked for last: requests for
-    one model run together, and a request for another model asks for it after they have ended.
+    A thread must hold the device whenever it calls a method. The model in use is the one that was asked for
+    last. Requests that generate at the same time are for this model: a request for another model asks for it
+    only after they have ended.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Loader:
         self._models: dict[str, Entry[Model]] = {}
         self._name_in_use = ""
         self._encode_decode: tuple[Entry[CompressionModel], weakref.ref[Codec]] | None = None
-        self._fitting: set[tuple[FileState, str]] = set()
+        self._known_to_fit: set[tuple[FileState, str]] = set()
 
     def start(self) -> Model:
         """Loads the user's own `finetuned`, else the first base model that is present, else the demo model.
@@ -93,7 +95,7 @@ class Loader:
         """
         entry = self._current(name)
         if entry is None:
-            with self._opener.trying(name) as opened:
+            with self._opener.loading(name) as opened:
                 entry = self._models[name] = self._load(name, opened)
         self._name_in_use = name
         return self._cache.get(entry)
@@ -122,11 +124,11 @@ class Loader:
         Raises:
             WeightsError: neither is present, or the codec does not load.
         """
-        with self._opener.trying(next(iter(self._weights.base_models()), FINETUNED)) as opened:
+        with self._opener.loading(next(iter(self._weights.base_models()), FINETUNED)) as opened:
             config = opened.config()
             entry = self._cache.entry(parts.codec_spec(self._weights, opened, config, self.device))
-            # The model that was asked for last may still be running: evict it only if nothing else is left.
-            self._cache.make_room(f"The codec of {opened.path.name}", [entry], last=self._in_use())
+            # Requests may be generating with the model in use. It is evicted only if nothing else is left.
+            self._cache.make_room(f"The codec of {opened.path.name}", [entry], evict_last=self._in_use())
             codec = Codec(adapted(self._cache.get(entry), config))
         self._encode_decode = entry, weakref.ref(codec)
         return opened.path, codec
@@ -138,8 +140,8 @@ class Loader:
             InputError, WeightsError: as `diffusion_weights`.
         """
         bands = self.diffusion_weights(checkpoint, codec)
-        keep, last = self._beside_diffusion(codec)
-        self._cache.make_room(WITH_DIFFUSION, [bands], keep=keep, last=last)
+        keep, evict_last = self._beside_diffusion(codec)
+        self._cache.make_room(WITH_DIFFUSION, [bands], keep=keep, evict_last=evict_last)
         return MultiBandDiffusion(self._cache.get(bands), codec, self._settings.diffusion_window_s)
 
     def diffusion_weights(self, checkpoint: Path, codec: Codec) -> Entry[list[Band]]:
@@ -152,7 +154,7 @@ class Loader:
                 the model.
             WeightsError: there are no diffusion weights, or they are damaged.
         """
-        folder = self._weights.component(DIFFUSION, checkpoint)
+        folder = self._weights.part_path(DIFFUSION, checkpoint)
         file = folder / DIFFUSION_FILE
         bands = self._cache.entry(parts.diffusion_spec(file, self.device))
         if folder.parent != checkpoint and not self._fits(file, codec):
@@ -168,13 +170,13 @@ class Loader:
         return bands
 
     def _fits(self, diffusion: Path, codec: Codec) -> bool:
-        """Returns whether a codec equals one of those beside the diffusion weights, which fit no others."""
+        """Returns whether a codec equals one of those that are beside the diffusion weights."""
         pair = FileState.of(diffusion), codec.fingerprint()
-        if pair not in self._fitting and pair[1] in parts.codec_fingerprints(
+        if pair not in self._known_to_fit and pair[1] in parts.codec_fingerprints(
             self._weights, diffusion.parent.parent, self._opener.open_path
         ):
-            self._fitting.add(pair)
-        return pair in self._fitting
+            self._known_to_fit.add(pair)
+        return pair in self._known_to_fit
 
     def _beside_diffusion(self, codec: Codec) -> tuple[list[Entry[Any]], list[Entry[Any]]]:
         """Returns the entries to keep while diffusion decodes for a codec, and those to evict last."""
@@ -186,12 +188,12 @@ class Loader:
         return [], in_use
 
     def _in_use(self) -> list[Entry[Any]]:
-        """Returns the model that was asked for last, if it is in memory."""
+        """Returns the entry of the model in use as a list; an empty list if it is not in memory."""
         entry = self._models.get(self._name_in_use)
         return [entry] if entry and entry.in_memory else []
 
     def _current(self, name: str) -> Entry[Model] | None:
-        """Returns the model if it is in memory and none of its files has been replaced."""
+        """Returns the model's entry if it is in memory and none of its files has been replaced, else None."""
         entry = self._models.get(name)
         return entry if entry and entry.in_memory and entry.unchanged else None
 
@@ -255,7 +257,7 @@ class Loader:
         """Returns a function that runs Demucs, and loads it whenever it is not in memory."""
 
         def separate(audio: torch.Tensor, tick: Tick = no_tick) -> torch.Tensor:
-            folder = self._weights.component(parts.DEMUCS, checkpoint)
+            folder = self._weights.part_path(parts.DEMUCS, checkpoint)
             separator = self._cache.entry(parts.separator_spec(folder, sample_rate, self.device))
             self._cache.make_room("Demucs beside the model", [separator], keep=self._in_use())
             return self._cache.get(separator)(audio, tick)

@@ -1,15 +1,12 @@
-"""The opener: a model's name -> its opened checkpoint. Nothing of its tensors is read yet."""
+"""The opener: a model's name -> its opened checkpoint, whose tensors are not read yet."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from musicgen_svc.checkpoints import OpenedCheckpoint, open_checkpoint
 from musicgen_svc.loading.file_hashes import FileState
 from musicgen_svc.weights.paths import UNPACKED, Weights
-
-T = TypeVar("T")
 
 
 class Opener:
@@ -39,7 +36,7 @@ class Opener:
             last, files, opened = self._last
             if last == name and all(file.unchanged for file in files):
                 return opened
-        path = self._weights.model(name)
+        path = self._weights.model_path(name)
         opened = self.open_path(path)
         read = (*opened.files, path)  # the path may be that of an archive, whose files are elsewhere
         self._last = name, tuple(FileState.of(file) for file in read if file.is_file()), opened
@@ -52,7 +49,7 @@ class Opener:
         return self._last[1]
 
     @contextmanager
-    def trying(self, name: str) -> Iterator[OpenedCheckpoint]:
+    def loading(self, name: str) -> Iterator[OpenedCheckpoint]:
         """Opens the model called `name`, which is then loaded inside the context.
 
         What was unpacked from an archive is kept if loading succeeds, and removed if it fails.
@@ -69,7 +66,7 @@ class Opener:
         if opened.archive:
             opened.archive.accept()
 
-    def read(self, name: str, question: Callable[[OpenedCheckpoint], T]) -> T:
+    def read[T](self, name: str, question: Callable[[OpenedCheckpoint], T]) -> T:
         """Returns the answer to a question about the model called `name`, and loads nothing.
 
         What was unpacked from an archive is removed if the question fails.
@@ -91,7 +88,7 @@ class Opener:
         """
         return open_checkpoint(
             path,
-            base=self._weights.base,
+            base=self._weights.base_path,
             strength=self._lora_strength,
             cache=self._weights.folder / UNPACKED,
         )

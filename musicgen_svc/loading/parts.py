@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from musicgen_svc.audiocraft_compat import CompressionModel
 from musicgen_svc.checkpoints import Checkpoint, CodecPointer, OpenedCheckpoint, TransformersPart
-from musicgen_svc.checkpoints.base import component_name
+from musicgen_svc.checkpoints.base import part_name
 from musicgen_svc.checkpoints.damage import name_exists
 from musicgen_svc.checkpoints.tensor_files import read_tensors
 from musicgen_svc.checkpoints.transformers_part import read_transformers_part
@@ -76,7 +76,7 @@ def specs_of(weights: Weights, opened: OpenedCheckpoint, config: DictConfig, dev
     text = text_spec(weights, opened, config, device)
     if not takes_melody:
         return Specs(codec, text, None)
-    folder = weights.component(DEMUCS, opened.path)
+    folder = weights.part_path(DEMUCS, opened.path)
     return Specs(codec, text, separator_spec(folder, config.get("sample_rate"), device))
 
 
@@ -107,7 +107,7 @@ def codec_source(weights: Weights, opened: OpenedCheckpoint) -> Checkpoint | Tra
     """
     found = opened.codec()
     if isinstance(found, CodecPointer):
-        return read_encodec(weights.component(found.name, opened.path))
+        return read_encodec(weights.part_path(found.name, opened.path))
     return found
 
 
@@ -138,7 +138,7 @@ def text_spec(
     if inside is not None and any(name_exists(opened.path / name) for name in TOKENIZER_FILES):
         folder = opened.path
     else:
-        folder = weights.component(component_name(wanted.name), opened.path)
+        folder = weights.part_path(part_name(wanted.name), opened.path)
     source = read_transformers_part(folder) if inside is None else inside
     tokenizer_files = [folder / name for name in (*TOKENIZER_FILES, *BESIDE_TOKENIZER)]
 

@@ -1,1 +1,1 @@
-"""The models beside the language model's decoder, each with the code that builds it."""
+"""The models that make conditions, tokens and audio, each with the code that builds it."""

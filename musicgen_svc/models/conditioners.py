@@ -1,13 +1,13 @@
 """Computes condition tensors from a prompt and a melody.
 
-audiocraft's conditioners download T5 and Demucs in their constructors. These get loaded models instead, and
-compute the same numbers. Every condition is a pair of an embedding [2, S, D] and a mask [2, S]. Row 0 is
-what the request asks for, row 1 the null condition of classifier-free guidance.
+audiocraft's conditioners download T5 and Demucs in their constructors. The conditioners of this module get
+loaded models instead, and compute the same numbers. Every condition is a pair of an embedding [2, S, D] and a
+mask [2, S]. Row 0 is what the request asks for, row 1 the null condition of classifier-free guidance.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -19,11 +19,11 @@ from musicgen_svc.models.demucs import REACH_S
 from musicgen_svc.models.t5 import T5Encoder
 from musicgen_svc.runtime.ticks import Tick, no_tick
 
-Condition: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+type Condition = tuple[torch.Tensor, torch.Tensor]
 """(embedding [2, S, D], mask [2, S])"""
-Conditions: TypeAlias = dict[str, Condition]
+type Conditions = dict[str, Condition]
 """Conditions by audiocraft's names of the attributes, in audiocraft's order: text, melody."""
-Separate: TypeAlias = Callable[[torch.Tensor, Tick], torch.Tensor]
+type Separate = Callable[[torch.Tensor, Tick], torch.Tensor]
 """Extracts the melodic stems: [B, 1, T] -> [B, 1, T], both at the model's sample rate."""
 
 TEXT = "description"

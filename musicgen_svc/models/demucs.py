@@ -1,4 +1,4 @@
-"""Demucs: separates the stems that carry a melody (Rouard et al. 2022, arXiv:2211.08553), and loads them."""
+"""Demucs (Rouard et al. 2022, arXiv:2211.08553): loads it, and separates the stems that carry a melody."""
 
 import importlib
 import inspect

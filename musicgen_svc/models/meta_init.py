@@ -1,4 +1,4 @@
-"""Modules that are built without weights, and the weights that are then assigned to them from a file."""
+"""Builds modules without weights, and then assigns the weights of a checkpoint to them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

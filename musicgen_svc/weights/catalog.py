@@ -1,4 +1,4 @@
-"""Reads `weights/manifest.json`: the models and the components that they need. Needs no torch."""
+"""Reads `weights/manifest.json`: the models and the parts that they need. Needs no torch."""
 
 import json
 from dataclasses import dataclass
@@ -26,10 +26,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Base models and the components that they share, by name."""
+    """Base models and the parts that they share, by name."""
 
     models: dict[str, Source]
-    components: dict[str, Source]
+    parts: dict[str, Source]
+    """T5, the codec, HTDemucs and MultiBand Diffusion: what models need beside their own files."""
     aliases: dict[str, str]
 
     def find(self, name: str) -> Source:
@@ -38,10 +39,10 @@ class Catalog:
         Raises:
             WeightsError: there is no such source.
         """
-        sources = self.models | self.components
+        sources = self.models | self.parts
         source = sources.get(self.aliases.get(name, name))
         if source is None:
-            names = [*self.models, *self.components, *self.aliases]
+            names = [*self.models, *self.parts, *self.aliases]
             raise WeightsError(f"There are no weights called {name!r}; there are {', '.join(names)}.")
         return source
 
@@ -60,9 +61,9 @@ def read_catalog(path: Path = MANIFEST) -> Catalog:
             )
             for name, entry in manifest["models"].items()
         },
-        components={
+        parts={
             name: Source(name, entry["repository"], tuple(entry["files"]), size_gb=entry.get("size_gb"))
-            for name, entry in manifest["components"].items()
+            for name, entry in manifest["parts"].items()
         },
         aliases=manifest["aliases"],
     )

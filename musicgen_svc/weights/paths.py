@@ -1,4 +1,4 @@
-"""Finds the path of each model and component on this machine. Base models are downloaded by `cli/`."""
+"""Finds the path of each model and part on this machine. Base models are downloaded by `cli/`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +37,10 @@ def local_path(cog_weights: str | None, settings: Settings) -> str | None:
 
 @dataclass(frozen=True)
 class Weights:
-    """The paths of the checkpoints and of the components that they share."""
+    """The paths of the checkpoints and of the parts that they share."""
 
     folder: Path
-    """The folder of the base models and components."""
+    """The folder of the base models and parts."""
     catalog: Catalog
     finetuned: Path | None
     """The file or folder of the model `finetuned`; None if there is none, not even the demo model."""
@@ -72,7 +72,7 @@ class Weights:
         """The base models that are present, in the manifest's order."""
         return [name for name in self.catalog.models if _is_filled_folder(self.folder / name)]
 
-    def model(self, name: str) -> Path:
+    def model_path(self, name: str) -> Path:
         """The path of a model.
 
         Raises:
@@ -95,7 +95,7 @@ class Weights:
             raise WeightsError(sentence, for_client=sentence)
         return self.folder / name
 
-    def base(self, repository: str) -> Path:
+    def base_path(self, repository: str) -> Path:
         """The path of the model that an adapter was trained on, by its Hugging Face repository.
 
         Raises:
@@ -103,14 +103,14 @@ class Weights:
         """
         for name, source in self.catalog.models.items():
             if repository in (source.repository, name):
-                return self.model(name)
+                return self.model_path(name)
         raise WeightsError(
             f"The adapter was trained on {repository!r:.80}, which is none of "
             f"{', '.join(source.repository for source in self.catalog.models.values())}."
         )
 
-    def component(self, name: str, checkpoint: Path) -> Path:
-        """The folder of a component: inside the checkpoint, else beside it, else among all weights.
+    def part_path(self, name: str, checkpoint: Path) -> Path:
+        """The folder of a part: inside the checkpoint, else beside it, else among all weights.
 
         Raises:
             WeightsError: it is in none of these.

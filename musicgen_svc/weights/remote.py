@@ -1,6 +1,6 @@
 """Fetches a checkpoint from a URL at set-up, once: over https, from hosts that the operator allows.
 
-The files before and after completion are those of `url_cache.py`.
+`url_cache.py` says which files a fetch makes before and after it is complete.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Archives around checkpoints: what they hold loads; what would leave its folder or fill the disk, not."""
+"""Archives around checkpoints: a model in one loads; an unsafe one is refused, and leaves nothing."""
 
 import io
 import os
@@ -29,7 +29,7 @@ MODES = ["w", "w:gz", "w:bz2", "w:xz", "zip"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, as a file."""
+    """Writes a model as one file, in the format of a Cog trainer."""
     path = tmp_path_factory.mktemp("model") / "trained_model.tar"
     torch.save({"xp.cfg": tiny_lms.dict_config(CONFIG), "model": tiny_lms.lm_of(CONFIG)}, path)
     return path
@@ -54,7 +54,9 @@ def test_a_model_in_an_archive_loads(
     mode: str, name: str, model: Path, weights: Path, tmp_path: Path
 ) -> None:
     files = {name: model}
-    if name == "__both":  # a folder of an export's two files, and what a Mac adds
+    if (
+        name == "__both"
+    ):  # a folder with the two files of an export, and the files that macOS adds to an archive
         files = {f"export/{file.name}": file for file in (weights / "hf-codec").iterdir()}
         files |= {"__MACOSX/export/._state_dict.bin": model, "export/._state_dict.bin": model}
     archive = pack(tmp_path / "weights.bin", mode, files)
@@ -69,7 +71,7 @@ def test_a_model_in_an_archive_loads(
 
 
 def test_an_archive_alone_in_a_folder_is_what_the_folder_holds(model: Path, tmp_path: Path) -> None:
-    """As it was put into weights/finetuned; dot files come with git and file managers."""
+    """Users put an archive into weights/finetuned as it is. Git and file managers add dot files."""
     folder, cache = tmp_path / "finetuned", tmp_path / "cache"
     folder.mkdir()
     pack(folder / "upload.zip", "zip", {"trained_model.tar": model})
@@ -80,8 +82,8 @@ def test_an_archive_alone_in_a_folder_is_what_the_folder_holds(model: Path, tmp_
         open_checkpoint(folder, cache=cache)
 
 
-def test_what_was_unpacked_is_for_whom_the_cache_is(model: Path, tmp_path: Path) -> None:
-    """Not for its owner alone: the next server may be another user's."""
+def test_whoever_may_read_the_cache_may_read_what_was_unpacked(model: Path, tmp_path: Path) -> None:
+    """The next server may run as another user than the one that unpacked the archive."""
     umask = os.umask(0o022)
     try:
         folder = unpack_once(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache").folder
@@ -92,7 +94,7 @@ def test_what_was_unpacked_is_for_whom_the_cache_is(model: Path, tmp_path: Path)
 
 
 def test_a_torch_save_file_is_no_archive_and_a_tar_that_ends_in_one_is(model: Path, tmp_path: Path) -> None:
-    """Both are zips to a reader that looks at the end only."""
+    """A reader that looks only at the end of a file, as `zipfile` does, takes both for zips."""
     assert zipfile.is_zipfile(model)
     assert not is_archive(model)
     tar = pack(tmp_path / "x", "w", {"model": model})
@@ -160,21 +162,21 @@ def encrypted(path: Path) -> None:
 
 
 def claimed(path: Path) -> None:
-    """A tar of one file that its header says is 10 GB; compressed, it could well be."""
+    """Writes a tar whose header says that its one file has 10 GB, as a compressed file could."""
     info = tarfile.TarInfo("a")
     info.size = 10 << 30
     path.write_bytes(info.tobuf() + bytes(1024))
 
 
 def long_header(path: Path) -> None:
-    """A tar whose first header says that the next 3 GB are the file's name."""
+    """Writes a tar whose first header says that the next 3 GB are the name of a file."""
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 3 << 30
     path.write_bytes(info.tobuf() + bytes(1024))
 
 
 def endless_headers(path: Path) -> None:
-    """A tar of headers about headers."""
+    """Writes a tar of 3,000 headers, each of which describes the next header."""
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
     path.write_bytes((info.tobuf() + b"a\0".ljust(512, b"\0")) * 3000 + bytes(1024))
@@ -207,7 +209,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Iterator[Path]:
-    """A folder around the cache: nothing may appear in it."""
+    """Makes a folder for the cache. Fails if the test leaves a file in it."""
     home = tmp_path / "home"
     home.mkdir()
     yield home
@@ -227,7 +229,7 @@ def test_what_is_unsafe_is_refused_and_leaves_nothing(name: str, watched: Path, 
 def test_a_bomb_is_refused_before_it_is_inflated(
     watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 MB of zeros in a small file: what was read of them is far less than the limit."""
+    """Counts the bytes that are inflated of a small file that holds 64 MB of zeros."""
     import gzip
 
     content = tmp_path / "zeros"
@@ -292,7 +294,7 @@ unpacking.unpack_once(Path(sys.argv[1]), Path(sys.argv[2]))
 
 @pytest.fixture
 def unpacking(model: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """Another process in the middle of it, and the folder that it unpacks in."""
+    """Starts a process that stops in the middle of unpacking. Yields the process and its cache."""
     cache = tmp_path / "cache"
     archive = pack(tmp_path / "other.tar", "w", {"m": model})
     command = [sys.executable, "-c", SLOWLY, str(archive), str(cache)]
@@ -304,24 +306,24 @@ def unpacking(model: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[st
             process.kill()
 
 
-def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(
+def test_what_a_killed_process_left_is_removed_and_what_a_running_one_writes_is_not(
     unpacking: tuple[subprocess.Popen[str], Path], tmp_path: Path
 ) -> None:
     process, cache = unpacking
     (unfinished,) = cache.glob(".unpacking-*")
     remove_leftovers(cache)
-    assert (unfinished / "m").is_file(), "its process lives"
+    assert (unfinished / "m").is_file(), "its process still runs"
     process.kill()
     process.wait()
     Weights.at(cache.parent, read_catalog(), None)
-    assert unfinished.is_dir(), "another folder's"
+    assert unfinished.is_dir(), "the cache is not in this folder of weights"
     cache.rename(tmp_path / UNPACKED)
     Weights.at(tmp_path, read_catalog(), None)
     assert [path.name for path in (tmp_path / UNPACKED).iterdir()] == [".lock"]
 
 
-def test_unpacking_clears_up_first(model: Path, tmp_path: Path) -> None:
-    """A disk that is full of leftovers would have no room for it."""
+def test_leftovers_are_removed_before_an_archive_is_unpacked(model: Path, tmp_path: Path) -> None:
+    """Leftovers may fill the disk, so that it has no room for the archive."""
     (tmp_path / "cache" / ".unpacking-x" / "deep").mkdir(parents=True)
     given = unpack_once(pack(tmp_path / "x", "w", {"m": model}), tmp_path / "cache")
     given.accept()
@@ -343,7 +345,7 @@ def left_in(cache: Path) -> list[str]:
 
 
 def export_without(weights: Path, folder: Path, name: str) -> Path:
-    """An archive of a model that lacks one of its tensors."""
+    """Packs an export of the model `small` into an archive, without the tensor called `name`."""
     package = torch.load(weights / "small" / "state_dict.bin", weights_only=True)
     del package["best_state"][name]
     torch.save(package, folder / "state_dict.bin")
@@ -384,7 +386,7 @@ def test_a_damaged_file_in_an_archive_is_named_by_the_archive(tmp_path: Path) ->
 def test_what_does_not_load_is_gone_and_what_did_load_stays(
     writable_weights: Path, weights: Path, tmp_path: Path
 ) -> None:
-    """Also if the last tensor is the one that does not fit."""
+    """The missing tensor is the last of the model, so that loading fails as late as it can."""
     cache = writable_weights / UNPACKED
     archive = export_without(weights, tmp_path, "out_norm.weight")
     for _ in range(2):
@@ -402,7 +404,7 @@ def test_what_does_not_load_is_gone_and_what_did_load_stays(
 def test_a_codec_or_a_question_that_fails_leaves_nothing(
     writable_weights: Path, weights: Path, tmp_path: Path
 ) -> None:
-    """A request may ask for the codec, or whether a model follows melodies, before the model is loaded."""
+    """A request may ask for the codec, or whether a model follows a melody, before the model is loaded."""
     package = torch.load(weights / "small" / "state_dict.bin", weights_only=True)
     package["xp.cfg"] = package["xp.cfg"].replace("model: t5", "model: clap")
     torch.save(package, tmp_path / "state_dict.bin")
@@ -433,7 +435,7 @@ def test_what_a_killed_process_had_on_trial_goes_at_the_next_start(model: Path, 
             assert process.stdout and process.stdout.readline() == "opened\n"
             Weights.at(tmp_path, read_catalog(), None)
             (folder, trial) = sorted(path for path in cache.iterdir() if path.name != ".lock")
-            assert trial.name == f"{folder.name}.trial", "its process lives"
+            assert trial.name == f"{folder.name}.trial", "its process still runs"
             mine = unpack_once(archive, cache)
             mine.refuse()
             assert folder.is_dir(), "another process tries it"
@@ -452,7 +454,7 @@ def test_what_one_process_accepted_no_other_removes(model: Path, tmp_path: Path)
 
 
 def test_a_tar_that_was_cut_between_two_files_is_refused(weights: Path, tmp_path: Path) -> None:
-    """Its second file, the codec, would be lost without a word, and another one used."""
+    """Otherwise the second file, the codec, would be missing, and another codec would be used silently."""
     files = {name: weights / "small" / name for name in ("state_dict.bin", "compression_state_dict.bin")}
     archive = pack(tmp_path / "x.tar", "w", files)
     with tarfile.open(archive) as opened:

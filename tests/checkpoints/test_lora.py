@@ -15,14 +15,14 @@ from musicgen_svc.checkpoints import OpenedCheckpoint, open_checkpoint
 from musicgen_svc.errors import WeightsError
 from musicgen_svc.loading.file_hashes import Hashes
 
-# PEFT asks transformers by an older name.
+# PEFT reads a property of transformers' models by its older name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def adapted(kind: str = "musicgen", adapter: Any = None, **settings: Any) -> Any:
-    """PEFT's model of a fresh base, as if trained: B and whatever else was trained are no longer zero."""
+    """Makes PEFT's model of a new base. Noise is added to all trainable weights, as if it were trained."""
     base = model_of(kind)
     base.name_or_path = "facebook/musicgen-tiny"
     model = peft.get_peft_model(base, adapter or peft.LoraConfig(lora_alpha=12, r=4, **settings)).eval()
@@ -36,7 +36,7 @@ def adapted(kind: str = "musicgen", adapter: Any = None, **settings: Any) -> Any
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The untouched bases."""
+    """Saves the base models, which no adapter has changed."""
     folder = tmp_path_factory.mktemp("bases")
     for kind in ("musicgen", "musicgen_melody"):
         model_of(kind).save_pretrained(folder / kind)
@@ -141,7 +141,7 @@ def test_the_base_is_left_as_it_was_and_gives_all_that_is_no_weight(bases: Path,
     adapter, base = opened(tmp_path, bases / "musicgen"), open_checkpoint(bases / "musicgen")
     first = {key: tensor.clone() for key, tensor in adapter.lm().state.items()}
     second = adapter.lm().state
-    assert all(torch.equal(first[key], second[key]) for key in first)  # not merged twice into one tensor
+    assert all(torch.equal(first[key], second[key]) for key in first), "merged twice into one tensor"
     assert {file: file.read_bytes() for file in (bases / "musicgen").iterdir()} == files
     assert adapter.config() == base.config()
     assert adapter.codec().state.keys() == base.codec().state.keys()

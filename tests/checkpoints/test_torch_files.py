@@ -1,4 +1,4 @@
-"""The formats that are torch.save files: each is written by its own tool, and computes what its model did."""
+"""The formats of torch.save files. Each is written by its own tool, and gives the logits of its model."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ NAMES = ["small", "melody", "stereo"]
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, tuple[tiny_lms.Package, dict[str, torch.Tensor], torch.Tensor]]:
-    """Configuration, weights and logits of each architecture."""
+    """Makes a model of each architecture: its configuration, weights and logits."""
     made = {}
     for name in NAMES:
         config = tiny_lms.config_of(name)
@@ -27,7 +27,7 @@ def models() -> dict[str, tuple[tiny_lms.Package, dict[str, torch.Tensor], torch
 
 
 def dora(config: tiny_lms.Package, state: Any, best: Any = None, sharded: Any = None) -> tiny_lms.Package:
-    """What audiocraft's solver hands to torch.save."""
+    """Returns the dictionary that audiocraft's solver passes to torch.save."""
     return {
         "xp.cfg": tiny_lms.dict_config(config),
         "xp.sig": "9f1c2a3b",
@@ -42,7 +42,7 @@ def dora(config: tiny_lms.Package, state: Any, best: Any = None, sharded: Any = 
 
 
 def lightning(state: dict[str, torch.Tensor]) -> tiny_lms.Package:
-    """What Lightning's trainer hands to torch.save."""
+    """Returns the dictionary that Lightning's trainer passes to torch.save."""
     return {
         "epoch": 3,
         "global_step": 400,
@@ -61,7 +61,7 @@ def lightning(state: dict[str, torch.Tensor]) -> tiny_lms.Package:
 
 
 def export(config: tiny_lms.Package, state: Any, folder: Path) -> Path:
-    """audiocraft's own export of a training, a pointer for its codec."""
+    """Exports a training with audiocraft's own function. The codec's file only names a public codec."""
     from audiocraft.utils.export import export_lm, export_pretrained_compression_model
 
     folder.mkdir()
@@ -73,7 +73,7 @@ def export(config: tiny_lms.Package, state: Any, folder: Path) -> Path:
 
 
 def written(kind: str, config: tiny_lms.Package, state: dict[str, torch.Tensor], folder: Path) -> Path:
-    """A checkpoint of the kind, under a name that says nothing."""
+    """Writes a checkpoint in a format, into a file whose name does not tell the format."""
     if kind == "audiocraft export":
         return export(config, state, folder / "export")
     package: Any = {
@@ -115,7 +115,7 @@ SECTIONS = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bare_state_dict_gets_the_released_configuration(name: str, models: Any, tmp_path: Path) -> None:
-    """But for training's settings, and what is the same by default."""
+    """Settings of the training, and values that equal audiocraft's defaults, are not inferred."""
     config, state, _ = models[name]
     inferred = OmegaConf.to_container(
         open_checkpoint(written("bare state dict", config, state, tmp_path)).config()
@@ -160,7 +160,7 @@ def test_tensors_are_mapped_and_the_older_layout_of_torch_save_is_read(models: A
 
 
 def test_a_model_without_the_efficient_attention_computes_the_same(models: Any, tmp_path: Path) -> None:
-    """torch's own module wraps its tensors in one more name."""
+    """The names of the tensors in torch's own attention module have one more part."""
     from musicgen_svc.audiocraft_compat import builders
 
     config, state, expected = models["small"]
@@ -169,7 +169,9 @@ def test_a_model_without_the_efficient_attention_computes_the_same(models: Any, 
     }
     without = OmegaConf.create(plain | {"device": "cpu", "dtype": "float32", "conditioners": {}})
     lm = builders.get_lm_model(without)
-    lm.load_state_dict({n: t for n, t in state.items() if not n.startswith(tiny_lms.PROVIDER)})  # it respells
+    lm.load_state_dict(
+        {n: t for n, t in state.items() if not n.startswith(tiny_lms.PROVIDER)}
+    )  # it changes their names
     wrapped = lm.state_dict() | {n: t for n, t in state.items() if n.startswith(tiny_lms.PROVIDER)}
     assert "transformer.layers.0.self_attn.mha.in_proj_weight" in wrapped
     torch.save({"xp.cfg": tiny_lms.dict_config(plain), "model": wrapped}, tmp_path / "x")
@@ -217,13 +219,13 @@ def test_a_codec_beside_the_model_loads_in_both_spellings_of_weight_norm(
     with torch.serialization.safe_globals(_ALLOWED_TYPES):
         export_encodec(tmp_path / "codec.th", folder / "compression_state_dict.bin")
     assert torch.equal(samples(open_checkpoint(folder).codec()), expected)
-    # The training's own file beside the model does as well, whatever its name.
+    # The file of the codec's training may be beside the model instead, under any name.
     (folder / "compression_state_dict.bin").unlink()
     (tmp_path / "codec.th").rename(folder / "anything")
     assert torch.equal(samples(open_checkpoint(folder).codec()), expected)
 
 
-def test_a_file_named_by_itself_takes_no_stranger_s_codec(models: Any, tmp_path: Path) -> None:
+def test_a_file_that_is_named_itself_does_not_take_an_unrelated_codec(models: Any, tmp_path: Path) -> None:
     config, state, _ = models["small"]
     path = written("Cog trainer's file", config, state, tmp_path)
     torch.save(tiny_lms.codec_package(), tmp_path / "of-another-model.bin")
@@ -231,9 +233,7 @@ def test_a_file_named_by_itself_takes_no_stranger_s_codec(models: Any, tmp_path:
     assert isinstance(open_checkpoint(tmp_path).codec(), Checkpoint)
 
 
-def test_a_codec_that_only_the_trainer_has_is_looked_for_beside_and_missed(
-    models: Any, tmp_path: Path
-) -> None:
+def test_a_codec_that_only_its_trainer_has_must_be_beside_the_model(models: Any, tmp_path: Path) -> None:
     config, state, _ = models["small"]
     path = written(
         "Cog trainer's file", config | {"compression_model_checkpoint": "//sig/1a2b3c"}, state, tmp_path
@@ -326,7 +326,7 @@ def test_a_bare_state_dict_without_its_sizes_says_which(
 
 
 def other_codec(path: Path) -> torch.Tensor:
-    """Writes a codec of encodec_32khz's shape that is another one, and returns one of its codebooks."""
+    """Writes a codec that differs from encodec_32khz in one codebook, and returns that codebook."""
     package = tiny_lms.codec_package()
     name = next(name for name in package["best_state"] if name.endswith("embed"))
     package["best_state"][name] = package["best_state"][name] + 1
@@ -336,7 +336,7 @@ def other_codec(path: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("named", ["state_dict.bin", "compression_state_dict.bin"])
 def test_a_file_of_an_export_means_the_whole_export(named: str, models: Any, tmp_path: Path) -> None:
-    """Its configuration names a public codec, as every export's does; the one beside it is the right one."""
+    """The configuration of every export names a public codec, but the codec beside it is the one to use."""
     config, state, _ = models["small"]
     folder = export(config, state, tmp_path / "export")
     codebook = other_codec(folder / "compression_state_dict.bin")

@@ -380,7 +380,7 @@ def test_the_list_says_what_is_there_and_what_is_missing(
     assert download_weights.main(["--list", "--weights-dir", str(folder)]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     catalog = read_catalog()
-    assert lines.keys() == catalog.models.keys() | catalog.components.keys()
+    assert lines.keys() == catalog.models.keys() | catalog.parts.keys()
     assert re.search(
         r" 2\.00 kB  complete, facebook/musicgen-x at 0123456789ab; it needs t5-base$", lines["small"]
     )

@@ -104,11 +104,11 @@ def test_a_key_in_use_is_kept_however_long_ago_it_was_used() -> None:
     assert lru.make_room(6, keep={"a"}) == ["b", "c"]
 
 
-def test_keys_in_last_are_removed_last() -> None:
+def test_keys_in_evict_last_are_removed_last() -> None:
     lru = holding(10, a=4, b=3, c=3)
-    assert lru.make_room(2, last={"a"}) == ["b"]
+    assert lru.make_room(2, evict_last={"a"}) == ["b"]
     lru.add("d", 2)
-    assert lru.make_room(9, last={"a"}) == ["c", "d", "a"]
+    assert lru.make_room(9, evict_last={"a"}) == ["c", "d", "a"]
 
 
 def test_what_does_not_fit_removes_nothing() -> None:

@@ -85,7 +85,7 @@ def test_a_checkpoints_own_parts_are_used_before_the_common_ones(
     shutil.copytree(weights / "t5-small", own / "t5-small")
     shutil.copytree(weights / "t5-small", tmp_path / "t5-small")
     found = Weights.at(tmp_path, read_catalog(), str(own))
-    assert found.component("t5-small", own) == own / "t5-small"
+    assert found.part_path("t5-small", own) == own / "t5-small"
     assert loader(tmp_path, own).start().name == "finetuned"
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint from a URL: what may be fetched, how it arrives, and what is never mistaken for it."""
+"""Fetching a checkpoint from a URL: what is allowed, how a fetch is resumed, and what messages show."""
 
 import fcntl
 import hashlib
@@ -39,27 +39,28 @@ CHANGED = CONTENT[::-1]
 
 @dataclass
 class Host:
-    """What the server has, by host and path, and how it misbehaves."""
+    """The files of the test server, by host and path, and the faults that it shows."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     redirects: dict[str, str] = field(default_factory=dict)
     statuses: list[int] = field(default_factory=list)
-    """Of the next answers."""
+    """The HTTP statuses of the next answers."""
     cuts: list[int] = field(default_factory=list)
-    """After how many bytes the next answers break off."""
+    """The numbers of bytes after which the next answers break off."""
     etags: bool = True
     weak: bool = False
     heeds_if_range: bool = True
     declares: bool = True
     """Whether it says how long a file is."""
     longest_rest: int | None = None
-    """The most that it gives of a rest that is asked for."""
+    """The most bytes that it sends if the rest of a file is asked for; None: all of them."""
     extra: dict[str, str] = field(default_factory=dict)
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
-    """Each request: host and path, and headers."""
+    """The requests so far, each as its host and path, and its headers."""
     after_cut: Callable[[], None] = lambda: None
 
     def starts(self) -> list[str]:
+        """Returns the header `Range` of each request; an empty text where there was none."""
         return [headers.get("Range", "") for _, headers in self.asked]
 
 
@@ -109,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Network(HTTPAdapter):
-    """Brings what is sent to any https host to the server on this machine; knows no other network."""
+    """Sends each request for an https host to the test server. No other server is reached."""
 
     def __init__(self, port: int) -> None:
         super().__init__()
@@ -156,7 +157,7 @@ def get(server: ThreadingHTTPServer, tmp_path: Path) -> Callable[..., Path]:
 
 
 def loadable(cache: Path) -> list[Path]:
-    """What could be taken for a checkpoint."""
+    """Returns the files in the cache that have the name of a complete file."""
     return [path for path in cache.iterdir() if re.fullmatch("[0-9a-f]{64}", path.name)]
 
 
@@ -198,7 +199,7 @@ def test_only_https_from_the_hosts_of_the_setting(url: str, message: str, host: 
     with pytest.raises(WeightsError, match=message) as caught:
         get(url)
     assert host.asked == []
-    assert "word" not in str(caught.value), "what may be a secret is not shown"
+    assert "word" not in str(caught.value), "the password may be a secret"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_redirects_between_allowed_hosts_are_followed_but_not_for_ever(host: Hos
 
 @pytest.mark.parametrize("declares", [True, False])
 def test_a_file_that_is_too_large_is_refused(declares: bool, host: Host, get: Any, tmp_path: Path) -> None:
-    """Before anything of it is read if the server says so, else as soon as it is seen."""
+    """It is refused by its declared length, or else while it is read, as soon as it is too long."""
     host.declares = declares
     with pytest.raises(WeightsError, match=r"MUSICGEN_WEIGHTS_MAX_GB allows, 0.001 GB"):
         get(rules=Rules(RULES.hosts, 1_000_000))
@@ -250,14 +251,14 @@ def test_a_disk_too_small_is_said_before_it_is_full(
     assert loadable(tmp_path / "cache") == []
 
 
-def test_a_cut_connection_is_gone_on_with(host: Host, get: Any, tmp_path: Path) -> None:
+def test_a_fetch_continues_after_a_cut_connection(host: Host, get: Any, tmp_path: Path) -> None:
     cut = 2 * remote._PIECE_BYTES
     host.cuts = [cut]
     seen: list[list[Path]] = []
     host.after_cut = lambda: seen.append(loadable(tmp_path / "cache"))
     assert get().read_bytes() == CONTENT
     assert host.starts() == ["", f"bytes={cut}-"]
-    assert seen == [[]], "while it is on its way there is nothing to load"
+    assert seen == [[]], "nothing can be loaded before the file is complete"
 
 
 def test_a_rest_that_is_less_than_was_asked_for_is_not_the_end(host: Host, get: Any) -> None:
@@ -266,7 +267,7 @@ def test_a_rest_that_is_less_than_was_asked_for_is_not_the_end(host: Host, get: 
     assert len(host.starts()) == 4
 
 
-def test_a_server_that_stays_away_leaves_nothing_to_load_and_the_next_start_goes_on(
+def test_a_server_that_stops_answering_leaves_nothing_to_load_and_the_next_start_continues(
     host: Host, get: Any, tmp_path: Path
 ) -> None:
     cut = remote._PIECE_BYTES
@@ -282,7 +283,7 @@ def test_a_server_that_stays_away_leaves_nothing_to_load_and_the_next_start_goes
 
 @pytest.mark.parametrize("heeds", [True, False])
 def test_a_file_that_changes_halfway_starts_over(heeds: bool, host: Host, get: Any) -> None:
-    """Also where the server gives the rest of the new file as if it were the rest of the old one."""
+    """This holds even if the server ignores If-Range, and sends the rest of the new file."""
     host.heeds_if_range = heeds
     host.cuts = [2 * remote._PIECE_BYTES]
     host.after_cut = lambda: host.files.update({"weights.example.com/a/trained_model.tar": CHANGED})
@@ -325,7 +326,7 @@ def test_a_copy_that_is_not_whole_is_fetched_again(host: Host, get: Any) -> None
     assert get().read_bytes() == CONTENT
 
 
-def test_what_the_server_refuses_or_packs_is_said(host: Host, get: Any) -> None:
+def test_a_status_or_a_compressed_answer_is_an_error_that_says_so(host: Host, get: Any) -> None:
     with pytest.raises(
         WeightsError, match=r"COG_WEIGHTS \(a URL of example.com\) .*: the server answers 404\.$"
     ):
@@ -345,7 +346,7 @@ def test_progress_is_logged_without_secrets(host: Host, get: Any, capsys: pytest
 def test_no_error_says_the_secret_of_a_url_in_what_caused_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log shows an error with all of its causes."""
+    """The log shows the causes of an error too, so none of them may hold the secret."""
     monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     nobody = requests.Session()
     nobody.trust_env = False
@@ -356,7 +357,7 @@ def test_no_error_says_the_secret_of_a_url_in_what_caused_it(
         assert "token=secret" not in "".join(traceback.format_exception(caught.value))
 
 
-def test_two_that_fetch_at_once_end_with_one_whole_file(host: Host, get: Any) -> None:
+def test_fetches_at_the_same_time_end_with_one_complete_file(host: Host, get: Any) -> None:
     results: list[Path] = []
     threads = [threading.Thread(target=lambda: results.append(get())) for _ in range(3)]
     for thread in threads:
@@ -374,7 +375,7 @@ def test_a_repository_is_no_file() -> None:
 
 
 def test_cog_weights_may_be_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Path) -> None:
-    """The settings' hosts and limit are the rules, and the rest of the service sees a path."""
+    """The rules are made of the settings, and `Weights` gets the path of the fetched file."""
     seen: list[tuple[str, Path, Rules]] = []
 
     def fetched(url: str, cache: Path, rules: Rules) -> Path:
@@ -426,7 +427,7 @@ SECRETS = st.text("qxzjQXZJ0123456789", min_size=12, max_size=40)
 
 
 def refused_with(url: str, cache: Path) -> str:
-    """All that may come into the log when COG_WEIGHTS is such a text and no server answers."""
+    """Returns the traceback that the log may show if this is COG_WEIGHTS and no server answers."""
     nobody = requests.Session()
     nobody.trust_env = False
     nobody.mount("https://", Network(1))
@@ -477,7 +478,7 @@ def test_a_redirect_shows_a_host_and_nothing_else(secret: str, url: str, place: 
 
 
 def test_a_redirect_to_a_host_that_is_not_allowed_names_it(host: Host, get: Any) -> None:
-    """An operator who trusts it must know what to add to the setting."""
+    """The operator must know which host to add to the setting."""
     host.redirects["weights.example.com/start"] = "https://cdn.evil.com/x?token=word"
     message = r"COG_WEIGHTS \(a URL of example\.com\) is redirected to the host cdn\.evil\.com, which may not"
     with pytest.raises(WeightsError, match=message) as caught:
@@ -536,13 +537,13 @@ def test_what_another_url_left_long_ago_is_removed_and_what_is_resumed_or_in_use
     assert young.partial.exists() and held.partial.exists()
     os.utime(young.partial, (0, 0))
     local_path(None, Settings(weights_dir=tmp_path))
-    assert young.partial.exists(), "another folder's"
+    assert young.partial.exists(), "the cache is not in this folder of weights"
     cache.rename(tmp_path / FETCHED)
     local_path(None, Settings(weights_dir=tmp_path))
     assert not list((tmp_path / FETCHED).glob("*.partial"))
 
 
-def test_its_own_partial_file_is_gone_on_with_however_old(host: Host, get: Any, tmp_path: Path) -> None:
+def test_a_fetch_continues_its_own_partial_file_however_old(host: Host, get: Any, tmp_path: Path) -> None:
     cut = remote._PIECE_BYTES
     host.cuts, host.statuses = [cut], [200, 503, 503, 503, 503]
     with pytest.raises(WeightsError):
