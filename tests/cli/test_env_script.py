@@ -43,20 +43,22 @@ def test_gpu_check_runs_with_the_machines_own_python(
     assert ended.stderr == f"{tmp_path}/{chosen} {ROOT}:/brought\n"
 
 
-@pytest.mark.parametrize("wanted", [None, "0"])
-def test_tensors_use_large_pages_as_in_the_image_unless_the_variable_is_set(
-    wanted: str | None,
+@pytest.mark.parametrize("name", ["THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY"])
+@pytest.mark.parametrize("wanted", [None, "another"])
+def test_variables_of_libraries_are_those_of_the_image_unless_the_user_set_them(
+    name: str, wanted: str | None
 ) -> None:
-    script = 'source "$0"; environment; echo "$THP_MEM_ALLOC_ENABLE"'
+    """Large pages for tensors, and threads that sleep while they wait."""
+    script = f'source "$0"; environment; echo "${name}"'
     said = subprocess.run(
         ["bash", "-euc", script, ROOT / "scripts" / "_env"],
         env={"PATH": os.environ["PATH"], "MUSICGEN_NO_VENV": "1"}
-        | ({} if wanted is None else {"THP_MEM_ALLOC_ENABLE": wanted}),
+        | ({} if wanted is None else {name: wanted}),
         capture_output=True, text=True, check=True, timeout=60,
     ).stdout.strip()  # fmt: skip
     config = yaml.safe_load((ROOT / "cog.yaml").read_text())
     image = dict(entry.split("=", 1) for entry in config["environment"])
-    assert said == (wanted or image["THP_MEM_ALLOC_ENABLE"])
+    assert said == (wanted or image[name])
 
 
 def test_scripts_that_run_in_the_users_folder_import_nothing_from_it() -> None:

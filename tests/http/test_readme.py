@@ -51,7 +51,7 @@ def test_every_setting_is_in_the_table_with_its_default() -> None:
         row = re.search(rf"^\| `{variable(field)}` \| (.*?) \|", SETTINGS, flags=re.MULTILINE)
         assert row, field.name
         if field.default is not None:
-            default = str(field.default).lower().removesuffix(".0")
+            default = str(field.default).lower().removesuffix(".0") or "–"
             assert row[1].strip("`") == default, (field.name, row[1])
 
 
