@@ -68,6 +68,12 @@ def test_200_clients_at_once_are_answered_in_order_with_the_bytes_that_each_gets
     assert max(abs(places[id] - place) for place, id in enumerate(ended)) <= BOUND
 
 
+def test_a_client_that_sends_one_request_after_the_other_is_never_refused(waiting: CogServer) -> None:
+    """Cog answers an instant before it frees a place, so with a single place it would refuse some of them."""
+    for _ in range(20):
+        assert waiting.request("POST", "/predictions", {"input": SHORT}).status_code == 200
+
+
 @needs_proc
 def test_the_clips_of_waiting_requests_are_not_in_the_workers_memory(waiting: CogServer) -> None:
     """They lie on disk. If it did not give freed memory back, the worker would keep some 13 MB for each."""
