@@ -5,7 +5,8 @@
     │   └── AudioError         `input_audio` cannot be read
     ├── WeightsError           a checkpoint is missing, incomplete or does not fit
     │   └── DamagedFileError   a file of a checkpoint is damaged, truncated or of another type than its name
-    └── GenerationError        the request is valid, but memory, disk space or time is used up
+    ├── GenerationError        the request is valid, but memory, disk space or time is used up
+    └── DrainingError          the request is valid, but the server is about to stop
 
 `Stopped` is not a ServiceError: it ends a request that the client cancelled, and nobody reads it.
 """
@@ -67,6 +68,13 @@ class DamagedFileError(WeightsError):
 
 class GenerationError(ServiceError):
     """The device, the disk or the time limit ended a valid request."""
+
+
+class DrainingError(ServiceError):
+    """The server is about to stop, and the request has not begun."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down: send the request again later, or to another server.")
 
 
 class Stopped(Exception):

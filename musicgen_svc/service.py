@@ -19,6 +19,7 @@ from musicgen_svc.loading.loader import Loader
 from musicgen_svc.pipeline import Pipeline, Result, stage_shares
 from musicgen_svc.request import Mode, Request
 from musicgen_svc.runtime.device import find_device, is_out_of_memory, use_device
+from musicgen_svc.runtime.draining import Drain
 from musicgen_svc.runtime.failures import for_client, log_failure
 from musicgen_svc.runtime.fair_queue import FairQueue
 from musicgen_svc.runtime.freed_memory import FreedMemory
@@ -51,6 +52,7 @@ class Service:
         self._device_queue = FairQueue(1)
         self._freed_memory = FreedMemory()
         self._work = WorkFolder(settings.work_dir)
+        self._drain = Drain(settings.drain_file)
         self._pipeline: Pipeline | None = None
         self._device = torch.device("cpu")
         self._device_failed = threading.Event()
@@ -115,6 +117,7 @@ class Service:
             Stopped: Cog gave the prediction up; nobody reads the outcome.
         """
         request = Request.from_fields(fields, self._settings.max_duration_s)
+        self._drain.check()
         print(f"seed: {request.seed}")
         record_metric("seed", request.seed)
         stop = StopFlag(self._settings.max_request_s)
@@ -140,6 +143,7 @@ class Service:
         def on_wait(before: int) -> None:
             poll()
             stop.check()
+            self._drain.check()
             progress.show_position(before)
             self._freed_memory.give_back()
 

@@ -54,6 +54,10 @@ class Settings:
     """The hosts from which a URL in COG_WEIGHTS may be fetched, separated by commas; subdomains included."""
     weights_max_gb: float = 32.0
     """The largest file that a URL in COG_WEIGHTS may give, in units of 10^9 bytes."""
+    drain_file: Path | None = None
+    """When this file exists, requests that wait and new requests are refused. It is removed at the start."""
+    drain_grace_s: float = 30.0
+    """How long running requests may take to end when the server is told to stop."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":

@@ -36,14 +36,15 @@ class CogServer:
     """A Cog server that runs. After `end` no process and no file of it is left."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, port: int, slots: int,
+        self, process: asyncio.subprocess.Process, variables: dict[str, str],
         reaper: Reaper, log: CogLog, folders: PredictionFolders, work: WorkFolder,
     ) -> None:  # fmt: skip
         self._process = process
         self._reaper = reaper
         self._work = work
-        self.port = port
-        self.slots = slots
+        self._drain_file = Path(variables["MUSICGEN_DRAIN_FILE"])
+        self.port = int(variables["PORT"])
+        self.slots = int(variables["COG_MAX_CONCURRENCY"])
         self.log = log
         self.folders = folders
         self.was_ready = False
@@ -56,8 +57,7 @@ class CogServer:
         work = WorkFolder()
         reaper.watch_folder(work.path)
         folders = PredictionFolders(reaper)
-        port = free_port()
-        variables = environment(port, work.new_request())
+        variables = environment(free_port(), work.new_request())
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1", *more,
             cwd=ROOT,
@@ -70,7 +70,7 @@ class CogServer:
         )  # fmt: skip
         reaper.watch_group(process.pid)
         log = CogLog(console, folders.started, folders.finished)
-        return cls(process, port, int(variables["COG_MAX_CONCURRENCY"]), reaper, log, folders, work)
+        return cls(process, variables, reaper, log, folders, work)
 
     @property
     def exit_status(self) -> int | None:
@@ -91,14 +91,14 @@ class CogServer:
             return None
         return answer if isinstance(answer, dict) else None
 
-    async def stop(self, open_requests_s: float, hurried: asyncio.Event) -> None:
-        """Asks the server to stop. Waits for running requests, at most until `hurried` is set."""
+    def drain(self) -> None:
+        """Makes the service refuse the requests that wait for others, and new ones. Those that run go on."""
+        self._drain_file.touch()
+
+    def stop(self) -> None:
+        """Tells Cog to end when it has answered all clients."""
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
-        stopped = asyncio.create_task(self._process.wait())
-        hurry = asyncio.create_task(hurried.wait())
-        await asyncio.wait((stopped, hurry), timeout=open_requests_s, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
 
     async def end(self) -> None:
         """Kills all processes of the server that still run, and removes its files."""
@@ -187,6 +187,7 @@ def environment(port: int, temporary: Path) -> dict[str, str]:
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
         "HF_HUB_OFFLINE": "1",
         "LOG_FORMAT": "json",  # for CogLog
+        "MUSICGEN_DRAIN_FILE": str(temporary / "drain"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # Cog runs `python`
         "PORT": str(port),
         "TMPDIR": str(temporary),

@@ -3,7 +3,8 @@
 Cog makes a folder named after the id that a client chose for a prediction. If that fails, as for a name of
 more than 255 characters, Cog loses one of its slots for ever; and an id such as `/etc/x` is a path. The gate
 therefore reads the head of each request, and relays the rest unchanged, one request per connection. It knows
-nothing about inputs and outputs. While Cog is restarted, the gate keeps predictions waiting.
+nothing about inputs and outputs. While Cog is restarted, the gate keeps predictions waiting. When the server
+stops, it refuses new ones.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from urllib.parse import unquote_to_bytes
 import h11
 
 from musicgen_svc.cli.prediction_folders import PredictionFolders
+from musicgen_svc.errors import DrainingError
 
 ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Ids that are safe as the name of a folder."""
@@ -32,6 +34,8 @@ HOLD_S = 180.0
 CONNECT_POLL_S = 0.1
 LINGER_S = 2.0
 """How long a client's data is read after its answer was sent. Otherwise TCP may drop the answer."""
+END_S = 5.0
+"""How long clients may take to read their answers when the server ends."""
 HOP_BY_HOP = (b"connection", b"keep-alive", b"proxy-connection", b"upgrade", b"http2-settings")
 
 
@@ -65,6 +69,8 @@ class Gate:
         self._port: int | None = None
         self._folders: PredictionFolders | None = None
         self._open = asyncio.Event()
+        self._draining = False
+        self._connections: set[asyncio.Task[None]] = set()
 
     async def listen(self, listener: socket.socket) -> asyncio.Server:
         """Serves the connections of a bound socket."""
@@ -82,7 +88,31 @@ class Gate:
         """Keeps new predictions waiting until the gate is opened. Lets all other requests through."""
         self._open.clear()
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def drain(self) -> None:
+        """Refuses new predictions, and those that wait for Cog. Lets all other requests through."""
+        self._draining = True
+        self._open.set()
+
+    async def end(self) -> None:
+        """Waits until clients have read their answers, at most for END_S, and closes all connections."""
+        if self._connections:
+            _, open_ones = await asyncio.wait(self._connections, timeout=END_S)
+            for connection in open_ones:
+                connection.cancel()
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serves one connection in a task of its own."""
+        connection = asyncio.create_task(self._serve(reader, writer))
+        self._connections.add(connection)
+
+        def ended(connection: asyncio.Task[None]) -> None:
+            self._connections.discard(connection)
+            if connection.cancelled():
+                writer.transport.abort()  # a close would wait until the client has read everything
+
+        connection.add_done_callback(ended)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serves one connection."""
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             try:
@@ -103,7 +133,7 @@ class Gate:
     ) -> None:
         try:
             async with asyncio.timeout(HOLD_S):
-                from_cog, to_cog = await self._connect(waits=request.creates)
+                from_cog, to_cog = await self._connect(request)
         except TimeoutError:
             raise Refusal(503, "The server is being restarted: try again later.") from None
         with self._keeping_folder(request.id):
@@ -113,11 +143,17 @@ class Gate:
             finally:
                 to_cog.close()
 
-    async def _connect(self, waits: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Connects to Cog as soon as it listens; if `waits`, not before the gate is open."""
+    async def _connect(self, request: RelayedRequest) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connects to Cog as soon as it listens; for a new prediction not before the gate is open.
+
+        Raises:
+            Refusal: the server stops, and the request would start a prediction.
+        """
         while True:
-            if waits:
+            if request.creates:
                 await self._open.wait()
+                if self._draining and not (self._folders and self._folders.runs(request.id)):
+                    raise Refusal(503, str(DrainingError()))
             if self._port is not None:
                 with contextlib.suppress(ConnectionRefusedError):
                     return await asyncio.open_connection("127.0.0.1", self._port)

@@ -35,7 +35,8 @@ def own_server() -> Iterator[Client]:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "musicgen_svc.cli.serve", "--stop-at-eof"],
                 env=os.environ
-                | {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "console", "COG_MAX_CONCURRENCY": "1"},
+                | {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "console", "COG_MAX_CONCURRENCY": "1"}
+                | {"MUSICGEN_DRAIN_GRACE_S": "5"},
                 stdin=subprocess.PIPE,  # its end makes the server stop, even if this process is killed
                 stdout=out,
                 stderr=subprocess.STDOUT,

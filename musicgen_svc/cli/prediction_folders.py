@@ -69,6 +69,10 @@ class PredictionFolders:
         self._ended.add(id)
         self._clear(id)
 
+    def runs(self, id: str | None) -> bool:
+        """Whether Cog runs a prediction with this id."""
+        return id in self._running
+
     def clear(self) -> None:
         """Removes all folders that are left, after Cog has ended."""
         for id in self._running | self._ended:

@@ -14,10 +14,13 @@ from musicgen_svc.cli.cog_log import Console
 from musicgen_svc.cli.cog_server import ROOT, concurrency, write_schema
 from musicgen_svc.cli.gate import Gate
 from musicgen_svc.cli.supervisor import StopRequest, Supervisor
+from musicgen_svc.errors import ServiceError
+from musicgen_svc.settings import Settings
 
 HELP = """\
 variables: COG_WEIGHTS, LOG_FORMAT (console; json: Cog's own lines), HOST and PORT (where --host and --port
-are not given), and the settings in the README. Ends with 0 when stopped by Ctrl-C, SIGTERM or POST
+are not given), and the settings in docs/settings.md. Ctrl-C or SIGTERM stops the server: predictions that run
+may end within MUSICGEN_DRAIN_GRACE_S, unless a second one follows. The exit status is then 0, as after POST
 /shutdown. A server that no longer serves is restarted, and the log says why.
 """
 
@@ -49,20 +52,22 @@ def url(bound: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-async def serve(bound: socket.socket, more: list[str], console: Console, stop_at_eof: bool) -> int:
+async def serve(
+    bound: socket.socket, more: list[str], console: Console, stop: StopRequest, stop_at_eof: bool
+) -> int:
     """Runs the server until it is told to stop.
 
     Args:
         bound: the socket for clients.
         more: further arguments for Cog.
         console: for the log.
-        stop_at_eof: whether the end of standard input stops the server.
+        stop: is called by the signals that stop the server.
+        stop_at_eof: whether the end of standard input stops the server too.
 
     Returns:
         int: the exit status.
     """
     loop = asyncio.get_running_loop()
-    stop = StopRequest()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stop)
     if stop_at_eof:  # the process that started this one has ended, for whatever reason
@@ -75,7 +80,10 @@ async def serve(bound: socket.socket, more: list[str], console: Console, stop_at
         threading.Thread(target=wait, daemon=True).start()
     gate = Gate()
     async with await gate.listen(bound):
-        return await Supervisor(url(bound), more, gate, console, stop).run()
+        try:
+            return await Supervisor(url(bound), more, gate, console, stop).run()
+        finally:
+            await gate.end()
 
 
 def arguments() -> argparse.Namespace:
@@ -106,6 +114,10 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Runs the command. Returns the exit status."""
     given = arguments()
+    try:
+        stop = StopRequest(Settings.from_environment(os.environ).drain_grace_s)
+    except ServiceError as error:
+        sys.exit(str(error))
     bound = listener(given.host, given.port)
     try:
         prediction_folders.check()
@@ -120,7 +132,7 @@ def main() -> int:
         )
     console = Console(sys.stdout, raw=os.environ.get("LOG_FORMAT", "console") == "json")
     more = ["--upload-url", given.upload_url] if given.upload_url else []
-    return asyncio.run(serve(bound, more, console, given.stop_at_eof))
+    return asyncio.run(serve(bound, more, console, stop, given.stop_at_eof))
 
 
 if __name__ == "__main__":

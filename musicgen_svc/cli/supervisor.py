@@ -9,8 +9,10 @@ from musicgen_svc.cli.cog_server import CogServer, Json
 from musicgen_svc.cli.gate import Gate
 from musicgen_svc.cli.watch import Fault, Observation, Restarts, Watch
 
-OPEN_REQUESTS_S = 5.0
-"""How long running requests may take to end when the server is stopped. Cog itself would wait for ever."""
+ANSWERS_S = 5.0
+"""How long Cog may take to send its answers when the server is stopped and no prediction runs any more."""
+SETTLE_S = 0.5
+"""How long Cog keeps running after the last prediction has ended, so that it can send the webhook."""
 DRAIN_S = 60.0
 """How long running requests may take to end before a restart that waits for them."""
 SET_UP_POLL_S, POLL_S = 0.1, 1.0
@@ -19,9 +21,11 @@ SET_UP = ("READY", "BUSY", "UNHEALTHY", "DEFUNCT")
 
 
 class StopRequest:
-    """Whether the server was told to stop. After a second call it no longer waits for running requests."""
+    """Whether the server was told to stop. After a second call it no longer waits for running predictions."""
 
-    def __init__(self) -> None:
+    def __init__(self, grace_s: float) -> None:
+        """Makes it. `grace_s`: how long running predictions may take to end after the first call."""
+        self.grace_s = grace_s
         self.asked = asyncio.Event()
         self.hurried = asyncio.Event()
 
@@ -62,14 +66,36 @@ class Supervisor:
                     await self._prepare_restart(server, fault)
             finally:
                 if self._stop.asked.is_set():
-                    self._console.say("Stopping ...")
-                    await server.stop(OPEN_REQUESTS_S, self._stop.hurried)
+                    await self._drain(server)
                 await server.end()
             if self._stop.asked.is_set():
                 return 0
             if fault is None:
                 return server.exit_status or 0
             first = False
+
+    async def _drain(self, server: CogServer) -> None:
+        """Refuses new predictions and those that wait, and gives those that run a grace to end.
+
+        Returns when Cog has ended, when the grace is over, or when the server was told to stop again.
+        """
+        self._gate.drain()
+        server.drain()
+        told_again = self._stop.hurried
+        if count := len(server.log.running):
+            self._console.say(
+                f"Stopping when the predictions that run ({count}) have ended, or after "
+                f"{self._stop.grace_s:g} s. A second Ctrl-C or SIGTERM ends them at once."
+            )
+            grace = asyncio.sleep(self._stop.grace_s)
+            await _first(server.log.idle.wait(), server.wait(), told_again.wait(), grace)
+            if server.log.running:
+                return
+            await _first(server.wait(), told_again.wait(), asyncio.sleep(SETTLE_S))
+        else:
+            self._console.say("Stopping ...")
+        server.stop()
+        await _first(server.wait(), told_again.wait(), asyncio.sleep(ANSWERS_S))
 
     async def _serve(self, server: CogServer, first: bool) -> Fault | None:
         """Waits until the server must be restarted.

@@ -2,10 +2,11 @@
 
 Cog does not delete the file that `run()` returns. A request's folder is removed a grace period after the
 request ended, the server's folder when the server stops. What a killed server left behind is removed when the
-next server starts.
+next server starts. The folders also tell other processes whether a request runs, see `request_runs`.
 """
 
 import atexit
+import contextlib
 import fcntl
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from musicgen_svc.errors import GenerationError
 
 _PREFIX = "musicgen-"
 _LOCK = "lock"
+_ENDED = ".ended"
+"""The end of the name of the empty file beside the folder of a request that has ended."""
 
 
 class WorkFolder:
@@ -66,10 +69,16 @@ class WorkFolder:
             ) from exc
 
     def release(self, request_folder: Path, after_s: float = 0.0) -> None:
-        """Removes a request's folder, now or `after_s` seconds later."""
+        """Notes that a request has ended, and removes its folder, now or `after_s` seconds later."""
+        note = _note(request_folder)
         if after_s <= 0:
             shutil.rmtree(request_folder, ignore_errors=True)
+            note.unlink(missing_ok=True)
             return
+        with contextlib.suppress(
+            OSError
+        ):  # on a full disk the request seems to run until the folder is removed
+            note.touch()
         timer = threading.Timer(after_s, self.release, [request_folder])
         timer.daemon = True
         timer.start()
@@ -78,6 +87,16 @@ class WorkFolder:
         """Removes the server's folder and releases its lock."""
         _remove(self._path)
         self._lock.close()
+
+
+def request_runs(parent: Path) -> bool:
+    """Whether a request of a server whose `WorkFolder` is in `parent` runs or waits."""
+    return any(folder.is_dir() and not _note(folder).exists() for folder in parent.glob(f"{_PREFIX}*/*/"))
+
+
+def _note(request_folder: Path) -> Path:
+    """The file beside a request's folder that says that the request has ended."""
+    return request_folder.with_name(request_folder.name + _ENDED)
 
 
 def _sweep(parent: Path) -> None:

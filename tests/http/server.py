@@ -83,6 +83,7 @@ class CogServer:
                     "STACKS_FOLDER": str(self._stacks),
                     "PORT": "0",
                     "COG_MAX_CONCURRENCY": "1",
+                    "MUSICGEN_DRAIN_GRACE_S": "1",
                 }
                 | self._environment,
                 stdin=subprocess.PIPE,  # closes with the test process, however that ends

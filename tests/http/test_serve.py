@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import requests
-import toy
 from processes import needs_proc, processes_with, wait_for
 from server import CogServer
 
@@ -110,15 +109,16 @@ def test_nothing_stays_behind_when_stopped_during_a_request(checkout: Path, tmp_
 
 
 @needs_proc
-def test_ctrl_c_twice_does_not_wait_for_open_requests(tmp_path: Path) -> None:
-    checkout = toy.checkout(tmp_path / "checkout", OPEN_REQUESTS_S=600)
-    (tmp_path / "temporary").mkdir()
-    with CogServer(root=checkout, TMPDIR=str(tmp_path / "temporary")) as server:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_wait_for_running_predictions(
+    checkout: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    with CogServer(root=checkout, TMPDIR=str(tmp_path), MUSICGEN_DRAIN_GRACE_S="600") as server:
         server.submit({"prompt": "slow"}, id="impatient")
         wait_for(lambda: list(tmp_path.rglob("half-written")))
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(number)
         wait_for(lambda: "Stopping" in server.log)
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(number)
         assert server.process.wait(60) == 0
         assert processes_with(str(tmp_path)) == []
 

@@ -29,7 +29,7 @@ def checkout(folder: Path, **constants: float) -> Path:
     for name in ("predict.py", "openapi_schema.json"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "musicgen_svc" / "cli", folder / "musicgen_svc" / "cli")
-    for name, value in {"OPEN_REQUESTS_S": 1.0, **constants}.items():
+    for name, value in {"ANSWERS_S": 1.0, **constants}.items():
         replaced = [
             _replace(path, rf"(?m)^{name} = .*", f"{name} = {value}")
             for path in (folder / "musicgen_svc" / "cli").glob("*.py")

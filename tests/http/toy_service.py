@@ -73,6 +73,10 @@ class Service:
                     f"\r{percent:3d}%|##        | generate [00:01<00:09]", end="", file=sys.stderr, flush=True
                 )
                 await asyncio.sleep(0.2 if percent < 20 else 60)  # no test waits for its end
+        if prompt.startswith("until "):  # until this file exists
+            (folder / "half-written").touch()
+            while not Path(prompt.removeprefix("until ")).exists():
+                await asyncio.sleep(0.05)
         if fields["duration"] == 600:  # until the client gives up
             while not given_up():
                 await asyncio.sleep(0.05)
