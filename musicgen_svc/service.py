@@ -129,7 +129,8 @@ class Service:
                 print("Cog gave this prediction up, so it is stopped.")
                 stop.cancel()
 
-        with Progress(stage_shares(request), stop) as progress:
+        as_json = self._settings.log_format == "json"
+        with Progress(stage_shares(request), stop, stages_as_json=as_json) as progress:
             result = await self._in_slot(request, progress, stop, poll)
         for name, value in result.metrics.items():
             record_metric(name, value)

@@ -58,6 +58,8 @@ class Settings:
     """When this file exists, requests that wait and new requests are refused. It is removed at the start."""
     drain_grace_s: float = 30.0
     """How long running requests may take to end when the server is told to stop."""
+    log_format: str = field(default="console", metadata={"variable": "LOG_FORMAT"})
+    """`json`: each stage of a request is logged as a JSON object. Cog reads the variable too."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":

@@ -5,7 +5,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TextIO
 
 PREFIXES = re.compile(
@@ -41,19 +41,22 @@ def sentence(error: str) -> str:
 class Console:
     """Writes to a terminal or a file. On a terminal each line of a progress bar replaces the one before."""
 
-    def __init__(self, out: TextIO, raw: bool) -> None:
-        """Writes to `out`. If `raw`, Cog's JSON lines are written unchanged."""
+    def __init__(self, out: TextIO, as_json: bool) -> None:
+        """Writes to `out`. If `as_json`, every line is a JSON object with the fields of Cog's own lines."""
         self._out = out
-        self._raw = raw
+        self._as_json = as_json
         self._in_progress = False
 
     def say(self, text: str) -> None:
         """Writes a line of `scripts/serve`, with the time."""
-        self._line(f"{datetime.now():%H:%M:%S} {text}")
+        self._line(_as_json(text, "scripts/serve") if self._as_json else f"{datetime.now():%H:%M:%S} {text}")
 
     def show(self, line: str, record: dict[str, Any] | None) -> None:
         """Writes a line of Cog's log. `record`: the line as JSON. None: it is no JSON."""
-        if record is None or self._raw:
+        if self._as_json:
+            self._line(_as_json(line, "cog") if record is None else _with_stage(line, record))
+            return
+        if record is None:
             self._line(line)
             return
         fields = record["fields"]
@@ -121,6 +124,24 @@ class CogLog:
             self._finished(prediction)
         elif prediction in self.running:  # a line that the service has logged
             self.running[prediction] = True
+
+
+def _as_json(text: str, target: str) -> str:
+    """Makes a line like Cog's own of a text. `target`: what has written it."""
+    stamp = datetime.now(UTC).isoformat()
+    return json.dumps({"timestamp": stamp, "level": "INFO", "fields": {"message": text}, "target": target})
+
+
+def _with_stage(line: str, record: dict[str, Any]) -> str:
+    """Returns a line of Cog's log. The stage that the service has logged as JSON is in `fields`."""
+    fields = record["fields"]
+    try:
+        logged = json.loads(fields["message"])
+        stage = {"stage": str(logged["stage"]), "seconds": float(logged["seconds"])}
+    except (ValueError, KeyError, TypeError):
+        return line
+    message = f"{stage['stage']}: {stage['seconds']} s"
+    return json.dumps(record | {"fields": fields | stage | {"message": message}})
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -186,7 +186,8 @@ def environment(port: int, temporary: Path) -> dict[str, str]:
     fixed = {
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
         "HF_HUB_OFFLINE": "1",
-        "LOG_FORMAT": "json",  # for CogLog
+        # Cog writes JSON, for CogLog, unless this is `console`. With `json` the service does so too.
+        "LOG_FORMAT": "json" if os.environ.get("LOG_FORMAT") == "json" else "",
         "MUSICGEN_DRAIN_FILE": str(temporary / "drain"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # Cog runs `python`
         "PORT": str(port),

@@ -18,8 +18,8 @@ from musicgen_svc.errors import ServiceError
 from musicgen_svc.settings import Settings
 
 HELP = """\
-variables: COG_WEIGHTS, LOG_FORMAT (console; json: Cog's own lines), HOST and PORT (where --host and --port
-are not given), and the settings in docs/settings.md. Ctrl-C or SIGTERM stops the server: predictions that run
+variables: COG_WEIGHTS, LOG_FORMAT (console; json: one JSON object a line), HOST and PORT (where --host and
+--port are not given), and those in docs/settings.md. Ctrl-C or SIGTERM stops the server: predictions that run
 may end within MUSICGEN_DRAIN_GRACE_S, unless a second one follows. The exit status is then 0, as after POST
 /shutdown. A server that no longer serves is restarted, and the log says why.
 """
@@ -130,7 +130,7 @@ def main() -> int:
             f"The schema cannot be written to {error.filename} ({error.strerror}): let the owner of {ROOT} "
             "run scripts/serve once, or make it writable."
         )
-    console = Console(sys.stdout, raw=os.environ.get("LOG_FORMAT", "console") == "json")
+    console = Console(sys.stdout, as_json=os.environ.get("LOG_FORMAT", "console") == "json")
     more = ["--upload-url", given.upload_url] if given.upload_url else []
     return asyncio.run(serve(bound, more, console, stop, given.stop_at_eof))
 

@@ -4,6 +4,7 @@ All long work below the pipeline calls a `Tick`. A tick raises when the request 
 long, and the error unwinds the request from wherever it is.
 """
 
+import json
 import sys
 import threading
 import time
@@ -72,15 +73,18 @@ class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
 
 
 class Progress:
-    """One tqdm bar from 0 to 100 % over all stages of a request, printed to the log."""
+    """One tqdm bar from 0 to 100 % over all stages of a request, printed to the log, and their times."""
 
-    def __init__(self, weights: Mapping[str, float], stop: StopFlag) -> None:
+    def __init__(self, weights: Mapping[str, float], stop: StopFlag, *, stages_as_json: bool = False) -> None:
         """Opens the bar.
 
         Args:
             weights: the stages in order, with the share of the whole time that each is expected to take.
             stop: is checked at every tick.
+            stages_as_json: whether each stage is printed at its end as a JSON object. Otherwise all are
+                printed in one line at the end.
         """
+        self._stages_as_json = stages_as_json
         self._stop = stop
         self._total = sum(weights.values())
         self._weights = dict(weights)
@@ -129,7 +133,10 @@ class Progress:
         try:
             yield tick
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            took_s = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + took_s
+            if self._stages_as_json:
+                print(json.dumps({"stage": name, "seconds": round(took_s, 4)}))
         self._before += weight
         self._show(self._before)
 
@@ -141,6 +148,9 @@ class Progress:
         if error is None:
             self._show(self._total)
         self._bar.close()
+        if not self._stages_as_json:
+            stages = ", ".join(f"{name} {took_s:.1f}" for name, took_s in self.seconds.items() if took_s)
+            print(f"seconds: {stages}")
 
     def _show(self, reached: float) -> None:
         """Moves the bar to `reached`, in units of the weights, unless it is there already."""

@@ -1,8 +1,11 @@
 """Errors in Cog's log are shown without the prefixes that Cog and Python add."""
 
+import io
+import json
+
 import pytest
 
-from musicgen_svc.cli.cog_log import sentence
+from musicgen_svc.cli.cog_log import CogLog, Console, sentence
 
 
 @pytest.mark.parametrize(
@@ -27,3 +30,45 @@ from musicgen_svc.cli.cog_log import sentence
 )
 def test_an_error_is_cut_down_to_the_services_sentence(error: str, words: str) -> None:
     assert sentence(error) == words
+
+
+def written(as_json: bool, *lines: str) -> list[str]:
+    """What the console writes for lines of Cog's log and a line of `scripts/serve`."""
+    out = io.StringIO()
+    console = Console(out, as_json)
+    log = CogLog(console, lambda id: None, lambda id: None)
+    for line in lines:
+        log.line(line)
+    console.say("Ready.")
+    return out.getvalue().splitlines()
+
+
+def record(message: str) -> str:
+    """A line of Cog's log."""
+    fields = {"message": message, "prediction_id": "one"}
+    return json.dumps(
+        {"timestamp": "2026-01-01T00:00:00.5Z", "level": "INFO", "fields": fields, "target": "x"}
+    )
+
+
+def test_every_line_is_json_if_it_is_asked_for() -> None:
+    plain, other, stage, own = map(
+        json.loads, written(True, record("seed: 1"), "a panic", record('{"stage": "load", "seconds": 1.5}'))
+    )
+    assert plain == json.loads(record("seed: 1"))
+    assert (other["fields"]["message"], other["target"]) == ("a panic", "cog")
+    assert stage["fields"] == {
+        "message": "load: 1.5 s", "prediction_id": "one", "stage": "load", "seconds": 1.5,
+    }  # fmt: skip
+    assert (own["fields"]["message"], own["target"]) == ("Ready.", "scripts/serve")
+    assert plain.keys() == other.keys() == own.keys()
+
+
+@pytest.mark.parametrize("message", ['{"stage": 1}', '{"stage": "a", "seconds": "b"}', "[1]", "1", "{"])
+def test_a_message_that_only_looks_like_a_stage_stays_as_it_is(message: str) -> None:
+    assert written(True, record(message))[0] == record(message)
+
+
+def test_otherwise_lines_are_readable() -> None:
+    shown = written(False, record("seed: 1"), "a panic")
+    assert [line.partition(" ")[2] for line in shown] == ["[one] seed: 1", "panic", "Ready."]

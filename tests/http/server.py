@@ -3,7 +3,9 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -68,14 +70,7 @@ class CogServer:
         self._stacks.mkdir()
         with self._log.open("wb") as out:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",  # as in scripts/serve: the served checkout may not be the current folder
-                    "-m",
-                    "musicgen_svc.cli.serve",
-                    "--stop-at-eof",
-                    *self._arguments,
-                ],
+                [sys.executable, *self._command(), *self._arguments],
                 cwd=self._cwd,
                 env=os.environ
                 | {
@@ -102,6 +97,11 @@ class CogServer:
     ) -> None:
         self.stop()
 
+    def _command(self) -> list[str]:
+        """What the environment's Python runs."""
+        # -P as in scripts/serve: the served checkout may not be the current folder
+        return ["-P", "-m", "musicgen_svc.cli.serve", "--stop-at-eof"]
+
     def _await_set_up(self) -> None:
         deadline = time.monotonic() + self._setup_s
         while time.monotonic() < deadline:
@@ -109,8 +109,9 @@ class CogServer:
                 raise RuntimeError(f"The server ended with {self.process.returncode}:\n{self.log}")
             if not self.url and (found := re.search(r"http://\S+:\d+", self.log)):
                 self.url = found.group()
-            if self.url and self.health()["status"] in SETTLED:
-                return
+            with contextlib.suppress(requests.ConnectionError):
+                if self.url and self.health()["status"] in SETTLED:
+                    return
             time.sleep(0.05)
         raise RuntimeError(f"Set-up took longer than {self._setup_s} s:\n{self.log}\n{self._threads()}")
 
@@ -217,6 +218,23 @@ class CogServer:
         answer = response.json()
         assert isinstance(answer, dict)
         return answer
+
+
+class BareCog(CogServer):
+    """A Cog server that runs as in an image: without `scripts/serve`."""
+
+    def __init__(self, root: Path = ROOT, **environment: str) -> None:
+        """Prepares a server. `root`: the checkout that is served."""
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+        settings = {"PORT": str(port), "COG_PREDICT_TYPE_STUB": "predict.py:Predictor"}
+        super().__init__(root=root, cwd=root, **settings, **environment)
+        self.url = f"http://127.0.0.1:{port}"
+        (root / ".cog").mkdir(exist_ok=True)
+        shutil.copy(root / "openapi_schema.json", root / ".cog")
+
+    def _command(self) -> list[str]:
+        return ["-m", "cog.server.http", "--host", "127.0.0.1"]
 
 
 def descendants(pid: int) -> list[int]:
