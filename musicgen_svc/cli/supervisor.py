@@ -11,7 +11,7 @@ from musicgen_svc.cli.watch import Fault, Observation, Restarts, Watch
 
 ANSWERS_S = 5.0
 """How long Cog may take to send its answers when the server is stopped and no prediction runs any more."""
-SETTLE_S = 0.5
+SETTLE_S = 1.0
 """How long Cog keeps running after the last prediction has ended, so that it can send the webhook."""
 DRAIN_S = 60.0
 """How long running requests may take to end before a restart that waits for them."""

@@ -225,8 +225,7 @@ class BareCog(CogServer):
 
     def __init__(self, root: Path = ROOT, **environment: str) -> None:
         """Prepares a server. `root`: the checkout that is served."""
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
+        port = free_port()
         settings = {"PORT": str(port), "COG_PREDICT_TYPE_STUB": "predict.py:Predictor"}
         super().__init__(root=root, cwd=root, **settings, **environment)
         self.url = f"http://127.0.0.1:{port}"
@@ -235,6 +234,13 @@ class BareCog(CogServer):
 
     def _command(self) -> list[str]:
         return ["-m", "cog.server.http", "--host", "127.0.0.1"]
+
+
+def free_port() -> int:
+    """A free port of the loopback device."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+    return port
 
 
 def descendants(pid: int) -> list[int]:

@@ -1,9 +1,13 @@
 """A server that is told to stop answers what runs, refuses the rest with a sentence, and ends with 0."""
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
+from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,9 +15,10 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
+from bodies import SHORT
 from processes import needs_proc, processes_with, wait_for
-from replies import output
-from server import CogServer
+from replies import output, sentence
+from server import ROOT, BareCog, CogServer
 
 from musicgen_svc.errors import DrainingError
 
@@ -79,7 +84,7 @@ def test_what_runs_beyond_the_grace_is_cut(checkout: Path, temporary: Path, rele
 
 
 class Webhook(BaseHTTPRequestHandler):
-    """Keeps what it receives."""
+    """Keeps what it receives. It is busy at first, so that Cog sends its message again 0.2 s later."""
 
     received: list[dict[str, Any]]
 
@@ -87,7 +92,7 @@ class Webhook(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.received.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-        self.send_response(200)
+        self.send_response(503 if len(self.received) == 1 else 200)
         self.end_headers()
 
 
@@ -111,7 +116,61 @@ def test_the_webhook_of_what_ran_is_sent(checkout: Path, temporary: Path, releas
         release.touch()
         assert server.process.wait(60) == 0
         receiver.shutdown()
-    assert [told["status"] for told in received] == ["succeeded"]
+    assert [told["status"] for told in received] == ["succeeded", "succeeded"]
+
+
+@pytest.fixture
+def settings(weights: Path, temporary: Path) -> dict[str, str]:
+    """Settings of the real service, with one slot and room for others to wait."""
+    return {
+        "COG_WEIGHTS": str(weights / "small"), "MUSICGEN_WEIGHTS_DIR": str(weights), "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(temporary), "MUSICGEN_SLOTS": "1", "COG_MAX_CONCURRENCY": "6",
+        "MUSICGEN_DRAIN_GRACE_S": "600",
+    }  # fmt: skip
+
+
+def begin_one_and_let_three_wait(server: CogServer) -> list["Future[dict[str, Any]]"]:
+    """Starts four requests for one slot. Returns when three of them wait."""
+
+    def logs(words: str, id: str) -> None:
+        wait_for(lambda: words in (server.state(id) or {"logs": ""})["logs"])
+
+    answers = [server.submit(SHORT | {"duration": 60}, "running")]
+    logs("generate", "running")
+    for id in ("first", "second", "third"):
+        answers.append(server.submit(SHORT, id))
+        logs("before this one", id)
+    return answers
+
+
+def test_requests_that_wait_for_a_slot_are_told_to_go_elsewhere(settings: dict[str, str]) -> None:
+    with CogServer(**settings) as server:
+        running, *waiting = begin_one_and_let_three_wait(server)
+        server.process.send_signal(signal.SIGTERM)
+        for answer in waiting:
+            assert sentence(answer.result(60)).endswith(str(DrainingError()))
+        assert not running.done(), "the three did not wait for its end"
+        assert len(output(running.result(120))) > 60 * 32_000
+        assert server.process.wait(60) == 0
+
+
+def test_in_an_image_the_hook_drains(settings: dict[str, str], temporary: Path) -> None:
+    drain_file = temporary / "drain"
+    drain_file.touch()  # left by the container before
+    settings["MUSICGEN_DRAIN_FILE"] = str(drain_file)
+    with BareCog(**settings) as server:
+        running, *waiting = begin_one_and_let_three_wait(server)
+        environment = os.environ | settings | {"PORT": server.url.rpartition(":")[2]}
+        with subprocess.Popen(
+            [sys.executable, "-m", "musicgen_svc.cli.drain"], cwd=ROOT, env=environment
+        ) as hook:
+            for answer in waiting:
+                assert sentence(answer.result(60)).endswith(str(DrainingError()))
+            assert sentence(server.predict(SHORT)).endswith(str(DrainingError()))
+            assert hook.poll() is None and not running.done()
+            assert len(output(running.result(120))) > 60 * 32_000
+            assert hook.wait(60) == 0
+        assert server.stop() == 0
 
 
 def test_a_client_that_does_not_read_its_answer_does_not_keep_the_server_from_ending(
