@@ -37,10 +37,18 @@ from musicgen_svc.runtime.ticks import Tick
 
 @dataclass(frozen=True)
 class Result:
-    """The output file of a finished request, and its metrics."""
+    """The output file of a finished request, and what Cog reports with it."""
 
     path: Path
-    metrics: dict[str, object]
+    audio_seconds: float
+    steps: int
+    """How many steps the engine took."""
+    stage_seconds: Mapping[str, float]
+
+    @property
+    def metrics(self) -> dict[str, object]:
+        """All numbers by the names under which a client reads them."""
+        return {"audio_seconds": self.audio_seconds, "steps": self.steps, **self.stage_seconds}
 
 
 @dataclass(frozen=True)
@@ -242,9 +250,7 @@ def _write(request: Request, sound: Sound, progress: Progress, folder: Path) -> 
         samples = normalize(sound.samples, sound.sample_rate, request.normalization, tick=tick)
         name = f"musicgen-{request.model}-{request.seed}-{uuid.uuid4().hex[:8]}.{request.output_format}"
         write_audio(samples, sound.sample_rate, folder / name, sound.tags, tick=tick)
-    seconds = samples.shape[1] / sound.sample_rate
-    metrics: dict[str, object] = {"audio_seconds": seconds, "steps": sound.steps}
-    return Result(folder / name, metrics | progress.seconds)
+    return Result(folder / name, samples.shape[1] / sound.sample_rate, sound.steps, progress.seconds)
 
 
 def stage_shares(request: Request) -> dict[str, float]:

@@ -15,6 +15,7 @@ from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.errors import InputError
 
 ModelVersion = Literal["melody", "small", "medium", "large", "encode-decode", "finetuned"]
+LANGUAGE_MODELS = tuple(name for name in get_args(ModelVersion) if name != "encode-decode")
 Normalization = Literal["loudness", "clip", "peak", "rms"]
 OutputFormat = Literal["wav", "mp3"]
 

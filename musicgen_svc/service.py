@@ -17,12 +17,13 @@ from musicgen_svc.engine.engine import StepError
 from musicgen_svc.errors import GenerationError, ServiceError, Stopped, WeightsError
 from musicgen_svc.loading.loader import Loader
 from musicgen_svc.pipeline import Pipeline, Result, stage_shares
-from musicgen_svc.request import Mode, Request
+from musicgen_svc.request import LANGUAGE_MODELS, Mode, Request
 from musicgen_svc.runtime.device import find_device, is_out_of_memory, use_device
 from musicgen_svc.runtime.draining import Drain
 from musicgen_svc.runtime.failures import for_client, log_failure
 from musicgen_svc.runtime.fair_queue import FairQueue
 from musicgen_svc.runtime.freed_memory import FreedMemory
+from musicgen_svc.runtime.measurements import MeasuredRequest, Measurements
 from musicgen_svc.runtime.output_files import WorkFolder
 from musicgen_svc.runtime.progress import Progress, StopFlag
 from musicgen_svc.runtime.request_threads import RequestThreads
@@ -53,6 +54,7 @@ class Service:
         self._freed_memory = FreedMemory()
         self._work = WorkFolder(settings.work_dir)
         self._drain = Drain(settings.drain_file)
+        self._measurements = Measurements()
         self._pipeline: Pipeline | None = None
         self._device = torch.device("cpu")
         self._device_failed = threading.Event()
@@ -74,6 +76,8 @@ class Service:
 
     def _start(self, given: str | None) -> None:
         """Does the work of `start`, on the thread that loads."""
+        if self._settings.metrics_port:  # first, so that a port that is taken costs no time
+            self._measurements.serve(self._settings.metrics_host, self._settings.metrics_port)
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         device = self._device = find_device(self._settings.device)
@@ -88,11 +92,21 @@ class Service:
         self._pipeline = Pipeline(loader, self._device_queue, tag_prompt=self._settings.tag_prompt)
         self._room = WaitingRoom(loader.slots)
         self._threads = RequestThreads(loader.slots)
+        self._watch(loader, self._room)
         waiting = self._settings.max_concurrency - loader.slots
         print(
             f"{model.name} is ready on {device}: {model.format} {model.path}. "
             f"Requests at once: {loader.slots}; more that may wait: {waiting}."
         )
+
+    def _watch(self, loader: Loader, room: WaitingRoom) -> None:
+        """Adds to the metrics what is read at each scrape."""
+        measured = self._measurements
+        measured.watch("queue_length", "Requests that wait for a slot.", lambda: room.waiting)
+        measured.watch("slots_in_use", "Requests that run.", lambda: room.running)
+        measured.watch("slots", "Requests that may run at once.", lambda: room.slots)
+        measured.watch_models(LANGUAGE_MODELS, loader.in_memory)
+        measured.watch_device(loader.device)
 
     def healthy(self) -> bool:
         """Returns False once the device has failed permanently. Never waits for the device."""
@@ -116,7 +130,16 @@ class Service:
             asyncio.CancelledError: the client cancelled; the request has released everything by then.
             Stopped: Cog gave the prediction up; nobody reads the outcome.
         """
+        with self._measurements.request() as measured:
+            return await self._predict(fields, record_metric, given_up, measured)
+
+    async def _predict(
+        self, fields: dict[str, object], record_metric: RecordMetric, given_up: GivenUp,
+        measured: MeasuredRequest,
+    ) -> Path:  # fmt: skip
+        """Does the work of `predict`, and notes in `measured` what is known of the request."""
         request = Request.from_fields(fields, self._settings.max_duration_s)
+        measured.mode, measured.model = request.mode.value, request.model
         self._drain.check()
         print(f"seed: {request.seed}")
         record_metric("seed", request.seed)
@@ -131,7 +154,9 @@ class Service:
 
         as_json = self._settings.log_format == "json"
         with Progress(stage_shares(request), stop, stages_as_json=as_json) as progress:
+            measured.stage_seconds = progress.seconds
             result = await self._in_slot(request, progress, stop, poll)
+        measured.audio_seconds, measured.steps = result.audio_seconds, result.steps
         for name, value in result.metrics.items():
             record_metric(name, value)
         return result.path

@@ -58,6 +58,10 @@ class Settings:
     """When this file exists, requests that wait and new requests are refused. It is removed at the start."""
     drain_grace_s: float = 30.0
     """How long running requests may take to end when the server is told to stop."""
+    metrics_port: int = 0
+    """Where metrics are served in Prometheus' format; 0: nowhere."""
+    metrics_host: str = "127.0.0.1"
+    """The address of this port. 0.0.0.0: any, which a container needs."""
     log_format: str = field(default="console", metadata={"variable": "LOG_FORMAT"})
     """`json`: each stage of a request is logged as a JSON object. Cog reads the variable too."""
 

@@ -24,7 +24,7 @@ def test_every_setting_is_read_in_its_own_type() -> None:
         "MUSICGEN_MEMORY_BUDGET_GB": "7.5", "MUSICGEN_WEIGHTS_HOSTS": "a.org,b.org",
         "MUSICGEN_WEIGHTS_MAX_GB": "1.5", "MUSICGEN_GPU_KERNELS": "auto", "MUSICGEN_SLOTS": "3",
         "OMP_NUM_THREADS": "2", "MUSICGEN_DRAIN_FILE": "/tmp/drain", "MUSICGEN_DRAIN_GRACE_S": "60",
-        "LOG_FORMAT": "json",
+        "LOG_FORMAT": "json", "MUSICGEN_METRICS_PORT": "9100", "MUSICGEN_METRICS_HOST": "0.0.0.0",
     }  # fmt: skip
     assert len(environment) == len(dataclasses.fields(Settings))
     expected = Settings(
@@ -48,6 +48,8 @@ def test_every_setting_is_read_in_its_own_type() -> None:
         1.5,
         Path("/tmp/drain"),
         60.0,
+        9100,
+        "0.0.0.0",
         "json",
     )
     assert Settings.from_environment(environment) == expected

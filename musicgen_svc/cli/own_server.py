@@ -14,8 +14,10 @@ from pathlib import Path
 from musicgen_svc.cli.client import Client, FailedError
 from musicgen_svc.cli.cog_log import sentence
 
-STOP_S = 15.0
-"""How long the server may take to stop; `scripts/serve` takes at most 10 s."""
+GRACE_S = 5.0
+"""How long the prediction may take to end when the server is stopped."""
+STOP_S = 20.0
+"""How long the server may take to stop: this grace, and what `scripts/serve` itself needs."""
 
 
 @contextlib.contextmanager
@@ -36,7 +38,7 @@ def own_server() -> Iterator[Client]:
                 [sys.executable, "-P", "-m", "musicgen_svc.cli.serve", "--stop-at-eof"],
                 env=os.environ
                 | {"HOST": "127.0.0.1", "PORT": "0", "LOG_FORMAT": "console", "COG_MAX_CONCURRENCY": "1"}
-                | {"MUSICGEN_DRAIN_GRACE_S": "5"},
+                | {"MUSICGEN_DRAIN_GRACE_S": str(GRACE_S), "MUSICGEN_METRICS_PORT": "0"},
                 stdin=subprocess.PIPE,  # its end makes the server stop, even if this process is killed
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -47,9 +47,9 @@ WITH_DIFFUSION = "MultiBand Diffusion together with the model or codec whose tok
 class Loader:
     """Loads models on demand, and keeps those that fit into the memory budget.
 
-    A thread must hold the device whenever it calls a method. The model in use is the one that was asked for
-    last. Requests that generate at the same time are for this model: a request for another model asks for it
-    only after they have ended.
+    A thread must hold the device whenever it calls a method other than `in_memory`. The model in use is the
+    one that was asked for last. Requests that generate at the same time are for this model: a request for
+    another model asks for it only after they have ended.
     """
 
     def __init__(
@@ -99,6 +99,11 @@ class Loader:
                 entry = self._models[name] = self._load(name, opened)
         self._name_in_use = name
         return self._cache.get(entry)
+
+    def in_memory(self, name: str) -> bool:
+        """Whether the model called `name` is in memory. May be called at any time, by any thread."""
+        entry = self._models.get(name)
+        return entry is not None and entry.in_memory
 
     def takes_melody(self, name: str) -> bool:
         """Returns whether the model follows a melody, without loading it.
