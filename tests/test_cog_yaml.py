@@ -102,6 +102,7 @@ def ignored(path: str) -> bool:
         ".git/config", ".ci/run", ".venv/bin/python", ".venvs/3.12-0/bin/python", ".cache/uv",
         ".ruff_cache/x", ".pytest_cache/x",
         ".mypy_cache/x", "tests/test_cog_yaml.py", "benchmarks/results.json", "output.wav", "output-1.mp3",
+        "deploy/kubernetes/service.yaml",
         "musicgen_svc/__pycache__/audio.cpython-312.pyc", "scripts/serve.pyc",
         "weights/.partial/small/x", f"weights/{FETCHED}/x", f"weights/{UNPACKED}/x/state_dict.bin",
     ],
