@@ -4,8 +4,9 @@ The model is that of Défossez et al., "High Fidelity Neural Audio Compression" 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +18,24 @@ from musicgen_svc.audiocraft_compat import (
     InterleaveStereoCompressionModel,
 )
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.models.encodec_chunks import ChunkedStack
+from musicgen_svc.models.encodec_chunks import ChunkedStack, StackStream
 from musicgen_svc.runtime.ticks import Tick, no_tick
 
 CHUNK_FRAMES = 1500
 """30 s at 50 Hz: a whole window of the language model. MusicGen's codec needs 1.1 to 1.4 GB for it."""
+PIECE_FRAMES = (15, 25, 50, 100)
+"""The pieces in which audio is decoded on a CPU and in a stream, of which the last is repeated: 0.3 s, 0.5 s,
+1 s, and then 2 s at 50 Hz. The first is short, so that it can be heard early."""
 
 
 class Codec:
     """An EnCodec that processes long audio in chunks.
 
-    Audio of at most one chunk takes one pass, whose tokens and samples on a CPU are those of audiocraft to
-    the last bit. Longer audio gives the result of one pass up to rounding, because the convolutions of each
-    chunk have their full receptive field and the LSTM's state continues from chunk to chunk.
+    Audio of at most one chunk is encoded in one pass, whose tokens on a CPU are those of audiocraft to the
+    last bit. Longer audio, and on a CPU every decoded audio, gives the result of one pass up to rounding,
+    because the convolutions of each chunk have their full receptive field and the LSTM's state continues from
+    chunk to chunk. On a CPU `decode` has the chunks of `stream`, so both give the same samples, to the last
+    bit.
 
     The codec computes in the weights' own precision; results are on the weights' device.
     """
@@ -54,7 +60,8 @@ class Codec:
         Args:
             model: audiocraft's EncodecModel or HFEncodecCompressionModel, or either of them inside an
                 InterleaveStereoCompressionModel, which codes left and right separately.
-            chunk_frames: the longest audio that takes one pass. Memory grows with this number.
+            chunk_frames: the longest audio that is encoded, and on a GPU decoded, in one pass. Memory grows
+                with this number.
 
         Raises:
             WeightsError: MusicGen cannot use the codec, because audio is more than its tokens, or the
@@ -97,9 +104,10 @@ class Codec:
         assert wav.ndim == 2 and wav.shape[0] == self.channels and wav.shape[1] > 0, wav.shape
         like = next(self._mono.parameters())
         rows = wav.to(like.device, like.dtype).reshape(self._rows, -1, wav.shape[1])  # [R, C / R, T]
+        lengths = _equal(-(-wav.shape[1] // self.hop), self._chunk_frames)
         codes = []
         for i in range(self._rows):  # one by one, so that the tokens are exactly audiocraft's
-            pieces = self._encoder.run(rows[i : i + 1], self._chunk_frames, _share(tick, i, self._rows))
+            pieces = self._encoder.run(rows[i : i + 1], lengths, _share(tick, i, self._rows))
             codes.append(torch.cat([self._parts.quantize(z) for z in pieces], -1))  # [1, K / R, F]
         return torch.cat(codes).transpose(0, 1).flatten(0, 1)
 
@@ -120,11 +128,18 @@ class Codec:
         for i in range(0, self._rows, at_once):
             share, done = _share(tick, i // at_once, self._rows // at_once), 0
             # A chunk is shorter by the size of the batch, so it takes the same memory.
-            for piece in self._decoder.run(z[i : i + at_once], self._chunk_frames // at_once, share):
+            lengths = _equal(z.shape[-1], self._chunk_frames // at_once) if z.is_cuda else stream_pieces()
+            for piece in self._decoder.run(z[i : i + at_once], lengths, share):
                 wav[i : i + at_once, :, done : done + piece.shape[-1]] = piece
                 done += piece.shape[-1]
             assert done == wav.shape[-1], (done, wav.shape)
         return wav.flatten(0, 1)
+
+    def stream(self) -> "CodecStream":
+        """Returns a decoder for tokens that come bit by bit."""
+        at_once = self._rows_at_once(next(self._mono.parameters()).device)
+        rows = [self._decoder.stream(stream_pieces()) for _ in range(0, self._rows, at_once)]
+        return CodecStream(self.latents, rows, at_once)
 
     @torch.no_grad()
     def latents(self, tokens: Tensor) -> Tensor:
@@ -155,6 +170,51 @@ class Codec:
         results exactly audiocraft's.
         """
         return self._rows if device.type == "cuda" else 1
+
+
+class CodecStream:
+    """Decodes tokens while they come: `push` them in order, and `finish` after the last one.
+
+    Together the pieces of samples are those of `Codec.decode` for all the tokens: on a CPU to the last bit,
+    elsewhere up to rounding.
+    """
+
+    def __init__(self, latents: Callable[[Tensor], Tensor], streams: list[StackStream], at_once: int) -> None:
+        """Makes the state of audio that has not begun.
+
+        Args:
+            latents: `Codec.latents`.
+            streams: for each batch of separately coded signals, the state of its decoder.
+            at_once: the signals in a batch.
+        """
+        self._latents, self._streams, self._at_once = latents, streams, at_once
+
+    @torch.no_grad()
+    def push(self, tokens: Tensor) -> list[Tensor]:
+        """Takes the next tokens [K, n], n > 0, and returns the pieces [C, m * hop] whose context is known."""
+        parts = torch.split(self._latents(tokens), self._at_once)
+        return _joined(list(stream.push(z)) for stream, z in zip(self._streams, parts, strict=True))
+
+    @torch.no_grad()
+    def finish(self) -> list[Tensor]:
+        """Returns the pieces that remain when there are no more tokens."""
+        return _joined(list(stream.finish()) for stream in self._streams)
+
+
+def stream_pieces() -> Iterator[int]:
+    """Returns the lengths of the pieces of a stream, in frames and without end."""
+    return chain(PIECE_FRAMES, repeat(PIECE_FRAMES[-1]))
+
+
+def _joined(rows: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Joins corresponding pieces [R', C / R, T] of all rows to pieces [C, T]."""
+    return [torch.cat(pieces).flatten(0, 1) for pieces in zip(*rows, strict=True)]
+
+
+def _equal(frames: int, longest: int) -> list[int]:
+    """Returns the lengths of as few pieces as possible, about equal and not longer than `longest`."""
+    pieces = -(-frames // longest)
+    return [(i + 1) * frames // pieces - i * frames // pieces for i in range(pieces)]
 
 
 @dataclass(frozen=True)

@@ -1,184 +1,134 @@
-"""Runs a SEANet encoder or decoder over a signal of any length in chunks, with the result of one pass.
+"""Runs a SEANet encoder or decoder over a signal of any length in pieces, as the signal comes.
 
-EnCodec's encoder and its decoder each consist of convolutions, an LSTM, and convolutions again. A
-convolution depends on a bounded neighbourhood, so each chunk is computed with enough context on both sides,
-and the outputs that depend on the padding at inner edges are cut off. The LSTM's state continues from chunk
-to chunk. This works for the layers of audiocraft and of transformers; a stack with other layers, such as a
-norm over time, takes one pass.
+EnCodec's encoder and its decoder each consist of convolutions, an LSTM, and convolutions again; some have no
+LSTM. A convolution depends on a bounded neighbourhood, so each piece is computed with enough context on both
+sides, and the outputs that depend on the padding at inner edges are cut off. The LSTM's state continues from
+piece to piece. This works for the layers of audiocraft and of transformers; a stack with other layers, such
+as a norm over time, takes one pass over the whole signal.
+
+A piece is computed from the same tensors whether the signal comes at once or bit by bit. So on a CPU the
+pieces of both have the same bits, if both have the same lengths. With other lengths they are equal up to
+rounding only, because oneDNN chooses its order of summation by the length of a signal.
 
 Positions are counted in frames, the unit that samples, LSTM and tokens have in common (20 ms in MusicGen's
 codec). This module does not know what the signals mean.
 """
 
-import itertools
-import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from musicgen_svc.models.slices import InSlices
+from musicgen_svc.models.encodec_stack import Convs, Recent, StackParts, Work, run_lstm, split_stack
 from musicgen_svc.runtime.ticks import Tick, no_tick
-
-_POINTWISE = (nn.ELU, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Identity)
 
 
 class ChunkedStack:
     """The layers of a SEANet encoder or decoder, applied one after the other."""
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
-        """`layers`: in their order. Where they have no single forward LSTM, every signal takes one pass."""
+        """`layers`: in their order. A stack that cannot be divided into pieces takes one pass."""
         self._layers = list(layers)
-        whole = _Convs(self._layers)
+        whole = Convs(self._layers)
         self.rate_in, self.rate_out = whole.rate_in, whole.rate_out
         """Time steps per frame of the input and of the output."""
-        self._parts = _parts(self._layers)
+        self._parts = split_stack(self._layers)
 
     @property
     def context(self) -> int:
         """Frames on either side on which the layers after the LSTM depend; 0 if every signal is one pass."""
-        return self._parts[2].context if self._parts else 0
+        return self._parts.back.context if self._parts else 0
 
-    def run(self, x: Tensor, chunk: int, tick: Tick = no_tick) -> Iterator[Tensor]:
-        """Computes the output in pieces of at most `chunk` frames.
+    def stream(self, lengths: Iterable[int]) -> "StackStream":
+        """Returns the state of a new signal, whose output has pieces of these lengths in frames."""
+        return StackStream(self._layers, self._parts, self.rate_in, lengths)
+
+    def run(self, x: Tensor, lengths: Iterable[int], tick: Tick = no_tick) -> Iterator[Tensor]:
+        """Computes the output of a whole signal. It is the same as that of its stream.
 
         Args:
             x: [B, C, T], T > 0, on the layers' device.
-            chunk: frames of the longest piece. A signal that is not longer takes one pass.
+            lengths: frames of each piece; at least ceil(T / rate_in) in total. What exceeds that is not used.
             tick: called with the number of finished layers, after each layer of each piece and, on a CPU,
                 between the slices of a long layer (see `InSlices`).
 
         Yields:
             [B, C', n * rate_out], n frames of the output; ceil(T / rate_in) frames in total.
         """
-        frames = -(-x.shape[-1] // self.rate_in)
-        pieces = -(-frames // chunk) if self._parts else 1
-        work = _Work(tick, pieces * len(self._layers))
-        if self._parts is None or pieces == 1:  # the same calls as in the network's own forward
-            yield work.through(self._layers, x)
-            return
-
-        front, lstm, back = self._parts
-        # Each piece must be longer than the context, so all pieces have about the same length.
-        assert chunk >= 2 * (back.context + 1), (chunk, back.context)
-        edges = [i * frames // pieces for i in range(pieces + 1)]
-        state: Any = None
-        known = 0  # frames that the LSTM has processed
-        first = 0  # the first frame of `hidden`
-        hidden = x.new_empty(0)  # the LSTM's output: [B, H, known - first]
-        for start, stop in itertools.pairwise(edges):
-            ahead = min(stop + back.context, frames)
-            new = front.apply(x, known, ahead, work)
-            with work.layer():
-                new, state = _run_lstm(lstm, new, state)
-            hidden = torch.cat([hidden, new], -1) if known else new
-            known = ahead
-            y = back.apply(hidden, start - first, stop - first, work)
-            if y.is_cuda:  # else the host would enqueue all pieces, and could no longer stop
-                torch.cuda.synchronize(y.device)
-            yield y
-            keep = max(0, stop - back.context)
-            hidden, first = hidden[..., keep - first :], keep
+        pieces = _up_to(-(-x.shape[-1] // self.rate_in), lengths) if self._parts else [0]
+        work = Work(tick, len(pieces) * len(self._layers))
+        stream = self.stream(pieces)
+        yield from stream.push(x, work)
+        yield from stream.finish(work)
 
 
-class _Work:
-    """Runs layers, counts them and reports the count."""
+class StackStream:
+    """A signal that passes a stack while it comes: `push` each part of it, and at its end `finish`."""
 
-    def __init__(self, tick: Tick, total: int) -> None:
-        self._tick, self._done, self._total = tick, 0, total
+    def __init__(
+        self, layers: list[nn.Module], parts: StackParts | None, rate_in: int, lengths: Iterable[int]
+    ) -> None:
+        """Makes the state of a signal that has not begun. `ChunkedStack.stream` knows the arguments."""
+        self._layers, self._parts, self._lengths = layers, parts, iter(lengths)
+        self._input = Recent(rate_in)
+        # The input of the layers after the LSTM; without an LSTM the input of the stack.
+        self._hidden = Recent(1) if parts is not None and parts.lstm is not None else self._input
+        self._state: Any = None
+        self._start = 0
+        self._stop = next(self._lengths) if parts is not None else 0
 
-    def through(self, layers: list[nn.Module], x: Tensor) -> Tensor:
-        """Applies layers one after the other: [B, C, T] -> [B, C', T']."""
-        for layer in layers:
-            with self.layer():
-                x = layer(x)
-        return x
+    def push(self, x: Tensor, work: Work | None = None) -> Iterator[Tensor]:
+        """Takes the next part of the signal, and yields each piece whose context is then known.
 
-    @contextmanager
-    def layer(self) -> Iterator[None]:
-        """Context manager around the computation of one layer."""
-        with InSlices(self._report):
-            yield
-        self._done += 1
-        self._report()
+        Args:
+            x: [B, C, T], whole frames unless it is the last part, T > 0.
+            work: runs the layers.
 
-    def _report(self) -> None:
-        self._tick(self._done, self._total)
-
-
-class _Convs:
-    """Consecutive layers whose outputs depend only on a bounded neighbourhood of the input."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self._layers = layers
-        reach, step = _reach(layers)
-        self.context = math.ceil(reach / step.numerator)
-        """How many frames on either side a frame of the output may depend on."""
-        self.rate_in, self.rate_out = step.numerator, step.denominator
-
-    def apply(self, x: Tensor, start: int, stop: int, work: _Work) -> Tensor:
-        """Computes the output of the frames [start, stop): [B, C, T] -> [B, C', (stop - start) * rate_out].
-
-        x must include `context` more frames on either side, except where the signal begins or ends.
+        Yields:
+            [B, C', n * rate_out], as `ChunkedStack.run`.
         """
-        first = max(0, start - self.context)
-        x = x[..., first * self.rate_in : (stop + self.context) * self.rate_in]
-        x = work.through(self._layers, x)
-        return x[..., (start - first) * self.rate_out : (stop - first) * self.rate_out]
+        self._input.append(x)
+        parts, work = self._parts, work or Work(no_tick, 1)
+        while parts is not None and self._start < self._stop <= self._input.end - parts.lookahead:
+            yield self._piece(parts, work)
+
+    def finish(self, work: Work | None = None) -> Iterator[Tensor]:
+        """Yields the pieces that remain when the signal has ended."""
+        work, end = work or Work(no_tick, 1), self._input.end
+        if self._parts is None:
+            yield work.through(self._layers, self._input.between(0, end))
+            return
+        while self._start < end:
+            self._stop = min(self._stop, end)
+            yield self._piece(self._parts, work)
+
+    def _piece(self, parts: StackParts, work: Work) -> Tensor:
+        """Computes the frames [start, stop) of the output, and moves on to the next piece."""
+        ahead = min(self._stop + parts.back.context, self._input.end)
+        if parts.lstm is not None and ahead > self._hidden.end:
+            x = parts.front.apply(self._input, self._hidden.end, ahead, work)
+            with work.layer():
+                x, self._state = run_lstm(parts.lstm, x, self._state)
+            self._hidden.append(x)
+            self._input.forget_before(ahead - parts.front.context)
+        elif parts.lstm is not None:
+            work.skip(parts.front.count + 1)
+        y = parts.back.apply(self._hidden, self._start, self._stop, work)
+        if y.is_cuda:  # else the host would enqueue all pieces, and could no longer stop
+            torch.cuda.synchronize(y.device)
+        self._hidden.forget_before(self._stop - parts.back.context)
+        self._start = self._stop
+        self._stop += next(self._lengths, 0)
+        return y
 
 
-def _reach(layers: Iterable[nn.Module]) -> tuple[Fraction, Fraction]:
-    """Returns the receptive field on either side, and the distance between two outputs, in input steps.
-
-    This is the recursion over kernels and strides of Araujo et al., "Computing Receptive Fields of
-    Convolutional Neural Networks" (Distill, 2019). It ignores how each layer is padded, and counts parallel
-    branches as if they were consecutive; both can only make the result larger than necessary.
-    """
-    reach, step = Fraction(0), Fraction(1)
-    for layer in layers:
-        for leaf in _leaves(layer):
-            if isinstance(leaf, nn.ConvTranspose1d):
-                step /= leaf.stride[0]
-            if isinstance(leaf, (nn.Conv1d, nn.ConvTranspose1d)):
-                reach += (leaf.kernel_size[0] - 1) * leaf.dilation[0] * step
-            if isinstance(leaf, nn.Conv1d):
-                step *= leaf.stride[0]
-    return reach, step
-
-
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """Yields the modules that compute. A convolution counts as one: its children only make its weight."""
-    children = [] if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) else list(module.children())
-    if not children:
-        yield module
-    for child in children:
-        yield from _leaves(child)
-
-
-def _parts(layers: list[nn.Module]) -> tuple[_Convs, nn.Module, _Convs] | None:
-    """Splits layers into those before the LSTM, the LSTM, and those after it; None if that is impossible."""
-    at = [i for i, layer in enumerate(layers) if hasattr(layer, "lstm")]
-    lstm: Any = layers[at[0]].lstm if len(at) == 1 else None
-    if not isinstance(lstm, nn.LSTM) or lstm.bidirectional or lstm.batch_first:
-        return None
-    before, after = layers[: at[0]], layers[at[0] + 1 :]
-    known = (nn.Conv1d, nn.ConvTranspose1d, *_POINTWISE)
-    if not all(isinstance(leaf, known) for layer in before + after for leaf in _leaves(layer)):
-        return None
-    front, back = _Convs(before), _Convs(after)
-    return (front, layers[at[0]], back) if front.rate_out == back.rate_in == 1 else None
-
-
-def _run_lstm(layer: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Runs an LSTM layer from a state: [B, C, F] -> [B, C, F] and the new state.
-
-    `layer` is audiocraft's StreamableLSTM or transformers' EncodecLSTM.
-    """
-    x = x.permute(2, 0, 1)
-    y, state = layer.lstm(x, state)
-    if getattr(layer, "skip", True):  # transformers' layer always has the skip connection
-        y = y + x
-    return y.permute(1, 2, 0), state
+def _up_to(frames: int, lengths: Iterable[int]) -> list[int]:
+    """Returns the first lengths, of which the last is cut, so that they are `frames` in total."""
+    taken: list[int] = []
+    for length in lengths:
+        taken.append(min(length, frames))
+        frames -= taken[-1]
+        if frames == 0:
+            break
+    return taken

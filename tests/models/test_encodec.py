@@ -1,10 +1,11 @@
-"""The codec: one pass equals audiocraft's exactly, chunks give the result of one pass, memory is bounded."""
+"""The codec: one pass gives audiocraft's tokens, chunks give the result of one pass, memory is bounded."""
 
 import math
 import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from musicgen_svc.audiocraft_compat import (
 )
 from musicgen_svc.errors import Stopped, WeightsError
 from musicgen_svc.models import encodec_chunks as chunked_encodec
-from musicgen_svc.models.encodec import Codec
+from musicgen_svc.models.encodec import PIECE_FRAMES, Codec
 from musicgen_svc.models.encodec_chunks import ChunkedStack
 
 HOP = 640  # samples per frame
@@ -50,14 +51,19 @@ def rms_db(difference: Tensor, reference: Tensor) -> float:
 
 
 @pytest.mark.parametrize("samples", [1, 639, 640, 641, 100_000])
-def test_up_to_a_chunk_both_ways_are_audiocrafts_to_the_bit(model: CompressionModel, samples: int) -> None:
+def test_up_to_a_chunk_the_tokens_are_audiocrafts_to_the_bit_and_the_samples_up_to_rounding(
+    model: CompressionModel, samples: int
+) -> None:
     codec = Codec(model)
     wav = noise(5.0, codec.channels)[:, :samples]
     tokens, samples_back = one_pass(model, wav)
     assert torch.equal(codec.encode(wav), tokens)
     assert tokens.shape == (codec.codebooks, -(-samples // HOP))
-    assert torch.equal(codec.decode(tokens), samples_back)
-    assert samples_back.shape == (codec.channels, tokens.shape[1] * HOP)
+    decoded = codec.decode(tokens)
+    assert decoded.shape == samples_back.shape == (codec.channels, tokens.shape[1] * HOP)
+    assert rms_db(decoded - samples_back, samples_back) < -120
+    if tokens.shape[1] <= PIECE_FRAMES[0]:  # one piece is one pass
+        assert torch.equal(decoded, samples_back)
 
 
 def test_chunks_together_are_one_pass(model: CompressionModel) -> None:
@@ -76,8 +82,8 @@ def test_chunks_together_are_one_pass(model: CompressionModel) -> None:
 
 def test_chunks_need_the_state_of_the_lstm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that the test above would fail if the LSTM started without a state in each chunk."""
-    run_lstm = chunked_encodec._run_lstm
-    monkeypatch.setattr(chunked_encodec, "_run_lstm", lambda layer, x, state: run_lstm(layer, x, None))
+    run_lstm = chunked_encodec.run_lstm
+    monkeypatch.setattr(chunked_encodec, "run_lstm", lambda layer, x, state: run_lstm(layer, x, None))
     model = encodec()
     wav = noise(20.0)
     tokens, samples = one_pass(model, wav)
@@ -94,6 +100,8 @@ def test_chunks_need_the_state_of_the_lstm(monkeypatch: pytest.MonkeyPatch) -> N
         {"causal": True, "n_residual_layers": 3, "dilation_base": 4, "residual_kernel_size": 5},
         {"true_skip": False, "ratios": [7, 3, 2]},
         {"lstm": 1, "norm": "none", "last_kernel_size": 11},
+        {"lstm": 0},
+        {"lstm": 0, "pad_mode": "reflect", "ratios": [7, 3, 2]},
     ],
     ids=str,
 )
@@ -105,8 +113,8 @@ def test_every_chunk_has_its_full_receptive_field(seanet: dict[str, Any]) -> Non
         stack = ChunkedStack(net.model)
         x = noise(3.0, channels)[None, :, : 150 * stack.rate_in - stack.rate_in // 8]
         whole = net(x)
-        for chunk in (70, 50):
-            pieces = list(stack.run(x, chunk))
+        for chunk in (70, 50, 1):
+            pieces = list(stack.run(x, repeat(chunk)))
             assert len(pieces) == -(-150 // chunk)
             assert all(piece.shape[-1] <= chunk * stack.rate_out for piece in pieces)
             together = torch.cat(pieces, -1)
@@ -114,9 +122,8 @@ def test_every_chunk_has_its_full_receptive_field(seanet: dict[str, Any]) -> Non
             assert (together - whole).abs().max() < 1e-5 * whole.abs().max()
 
 
-@pytest.mark.parametrize("seanet", [{"norm": "time_group_norm"}, {"lstm": 0}], ids=str)
-def test_a_stack_with_unknown_layers_takes_one_pass(seanet: dict[str, Any]) -> None:
-    model = encodec(**seanet)
+def test_a_stack_with_unknown_layers_takes_one_pass() -> None:
+    model = encodec(norm="time_group_norm")
     wav = noise(3.0)
     tokens, samples = one_pass(model, wav)
     codec = Codec(model, chunk_frames=40)
@@ -127,7 +134,7 @@ def test_a_stack_with_unknown_layers_takes_one_pass(seanet: dict[str, Any]) -> N
 @torch.no_grad()
 def test_two_lstms_or_one_that_also_runs_backwards_take_one_pass() -> None:
     def pieces(layers: list[nn.Module]) -> int:
-        return len(list(ChunkedStack(layers).run(noise(3.0)[None], chunk=50)))
+        return len(list(ChunkedStack(layers).run(noise(3.0)[None], repeat(50))))
 
     layers = list(encodec().encoder.model)
     assert pieces(layers) == 3
@@ -177,7 +184,7 @@ def test_a_codec_of_two_channels_needs_no_interleaving() -> None:
     tokens, samples = one_pass(model, wav)
     assert (codec.channels, codec.codebooks) == (2, 4)
     assert torch.equal(codec.encode(wav), tokens)
-    assert torch.equal(codec.decode(tokens), samples)
+    assert rms_db(codec.decode(tokens) - samples, samples) < -120
 
 
 def test_the_attributes_of_a_codec_are_those_of_the_model(model: CompressionModel) -> None:
