@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from musicgen_svc import windows
+from musicgen_svc.engine.engine import OnFrames
 from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.loading.model import Model
 from musicgen_svc.models.conditioners import Conditions, looped
@@ -76,6 +77,7 @@ def generate(
     sampling: SamplingParams,
     generator: torch.Generator,
     tick: Tick = no_tick,
+    on_frames: OnFrames | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Generates one window after the other.
 
@@ -85,6 +87,8 @@ def generate(
         sampling: how tokens are drawn.
         generator: continues from window to window, as torch's global generator does in audiocraft.
         tick: called with the progress, in steps of the engine weighted by the frames of each window.
+        on_frames: called with the frames of the whole piece in order and each once: the known ones first, and
+            the others as soon as they are final. The device is not held meanwhile.
 
     Returns:
         The tokens of the whole piece, [K, F], known ones included, and the number of steps.
@@ -92,6 +96,9 @@ def generate(
     pieces = [] if plan.kept is None else [plan.kept]
     if plan.prompt is not None:
         pieces.append(plan.prompt)
+    for piece in pieces if on_frames else []:
+        if on_frames and piece.shape[1]:
+            on_frames(piece)
     total = sum(window.length - window.prompt for window, _ in plan.windows)
     done = steps = 0
     tokens: torch.Tensor | None = plan.prompt
@@ -114,6 +121,7 @@ def generate(
             sampling=sampling,
             generator=generator,
             tick=tick_window,
+            on_frames=on_frames,
         )
         pieces.append(tokens[:, window.prompt :])
         done, steps, previous = done + fresh, steps + counted, window

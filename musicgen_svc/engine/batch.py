@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from musicgen_svc.engine.decoder import Conditions, Decoder
-from musicgen_svc.engine.delays import deinterleave
+from musicgen_svc.engine.delays import deinterleave, num_columns
 from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.runtime.ticks import Check, no_check
 
@@ -63,6 +63,14 @@ class Slot:
         """[K, length] tokens. Only available when the slot is done."""
         assert self.done
         return deinterleave(self.columns, self.delays).clone()
+
+    def final_frames(self, start: int) -> Tensor:
+        """Returns the frames from `start` on whose codebooks are all drawn, on the host: [K, n], n >= 0.
+
+        The caller must hold the device, because the columns may be on it.
+        """
+        stop = max(self.filled, start + num_columns(0, self.delays))
+        return deinterleave(self.columns[:, start:stop], self.delays).cpu()
 
 
 class Batch(Protocol):

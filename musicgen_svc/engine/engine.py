@@ -13,6 +13,7 @@ belongs to a thread.
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from musicgen_svc.engine.projections import Precision
 from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.runtime.fair_queue import TURN_S, FairQueue
 from musicgen_svc.runtime.ticks import Check, Tick, no_tick
+
+OnFrames = Callable[[Tensor], None]
+"""Called with tokens [K, n] on the host, n > 0; may raise to end the request."""
 
 
 class StepError(Exception):
@@ -59,6 +63,7 @@ class Engine:
         sampling: SamplingParams,
         generator: torch.Generator,
         tick: Tick = no_tick,
+        on_frames: OnFrames | None = None,
     ) -> Tensor:
         """Generates the tokens of one request. Safe from many threads.
 
@@ -73,6 +78,9 @@ class Engine:
             generator: the source of the random numbers.
             tick: is called with how many columns are drawn and how many there are to draw; may raise to end
                 the request.
+            on_frames: is called with the frames that follow the prompt, in order each once, soon after all
+                their codebooks are drawn. It is called in the caller's thread, which then does not hold the
+                device: meanwhile other threads step this request too. None: nothing is copied for it.
 
         Returns:
             Tensor: [K, length] tokens, the prompt's included.
@@ -82,6 +90,7 @@ class Engine:
         """
         request = DecodeRequest(conditions, prompt, length, sampling, generator)
         given = 0 if prompt is None else prompt.shape[1]
+        frames = _Frames(on_frames, given)
         total = num_columns(length, self.decoder.delays) - first_column(given)
 
         def check() -> None:
@@ -94,12 +103,14 @@ class Engine:
             if group is not None:
                 own.join_group(None)
             try:
-                self._decode(slot, tick)
+                self._decode(slot, tick, frames)
                 with self._device_queue.acquire_next():
                     codes = slot.codes
+                    frames.take(slot)
             finally:
                 with self._device_queue.acquire_next():
                     self.batch.close(slot)
+        frames.report()
         tick(total, total)
         return codes
 
@@ -114,7 +125,7 @@ class Engine:
 
             return self.batch.open(request, check_and_yield)
 
-    def _decode(self, slot: Slot, tick: Tick) -> None:
+    def _decode(self, slot: Slot, tick: Tick, frames: "_Frames") -> None:
         """Acquires the device for one turn after another, and steps the batch until the slot has ended.
 
         Raises:
@@ -123,13 +134,15 @@ class Engine:
         while slot.running:
             tick(*slot.progress)
             with self._device_queue.acquire(lambda: tick(*slot.progress)):
-                self._step_for_a_while(slot)
+                self._step_for_a_while(slot, frames.turn_s)
+                frames.take(slot)
+            frames.report()
         if slot.error is not None:
             raise StepError("the decoding step failed") from slot.error
 
-    def _step_for_a_while(self, slot: Slot) -> None:
+    def _step_for_a_while(self, slot: Slot, turn_s: float) -> None:
         """Steps all slots until the turn is over or `slot` has ended."""
-        end = time.monotonic() + TURN_S / max(len(self.batch.slots), 1)
+        end = time.monotonic() + turn_s / max(len(self.batch.slots), 1)
         try:
             while slot.running and time.monotonic() < end:
                 self.batch.run()
@@ -137,3 +150,29 @@ class Engine:
             for failed in self.batch.slots:
                 failed.error = exc
             self.batch.clear()
+
+
+class _Frames:
+    """Reports the final frames of a slot: it copies them while the device is held, and reports them after."""
+
+    def __init__(self, on_frames: OnFrames | None, start: int) -> None:
+        """Without `on_frames` nothing is copied and reported. `start`: the first frame to report."""
+        self._on_frames, self._start = on_frames, start
+        self._taken: Tensor | None = None
+
+    @property
+    def turn_s(self) -> float:
+        """How long a turn of the request lasts: shorter if somebody waits for its frames."""
+        return TURN_S if self._on_frames is None else TURN_S / 4
+
+    def take(self, slot: Slot) -> None:
+        """Copies the frames that have become final. The caller must hold the device."""
+        if self._on_frames is not None and slot.error is None:
+            self._taken = slot.final_frames(self._start)
+
+    def report(self) -> None:
+        """Reports the frames that were copied. The caller must not hold the device."""
+        taken, self._taken = self._taken, None
+        if self._on_frames is not None and taken is not None and taken.shape[1]:
+            self._start += taken.shape[1]
+            self._on_frames(taken)

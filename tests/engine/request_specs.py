@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.random_models import Conditions, conditions, language_model
 from musicgen_svc.audiocraft_compat import LMModel
 from musicgen_svc.engine.batch import Batch, DecodeRequest, Slot
-from musicgen_svc.engine.engine import Engine
+from musicgen_svc.engine.engine import Engine, OnFrames
 from musicgen_svc.engine.factory import BatchKind, batch_for
 from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.runtime.ticks import Tick, no_tick
@@ -39,11 +39,11 @@ class RequestSpec:
             DecodeRequest(self.given, self.prompt, self.length, self.sampling, self._generator())
         )
 
-    def generate_in(self, engine: Engine, tick: Tick = no_tick) -> Tensor:
+    def generate_in(self, engine: Engine, tick: Tick = no_tick, on_frames: OnFrames | None = None) -> Tensor:
         """Generates the tokens [K, length] of the request."""
         return engine.generate(
             self.given, prompt=self.prompt, length=self.length, sampling=self.sampling,
-            generator=self._generator(), tick=tick,
+            generator=self._generator(), tick=tick, on_frames=on_frames,
         )  # fmt: skip
 
     def _generator(self) -> torch.Generator:
