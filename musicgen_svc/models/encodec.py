@@ -4,9 +4,8 @@ The model is that of Défossez et al., "High Fidelity Neural Audio Compression" 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain, repeat
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,12 @@ from musicgen_svc.audiocraft_compat import (
     InterleaveStereoCompressionModel,
 )
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.models.encodec_chunks import ChunkedStack, StackStream
+from musicgen_svc.models.encodec_chunks import ChunkedStack
+from musicgen_svc.models.encodec_stream import CodecStream, stream_pieces
 from musicgen_svc.runtime.ticks import Tick, no_tick
 
 CHUNK_FRAMES = 1500
 """30 s at 50 Hz: a whole window of the language model. MusicGen's codec needs 1.1 to 1.4 GB for it."""
-PIECE_FRAMES = (15, 25, 50, 100)
-"""The pieces in which audio is decoded on a CPU and in a stream, of which the last is repeated: 0.3 s, 0.5 s,
-1 s, and then 2 s at 50 Hz. The first is short, so that it can be heard early."""
 
 
 class Codec:
@@ -135,7 +132,7 @@ class Codec:
             assert done == wav.shape[-1], (done, wav.shape)
         return wav.flatten(0, 1)
 
-    def stream(self) -> "CodecStream":
+    def stream(self) -> CodecStream:
         """Returns a decoder for tokens that come bit by bit."""
         at_once = self._rows_at_once(next(self._mono.parameters()).device)
         rows = [self._decoder.stream(stream_pieces()) for _ in range(0, self._rows, at_once)]
@@ -170,45 +167,6 @@ class Codec:
         results exactly audiocraft's.
         """
         return self._rows if device.type == "cuda" else 1
-
-
-class CodecStream:
-    """Decodes tokens while they come: `push` them in order, and `finish` after the last one.
-
-    Together the pieces of samples are those of `Codec.decode` for all the tokens: on a CPU to the last bit,
-    elsewhere up to rounding.
-    """
-
-    def __init__(self, latents: Callable[[Tensor], Tensor], streams: list[StackStream], at_once: int) -> None:
-        """Makes the state of audio that has not begun.
-
-        Args:
-            latents: `Codec.latents`.
-            streams: for each batch of separately coded signals, the state of its decoder.
-            at_once: the signals in a batch.
-        """
-        self._latents, self._streams, self._at_once = latents, streams, at_once
-
-    @torch.no_grad()
-    def push(self, tokens: Tensor) -> list[Tensor]:
-        """Takes the next tokens [K, n], n > 0, and returns the pieces [C, m * hop] whose context is known."""
-        parts = torch.split(self._latents(tokens), self._at_once)
-        return _joined(list(stream.push(z)) for stream, z in zip(self._streams, parts, strict=True))
-
-    @torch.no_grad()
-    def finish(self) -> list[Tensor]:
-        """Returns the pieces that remain when there are no more tokens."""
-        return _joined(list(stream.finish()) for stream in self._streams)
-
-
-def stream_pieces() -> Iterator[int]:
-    """Returns the lengths of the pieces of a stream, in frames and without end."""
-    return chain(PIECE_FRAMES, repeat(PIECE_FRAMES[-1]))
-
-
-def _joined(rows: Iterable[list[Tensor]]) -> list[Tensor]:
-    """Joins corresponding pieces [R', C / R, T] of all rows to pieces [C, T]."""
-    return [torch.cat(pieces).flatten(0, 1) for pieces in zip(*rows, strict=True)]
 
 
 def _equal(frames: int, longest: int) -> list[int]:

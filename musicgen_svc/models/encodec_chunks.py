@@ -78,6 +78,13 @@ class StackStream:
         self._start = 0
         self._stop = next(self._lengths) if parts is not None else 0
 
+    @property
+    def missing(self) -> int | None:
+        """How many frames must still come before the next piece. None: the signal must have ended."""
+        if self._parts is None:
+            return None
+        return self._stop + self._parts.lookahead - self._input.end
+
     def push(self, x: Tensor, work: Work | None = None) -> Iterator[Tensor]:
         """Takes the next part of the signal, and yields each piece whose context is then known.
 

@@ -21,8 +21,9 @@ from musicgen_svc.audiocraft_compat import (
 )
 from musicgen_svc.errors import Stopped, WeightsError
 from musicgen_svc.models import encodec_chunks as chunked_encodec
-from musicgen_svc.models.encodec import PIECE_FRAMES, Codec
+from musicgen_svc.models.encodec import Codec
 from musicgen_svc.models.encodec_chunks import ChunkedStack
+from musicgen_svc.models.encodec_stream import PIECE_FRAMES
 
 HOP = 640  # samples per frame
 KINDS: dict[str, Callable[[EncodecModel], CompressionModel]] = {

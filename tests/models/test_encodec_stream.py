@@ -13,7 +13,8 @@ from torch import Tensor
 
 from musicgen_svc.audiocraft_compat import CompressionModel, InterleaveStereoCompressionModel
 from musicgen_svc.models import encodec_stack
-from musicgen_svc.models.encodec import PIECE_FRAMES, Codec
+from musicgen_svc.models.encodec import Codec
+from musicgen_svc.models.encodec_stream import PIECE_FRAMES
 
 KINDS: dict[str, Callable[[], CompressionModel]] = {
     "audiocraft": encodec,
@@ -51,7 +52,7 @@ def streamed(codec: Codec, tokens: Tensor, edges: list[int]) -> list[Tensor]:
     pieces = [
         p for a, b in pairwise([0, *edges, tokens.shape[1]]) if a < b for p in stream.push(tokens[:, a:b])
     ]
-    return pieces + stream.finish()
+    return [*pieces, *stream.finish()]
 
 
 @pytest.mark.parametrize("frames", [1, 14, 15, 16, 40, 41, 333])
@@ -84,13 +85,16 @@ def test_each_piece_comes_as_soon_as_its_context_is_known() -> None:
     codec = Codec(encodec())
     front, back = codec._decoder._parts.front.context, codec._decoder._parts.back.context  # type: ignore[union-attr]
     assert 0 < front + back < PIECE_FRAMES[0]
-    tokens, stream, seen = random_tokens(codec, 320), codec.stream(), []
-    for frame in range(320):
-        for piece in stream.push(tokens[:, frame : frame + 1]):
+    tokens, stream, seen = random_tokens(codec, 500), codec.stream(), []
+    for frame in range(500):
+        missing = stream.missing
+        pieces = list(stream.push(tokens[:, frame : frame + 1]))
+        assert bool(pieces) == (missing == 1)
+        for piece in pieces:
             seen.append((frame + 1, piece.shape[1] // codec.hop))
-    edges = [15, 40, 90, 190, 290]
-    assert seen == [(e + front + back, n) for e, n in zip(edges, (15, 25, 50, 100, 100), strict=True)]
-    assert [piece.shape[1] // codec.hop for piece in stream.finish()] == [30]
+    edges = [15, 40, 90, 190, 390]
+    assert seen == [(e + front + back, n) for e, n in zip(edges, PIECE_FRAMES, strict=True)]
+    assert [piece.shape[1] // codec.hop for piece in stream.finish()] == [110]
 
 
 def test_the_stream_needs_the_state_of_the_lstm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +111,7 @@ def test_a_stream_keeps_no_more_than_a_piece_and_its_context() -> None:
     codec = Codec(encodec())
     stream, tokens = codec.stream(), random_tokens(codec, 1500)
     for start in range(0, 1500, 5):
-        stream.push(tokens[:, start : start + 5])
+        list(stream.push(tokens[:, start : start + 5]))
     (own,) = stream._streams
     kept = [recent._x.shape[-1] for recent in (own._input, own._hidden)]  # type: ignore[union-attr]
     assert max(kept) <= PIECE_FRAMES[-1] + 30, kept
@@ -119,6 +123,6 @@ def test_a_stream_keeps_no_more_than_a_piece_and_its_context() -> None:
 def test_on_a_gpu_the_pieces_are_the_whole_decode_up_to_rounding(kind: str) -> None:
     model: Any = KINDS[kind]().to("cuda")
     codec = Codec(model)
-    tokens = random_tokens(codec, 333).to("cuda")
+    tokens = random_tokens(codec, 555).to("cuda")
     together = torch.cat(streamed(codec, tokens, [20, 100]), 1)
     assert (together - codec.decode(tokens)).abs().max() < 1e-3
