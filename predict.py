@@ -6,8 +6,9 @@ plain literal, because Cog drops anything else without a message.
 # ruff: noqa: B008, E501 (an Input is a call in the signature, a description one literal on one line)
 
 import os
+from collections.abc import Callable
 
-from cog import BaseRunner, Input, Path, concurrent
+from cog import BaseRunner, Input, Path, concurrent, current_scope
 
 
 class Predictor(BaseRunner):
@@ -124,7 +125,8 @@ class Predictor(BaseRunner):
             "output_format": output_format,
             "seed": seed,
         }
-        return Path(await self.service.predict(fields, self.record_metric, self._given_up))
+        send_chunk = self._send_chunk()
+        return Path(await self.service.predict(fields, self.record_metric, self._given_up, send_chunk))
 
     def _given_up(self) -> bool:
         """Whether Cog has ended the present prediction. Only then Cog accepts a metric of a reserved name."""
@@ -133,3 +135,13 @@ class Predictor(BaseRunner):
         except ValueError:
             return False
         return True
+
+    def _send_chunk(self) -> Callable[[dict[str, object]], None] | None:
+        """Returns what sends a chunk of live audio, as a metric; None if `context` does not ask for live audio."""
+        scope = current_scope()  # the request's own, which another thread would not find
+
+        def send(chunk: dict[str, object]) -> None:
+            scope.record_metric("audio", chunk)
+            scope.metrics.delete("audio")  # or it would stay in the reply, and in all that a webhook gets
+
+        return send if scope.context.get("live") == "1" else None

@@ -25,6 +25,7 @@ from musicgen_svc.audio.reading import read_clip
 from musicgen_svc.audio.writing import write_audio
 from musicgen_svc.errors import InputError
 from musicgen_svc.generation import generate, prepare
+from musicgen_svc.live import LiveAudio, SendChunk
 from musicgen_svc.loading.loader import Loader
 from musicgen_svc.models.encodec import Codec
 from musicgen_svc.request import Mode, Request
@@ -98,13 +99,17 @@ class Pipeline:
                 "or set continuation to true."
             )
 
-    def run(self, request: Request, progress: Progress, folder: Path) -> Result:
+    def run(
+        self, request: Request, progress: Progress, folder: Path, send_chunk: SendChunk | None = None
+    ) -> Result:
         """Runs one request and writes its file.
 
         Args:
             request: what to do; `check` has accepted it.
             progress: of this request, with the stages of `stage_shares`. Its stop flag ends the request.
             folder: where the file goes.
+            send_chunk: sends the audio to a client that hears it while it is generated; None: no client does,
+                and nothing is computed for it. The file is the same.
 
         Raises:
             ServiceError: with the sentence for the user.
@@ -112,9 +117,9 @@ class Pipeline:
         """
         use_threads(self._loader.threads.most)  # until the model is known
         make = self._encode_decode if request.mode is Mode.ENCODE_DECODE else self._generate
-        return _write(request, make(request, progress), progress, folder)
+        return _write(request, make(request, progress, send_chunk), progress, folder)
 
-    def _generate(self, request: Request, progress: Progress) -> Sound:
+    def _generate(self, request: Request, progress: Progress, send_chunk: SendChunk | None) -> Sound:
         """Runs a request that generates: text, melody or continuation."""
         random = GlobalRandom(request.seed, self._loader.device)
         with progress.stage("load") as tick, self._device_held(progress, random, tick):
@@ -139,7 +144,11 @@ class Pipeline:
                 )
         with progress.stage("generate") as tick:
             generator = torch.Generator().manual_seed(request.seed)
-            tokens, steps = generate(model, plan, request.sampling, generator, tick)
+            live = self._live(codec, progress, random, send_chunk)
+            on_frames = live.push if live else None
+            tokens, steps = generate(model, plan, request.sampling, generator, tick, on_frames)
+            if live is not None:
+                live.finish()
         samples = self._decode(request, model.path, codec, tokens, random, progress)
         provenance = {
             "model_sha256": model.content_hash,
@@ -149,7 +158,7 @@ class Pipeline:
         }
         return Sound(samples, codec.sample_rate, self._tags(request, provenance), steps)
 
-    def _encode_decode(self, request: Request, progress: Progress) -> Sound:
+    def _encode_decode(self, request: Request, progress: Progress, send_chunk: SendChunk | None) -> Sound:
         """Runs a request that encodes the clip to tokens and decodes them again, without a language model."""
         random = GlobalRandom(request.seed, self._loader.device)
         with progress.stage("load") as tick, self._device_held(progress, random, tick):
@@ -163,6 +172,11 @@ class Pipeline:
             assert clip is not None
             with self._device_held(progress, random, tick) as device_tick:
                 tokens = codec.encode(clip, device_tick)
+        live = self._live(codec, progress, random, send_chunk)
+        if live is not None:
+            with progress.stage("generate"):  # of which there is none otherwise
+                live.push(tokens)
+                live.finish(clip.shape[1])
         samples = self._decode(request, checkpoint, codec, tokens, random, progress)[:, : clip.shape[1]]
         return Sound(samples, codec.sample_rate, self._tags(request, provenance), 0)
 
@@ -183,6 +197,18 @@ class Pipeline:
                 random.pinned(),
             ):
                 return diffusion.decode(tokens, device_tick).float().cpu()
+
+    def _live(
+        self, codec: Codec, progress: Progress, random: GlobalRandom, send_chunk: SendChunk | None
+    ) -> LiveAudio | None:
+        """Returns the preview of a request whose client hears it while it is generated, or else None."""
+        if send_chunk is None:
+            return None
+
+        def tick(done: int, total: int) -> None:
+            progress.check()
+
+        return LiveAudio(codec, lambda: self._device_held(progress, random, tick), send_chunk)
 
     @contextmanager
     def _device_held(self, progress: Progress, random: GlobalRandom, tick: Tick) -> Iterator[Tick]:

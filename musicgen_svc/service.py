@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from musicgen_svc.engine.engine import StepError
 from musicgen_svc.errors import GenerationError, ServiceError, Stopped, WeightsError
+from musicgen_svc.live import SendChunk
 from musicgen_svc.loading.loader import Loader
 from musicgen_svc.pipeline import Pipeline, Result, stage_shares
 from musicgen_svc.request import LANGUAGE_MODELS, Mode, Request
@@ -113,7 +114,11 @@ class Service:
         return not self._device_failed.is_set()
 
     async def predict(
-        self, fields: dict[str, object], record_metric: RecordMetric, given_up: GivenUp = lambda: False
+        self,
+        fields: dict[str, object],
+        record_metric: RecordMetric,
+        given_up: GivenUp = lambda: False,
+        send_chunk: SendChunk | None = None,
     ) -> Path:
         """Runs one prediction.
 
@@ -121,6 +126,8 @@ class Service:
             fields: the inputs by their names in the contract.
             record_metric: called with each metric of the result.
             given_up: whether Cog has given up this prediction.
+            send_chunk: sends a chunk of audio while it is generated; None: nobody hears it. It is called on
+                another thread.
 
         Returns:
             The output file. It is deleted after the grace period of the settings.
@@ -131,11 +138,11 @@ class Service:
             Stopped: Cog gave the prediction up; nobody reads the outcome.
         """
         with self._measurements.request() as measured:
-            return await self._predict(fields, record_metric, given_up, measured)
+            return await self._predict(fields, record_metric, given_up, send_chunk, measured)
 
     async def _predict(
         self, fields: dict[str, object], record_metric: RecordMetric, given_up: GivenUp,
-        measured: MeasuredRequest,
+        send_chunk: SendChunk | None, measured: MeasuredRequest,
     ) -> Path:  # fmt: skip
         """Does the work of `predict`, and notes in `measured` what is known of the request."""
         request = Request.from_fields(fields, self._settings.max_duration_s)
@@ -155,13 +162,15 @@ class Service:
         as_json = self._settings.log_format == "json"
         with Progress(stage_shares(request), stop, stages_as_json=as_json) as progress:
             measured.stage_seconds = progress.seconds
-            result = await self._in_slot(request, progress, stop, poll)
+            result = await self._in_slot(request, progress, stop, poll, send_chunk)
         measured.audio_seconds, measured.steps = result.audio_seconds, result.steps
         for name, value in result.metrics.items():
             record_metric(name, value)
         return result.path
 
-    async def _in_slot(self, request: Request, progress: Progress, stop: StopFlag, poll: Check) -> Result:
+    async def _in_slot(
+        self, request: Request, progress: Progress, stop: StopFlag, poll: Check, send_chunk: SendChunk | None
+    ) -> Result:
         """Waits for a slot and runs a request in it. `poll`: called every 0.5 s all the time."""
         assert self._pipeline and self._room, "call start() before predict()"
         group = None if request.mode is Mode.ENCODE_DECODE else request.model
@@ -182,7 +191,7 @@ class Service:
             stop.start_clock()
             folder, grace_s = self._work.new_request(), 0.0
             try:
-                work = partial(self._pipeline.run, request, progress, folder)
+                work = partial(self._pipeline.run, request, progress, folder, send_chunk)
                 result = await self._in_thread(self._threads, work, stop, poll)
                 grace_s = self._settings.output_grace_s
             finally:

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "musicgen_svc"
 LAYERS = (
     {"cli", "service"},
     {"pipeline"},
-    {"generation"},
+    {"generation", "live"},
     {"loading"},
     {"models", "engine", "audio", "weights", "windows", "request"},
     {"checkpoints", "settings"},

@@ -122,6 +122,8 @@ def _paths() -> dict[str, Any]:
                 "summary": "Predict",
                 "description": "Run a single prediction on the model",
                 "operationId": "predict_predictions_post",
+                # Without this Cog refuses `Accept: text/event-stream`. `cog build` does not write it itself.
+                "x-cog-streaming": True,
                 "requestBody": {"content": _json({"$ref": REFERENCE + "PredictionRequest"})},
                 "responses": {
                     "200": _response("Successful Response", {"$ref": REFERENCE + "PredictionResponse"}),

@@ -122,4 +122,4 @@ def test_predict_py_is_short_and_imports_nothing_heavy() -> None:
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }
-    assert imported == {"os", "cog"}
+    assert imported == {"os", "collections.abc", "cog"}

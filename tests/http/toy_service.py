@@ -37,6 +37,7 @@ class Service:
         fields: dict[str, object],
         record_metric: Callable[[str, object], None],
         given_up: Callable[[], bool],
+        send_chunk: Callable[[dict[str, object]], None] | None,
     ) -> Path:
         self._running += 1
         try:
