@@ -4,42 +4,17 @@ None of this is decided by the service.
 """
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import toy
+from events import EVENT_STREAM, events
 from processes import wait_for
+from receiver import receiver
 from replies import data_uri
 from server import ROOT, CogServer
-
-
-class Receiver(BaseHTTPRequestHandler):
-    """Accepts every request and keeps it in the server's list `received`."""
-
-    def _take(self) -> None:
-        body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        self.server.received.append((self.command, self.path, dict(self.headers), body))  # type: ignore[attr-defined]
-        self.send_response(200)
-        self.end_headers()
-
-    do_POST = do_PUT = _take
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@contextmanager
-def receiver() -> Iterator[ThreadingHTTPServer]:
-    """Context manager: a server for webhooks and uploads."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
-        server.received = []  # type: ignore[attr-defined]
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 def test_the_version_is_the_one_that_readme_speaks_of() -> None:
@@ -89,3 +64,68 @@ def test_bad_base64_is_cogs_to_refuse_or_to_make_empty(toy_server: CogServer) ->
     assert empty["code"] == 200
     upper = toy_server.predict({"prompt": "x", "input_audio": data_uri(b"RIFF").replace("data:", "DATA:")})
     assert upper["code"] == 200, "Cog hands it on as a string"
+
+
+@pytest.mark.parametrize(
+    "accept", ["text/event-stream", "*/*, text/event-stream;q=0", "a/b ,text/event-stream;v=1"]
+)
+def test_an_accept_that_names_event_streams_gets_one_whatever_its_q_says(
+    toy_server: CogServer, accept: str
+) -> None:
+    with events(toy_server, {"prompt": "x"}, accept=accept) as seen:
+        assert [event.name for event in seen][-1] == "completed"
+
+
+def test_an_accept_that_only_allows_event_streams_gets_none(toy_server: CogServer) -> None:
+    for accept in ("*/*", "text/*", "TEXT/EVENT-STREAM"):
+        answer = toy_server.request(
+            "POST", "/predictions", {"input": {"prompt": "x"}}, headers={"Accept": accept}
+        )
+        assert answer.headers["content-type"] == "application/json", accept
+
+
+def test_without_a_key_in_the_schema_file_there_are_no_event_streams(tmp_path: Path) -> None:
+    """Cog finds neither in predict.py that metrics are streamed, as it looks for iterators only."""
+    folder = toy.checkout(tmp_path / "checkout")
+    schema = json.loads((folder / "openapi_schema.json").read_text())
+    assert schema["paths"]["/predictions"]["post"].pop("x-cog-streaming") is True
+    (folder / "openapi_schema.json").write_text(json.dumps(schema))
+    with CogServer(root=folder) as server:
+        answer = server.request("POST", "/predictions", {"input": {"prompt": "x"}}, headers=EVENT_STREAM)
+        assert answer.status_code == 406
+        assert server.predict({"prompt": "x"})["status"] == "succeeded"
+
+
+def test_a_metric_stays_in_the_reply_unless_it_is_deleted(toy_server: CogServer) -> None:
+    metrics = toy_server.predict({"prompt": "metrics"})["metrics"]
+    assert metrics["kept"] == {"a": 1} and "deleted" not in metrics
+    assert metrics["refusal"].startswith("TypeError"), "None is no value, and does not delete"
+    with events(toy_server, {"prompt": "metrics"}) as seen:
+        values = [e.data["value"] for e in seen if e.name == "metric" and e.data["name"] == "deleted"]
+    assert values == [{"b": 2}, None], "both are events"
+
+
+def test_the_context_of_a_request_reaches_its_scope_as_strings(toy_server: CogServer) -> None:
+    body: dict[str, Any] = {"input": {"prompt": "metrics"}, "context": {"live": "1", "who": "me"}}
+    assert toy_server.request("POST", "/predictions", body).json()["metrics"]["context"] == body["context"]
+    body["context"] = {"live": 1}
+    assert toy_server.request("POST", "/predictions", body).status_code == 422
+    del body["context"]
+    assert toy_server.request("POST", "/predictions", body).json()["metrics"]["context"] == {}
+
+
+def test_who_joins_after_more_than_1024_events_gets_an_error_instead_of_them(toy_server: CogServer) -> None:
+    for events_before, last in ((900, "metric"), (1100, "error")):
+        id = f"after-{events_before}"
+        running = toy_server.submit({"prompt": f"{events_before} metrics", "duration": 600}, id)
+        wait_for(lambda id=id: "recorded" in (toy_server.state(id) or {"logs": ""})["logs"])  # type: ignore[misc]
+        with events(toy_server, {"prompt": "x"}, id) as seen:
+            names = [next(seen).name]
+            names += (
+                [next(seen).name for _ in range(events_before)]
+                if last == "metric"
+                else list(e.name for e in seen)
+            )
+        assert names[-1] == last, names[-3:]
+        assert toy_server.cancel(id) == 200
+        running.result(timeout=20)

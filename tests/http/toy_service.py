@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from cog import current_scope
+
 from musicgen_svc.errors import InputError, WeightsError
 from musicgen_svc.settings import Settings
 
@@ -78,6 +80,12 @@ class Service:
             (folder / "half-written").touch()
             while not Path(prompt.removeprefix("until ")).exists():
                 await asyncio.sleep(0.05)
+        if prompt == "metrics":
+            record_metrics(record_metric)
+        if prompt.endswith(" metrics"):
+            for number in range(int(prompt.split()[0])):
+                record_metric("number", number)
+            print("recorded")
         if fields["duration"] == 600:  # until the client gives up
             while not given_up():
                 await asyncio.sleep(0.05)
@@ -89,3 +97,16 @@ class Service:
         path = folder / f"out.{fields['output_format']}"
         path.write_bytes(clip.read_bytes() if isinstance(clip, Path) else b"RIFF" + prompt.encode())
         return path
+
+
+def record_metrics(record_metric: Callable[[str, object], None]) -> None:
+    """Does with metrics what tests of Cog ask about."""
+    scope = current_scope()
+    record_metric("context", dict(scope.context))
+    record_metric("kept", {"a": 1})
+    record_metric("deleted", {"b": 2})
+    scope.metrics.delete("deleted")
+    try:
+        record_metric("kept", None)
+    except TypeError as error:
+        record_metric("refusal", f"TypeError: {error}")
