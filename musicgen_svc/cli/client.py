@@ -62,18 +62,18 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        # A proxy cannot reach this machine's loopback device.
-        self._direct = re.match(r"(?i)https?://(localhost|127\.|\[::1\])", self.url) is not None
+        self.direct = re.match(r"(?i)https?://(localhost|127\.|\[::1\])", self.url) is not None
+        """Whether no proxy may be used, because none can reach this machine's loopback device."""
 
     def call(self, method: str, path: str, body: Json | None = None, timeout_s: float | None = 10.0) -> Any:
         """Sends a request, and returns the response whatever its status is."""
         try:
             with requests.Session() as session:
-                session.trust_env = not self._direct
+                session.trust_env = not self.direct
                 return session.request(method, self.url + path, json=body, timeout=(CONNECT_S, timeout_s))
         except requests.RequestException as error:
             raise FailedError(
-                f"The server at {self.url} does not answer: {_cause(error)}.", in_log=True
+                f"The server at {self.url} does not answer: {cause(error)}.", in_log=True
             ) from None
 
     def health(self) -> Json:
@@ -123,13 +123,25 @@ class Client:
         Raises:
             FailedError: the prediction did not succeed.
         """
+        return result(self.until_not_busy(lambda: self._run(values, schema, on_progress), on_busy))
+
+    def until_not_busy(self, send: Callable[[], Any], on_busy: Callable[[], None]) -> Any:
+        """Sends a request again and again until it is not answered with 409.
+
+        Args:
+            send: sends the request, and returns the response.
+            on_busy: called each time that the server is busy, before waiting.
+
+        Returns:
+            What `send` returned last.
+        """
         wait_s = BUSY_FIRST_S
-        while (response := self._run(values, schema, on_progress)).status_code == 409:
+        while (response := send()).status_code == 409:
             self.await_ready()  # raises if the worker died, because Cog then answers 409 for ever
             on_busy()
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, BUSY_LAST_S)
-        return _result(response)
+        return response
 
     def _run(self, values: Json, schema: Json | None, on_progress: OnProgress) -> Any:
         """Sends the request from a thread and follows it in this one. An exception here cancels it."""
@@ -194,7 +206,7 @@ def _json(response: Any) -> Json:
     return answer
 
 
-def _result(response: Any) -> Json:
+def result(response: Any) -> Json:
     """Returns the reply of a prediction that succeeded.
 
     Raises:
@@ -207,17 +219,28 @@ def _result(response: Any) -> Json:
         raise FailedError(
             "; ".join(f"{entry['loc'][-1]}: {entry['msg']}" for entry in answer["detail"]) + "."
         )
-    if answer.get("status") == "canceled":
+    if not response.ok and answer.get("status") != "canceled":
+        answer = {"error": f"The server answered {response.status_code}."} | answer | {"status": "failed"}
+    return succeeded(answer)
+
+
+def succeeded(reply: Json) -> Json:
+    """Returns a reply whose prediction succeeded with an output.
+
+    Raises:
+        FailedError: it did not; with the sentence in the reply.
+    """
+    if reply.get("status") == "canceled":
         raise FailedError("The prediction was cancelled.")
-    if not response.ok or answer.get("status") != "succeeded":
-        text = sentence(str(answer.get("error") or f"The server answered {response.status_code}."))
+    if reply.get("status") != "succeeded":
+        text = sentence(str(reply.get("error") or "The prediction failed without a reason."))
         raise FailedError(text, in_log=IN_LOG.search(text) is not None)
-    if not isinstance(answer.get("output"), str):
+    if not isinstance(reply.get("output"), str):
         raise FailedError("The prediction succeeded and returned no file.")
-    return answer
+    return reply
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The text of the innermost cause, which is the most specific one."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from musicgen_svc.cli.client import Client, FailedError
 from musicgen_svc.cli.inputs import UsageError, checked_url, request_input
+from musicgen_svc.cli.live import GrowingWav, Listener, installed_player, playing
+from musicgen_svc.cli.live_client import predict_live
 from musicgen_svc.cli.output import STDOUT, checked_output, fetch, save
 from musicgen_svc.cli.own_server import own_server
 from musicgen_svc.cli.schema_fields import described, fields
@@ -69,6 +71,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "-o", "--output", metavar="FILE",
         help="where to write, - for standard output; without it, a name that is free",
+    )  # fmt: skip
+    parser.add_argument(
+        "--live", action="store_true",
+        help="play the audio while it is generated; with -o - write it so, as a wav that grows",
     )  # fmt: skip
     parser.add_argument("--url", help="a Cog server that runs, http://HOST:PORT; without it, one is started")
     return parser.parse_args()
@@ -130,8 +136,18 @@ def set_up(client: Client) -> None:
     note(f"Ready after {time.monotonic() - start:.1f} s.")
 
 
-def predict(client: Client, values: Json, schema: Json | None) -> Json:
-    """Runs one prediction and shows its progress. Returns Cog's reply."""
+def predict(client: Client, values: Json, schema: Json | None, listener: Listener | None) -> Json:
+    """Runs one prediction and shows its progress.
+
+    Args:
+        client: of the server.
+        values: the request's input.
+        schema: of the server.
+        listener: gets the audio while it is generated; None: nobody hears it.
+
+    Returns:
+        dict: Cog's reply.
+    """
     noted = False
 
     def busy() -> None:
@@ -141,15 +157,21 @@ def predict(client: Client, values: Json, schema: Json | None) -> Json:
         noted = True
 
     with Progress() as progress:
-        reply = client.predict(values, schema, progress.show, busy)
+        if listener is None:
+            reply = client.predict(values, schema, progress.show, busy)
+        else:
+            reply = predict_live(client, values, progress.show, listener.add, busy)
         progress.show(100, "done")
     return reply
 
 
-def report(path: Path, reply: Json) -> None:
+def report(path: Path, reply: Json, to_stderr: bool) -> None:
     """Prints the path on a line of its own, for scripts, and then what the service measured.
 
-    If the audio went to standard output, the measurements go to standard error.
+    Args:
+        path: of the output.
+        reply: Cog's.
+        to_stderr: whether audio went to standard output, so that this must go to standard error.
 
     Raises:
         FailedError: standard output is closed. The file is already written.
@@ -164,8 +186,8 @@ def report(path: Path, reply: Json) -> None:
         facts.append(f"{metrics['steps']} steps")
     times = [f"{stage} {metrics[stage]:.2f} s" for stage in STAGES if stage in metrics]
     lines = [str(path), *("  " + ", ".join(line) for line in (facts, times) if line)]
-    if path == STDOUT:
-        for line in lines[1:]:
+    if to_stderr:
+        for line in lines[path == STDOUT :]:
             note(line)
         return
     try:
@@ -187,6 +209,7 @@ def run(args: argparse.Namespace) -> None:
         FailedError: the prediction, the server or the network failed.
     """
     wanted = checked_output(args.output)
+    player = installed_player() if args.live and wanted != STDOUT else None
     with contextlib.ExitStack() as stack:
         if args.url is not None:
             client = Client(checked_url(args.url))
@@ -201,12 +224,20 @@ def run(args: argparse.Namespace) -> None:
             check_request(values, schema, max_duration_s())
             client = stack.enter_context(own_server())
             set_up(client)
-        reply = predict(client, values, schema)
+        listener: Listener | None = None
+        if args.live:
+            listener = stack.enter_context(playing(player)) if player else GrowingWav(sys.stdout.buffer)
+        reply = predict(client, values, schema, listener)
         body, suffix = fetch(reply["output"])
+        to_stdout = wanted == STDOUT
+        if listener is not None and to_stdout:
+            wanted = None  # the audio was written already, and the file gets a name of its own
         if wanted and wanted.suffix and wanted.suffix.lower() != suffix:
             note(f"{wanted.name} holds {suffix[1:]}: the format is chosen by -i output_format=...")
         path = save(body, suffix, wanted)
-        report(path, reply)
+        report(path, reply, to_stdout)
+        if listener is not None:
+            listener.finish()
 
 
 def main() -> int:

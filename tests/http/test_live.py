@@ -1,6 +1,11 @@
 """Live audio over the real server: a client hears its request while it is generated, and no other notices."""
 
+import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import soundfile
 from bodies import LONG, SHORT
 from events import Event, audio, chunks, events
 from processes import wait_for
 from receiver import receiver
 from replies import clip, output, samples
-from server import CogServer, Json
+from server import ROOT, CogServer, Json
 
 from musicgen_svc.models.encodec_stream import PIECE_FRAMES
 
@@ -157,3 +163,63 @@ def test_the_longest_audio_fits_what_cog_keeps_of_a_stream() -> None:
     pieces = len(PIECE_FRAMES) + -(-(frames - sum(PIECE_FRAMES)) // PIECE_FRAMES[-1])
     percents, positions, others = 101 + 10, 64, 40
     assert 2 * pieces + percents + positions + others < kept
+
+
+def command(
+    server: CogServer, cwd: Path, *arguments: str, **environment: str
+) -> "subprocess.CompletedProcess[bytes]":
+    """Runs `scripts/predict --live` against a server."""
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "musicgen_svc.cli.predict", "--live", "--url", server.url, *arguments],
+        cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, timeout=120,
+    )  # fmt: skip
+
+
+INPUTS = ("-i", "prompt=a waltz", "-i", "duration=8", "-i", "seed=1")
+
+
+def test_the_command_line_writes_a_wav_that_grows_and_then_the_file(
+    four: CogServer, tmp_path: Path, alone: dict[str, npt.NDArray[np.int16]]
+) -> None:
+    done = command(four, tmp_path, *INPUTS, "-o", "-")
+    assert done.returncode == 0, done.stderr
+    heard, rate = soundfile.read(io.BytesIO(done.stdout), dtype="int16", always_2d=True)
+    assert rate == 32_000 and np.array_equal(heard, alone["text"])
+    assert (tmp_path / "output.wav").read_bytes() == output(four.predict(TEXT))
+    assert b"output.wav\n  8.00 s of audio, seed 1" in done.stderr
+
+
+def test_the_command_line_plays_and_writes_the_file(four: CogServer, tmp_path: Path) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "ffplay").write_text("#!/bin/sh\nexec cat > played\n")
+    (programs / "ffplay").chmod(0o755)
+    done = command(
+        four, tmp_path, *INPUTS, "-o", "waltz.wav", PATH=f"{programs}{os.pathsep}{os.environ['PATH']}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"waltz.wav\n")
+    assert (tmp_path / "waltz.wav").read_bytes() == output(four.predict(TEXT))
+    assert len((tmp_path / "played").read_bytes()) == 44 + 8 * 32_000 * 2
+
+
+def test_without_a_player_the_command_line_says_so_before_it_starts_anything(
+    four: CogServer, tmp_path: Path
+) -> None:
+    done = command(four, tmp_path, *INPUTS, PATH=str(tmp_path))
+    assert done.returncode == 2 and b"needs ffplay, aplay or afplay" in done.stderr
+
+
+def test_an_interrupted_command_cancels_its_prediction(four: CogServer, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "musicgen_svc.cli.predict", "--live", "--url", four.url, "-o", "-",
+         "-i", "prompt=a waltz", "-i", "duration=600"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout and process.stdout.read(44)[:4] == b"RIFF"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and b"may still run" not in err
+    wait_for(lambda: four.health()["status"] == "READY")
+    assert not list(tmp_path.iterdir())
