@@ -1,5 +1,7 @@
 """The HTTP gate in front of Cog: accepts all connections, refuses unusable ids, and relays everything else.
 
+It answers requests for the player page itself (`player.py`).
+
 Cog makes a folder named after the id that a client chose for a prediction. If that fails, as for a name of
 more than 255 characters, Cog loses one of its slots for ever; and an id such as `/etc/x` is a path. The gate
 therefore reads the head of each request, and relays the rest unchanged, one request per connection. It knows
@@ -20,6 +22,7 @@ from urllib.parse import unquote_to_bytes
 
 import h11
 
+from musicgen_svc.cli.player import page
 from musicgen_svc.cli.prediction_folders import PredictionFolders
 from musicgen_svc.errors import DrainingError
 
@@ -118,7 +121,10 @@ class Gate:
             try:
                 async with asyncio.timeout(HEAD_S):
                     request = await _read_request(reader)
-                if request is not None:
+                if isinstance(request, bytes):
+                    writer.write(request)
+                    await _drain_and_linger(reader, writer)
+                elif request is not None:
                     await self._relay(request, reader, writer)
             except TimeoutError:
                 pass
@@ -173,8 +179,12 @@ class Gate:
             folders.answered(id)
 
 
-async def _read_request(reader: asyncio.StreamReader) -> RelayedRequest | None:
-    """Reads the head of a request. None: the client has closed the connection.
+async def _read_request(reader: asyncio.StreamReader) -> RelayedRequest | bytes | None:
+    """Reads the head of a request.
+
+    Returns:
+        The request; or the whole answer, if Cog does not give it; or None if the client has closed the
+        connection.
 
     Raises:
         Refusal: this is no HTTP request, or it must not reach Cog.
@@ -189,6 +199,8 @@ async def _read_request(reader: asyncio.StreamReader) -> RelayedRequest | None:
     except h11.RemoteProtocolError as error:
         raise Refusal(error.error_status_hint, f"This is no HTTP request: {error}.") from None
     assert isinstance(event, h11.Request)
+    if (answer := page(event.method, event.target)) is not None:
+        return answer
     method, target, id = _checked(event.method, event.target)
     lines = [b"%s %s HTTP/%s" % (method, target, event.http_version)]
     lines += [
