@@ -291,7 +291,7 @@ def test_python_3_12_is_found_behind_pyenvs_failing_command_and_another_version_
 
 SCRIPTS = [
     "predict", "serve", "test", "check", "schema", "download_weights", "lock", "train_demo", "gpu_check",
-    "bench", "bench_demo", "bench_load", "bench_serving", "soak",
+    "bench", "bench_demo", "bench_live", "bench_load", "bench_serving", "soak",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from musicgen_svc.settings import Settings, variable
 
 README = (ROOT / "README.md").read_text()
 HTTP = (ROOT / "docs" / "http.md").read_text()
+LIVE = (ROOT / "docs" / "live.md").read_text()
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 ADDRESS = "http://127.0.0.1:5000"
@@ -44,6 +45,18 @@ def test_the_python_example(server: CogServer, tmp_path: Path) -> None:
     )
     assert (tmp_path / "output.wav").read_bytes()[:4] == b"RIFF"
     assert "'seed': 7" in shown.stdout
+
+
+def test_the_live_example(server: CogServer, tmp_path: Path) -> None:
+    example = block(LIVE, "python", ADDRESS)
+    assert len([line for line in example.splitlines() if line]) <= 15
+    shown = subprocess.run(
+        [sys.executable, "-c", example.replace(ADDRESS, server.url)],
+        cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert (tmp_path / "output.wav").read_bytes()[:4] == b"RIFF"
+    lengths = [tuple(map(int, line.split())) for line in shown.stdout.splitlines()]
+    assert lengths[0] == (0, 2 * 9600) and sum(length for _, length in lengths) == 8 * 32_000 * 2
 
 
 def test_every_setting_is_in_the_table_with_its_default() -> None:
