@@ -1,6 +1,7 @@
 """Models and requests on a pretend GPU: all tensors are on it, nothing waits for it unnecessarily, and the
 numbers are those of a CPU."""
 
+import base64
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -213,3 +214,22 @@ def test_a_whole_request_runs(gpu: PretendGpu, weights: Path, tmp_path: Path) ->
         result = pipeline.run(request, progress, tmp_path)
     samples, rate = soundfile.read(result.path)
     assert (len(samples), rate) == (RATE_HZ, RATE_HZ) and samples.std() > 0.01
+
+
+def test_a_live_request_runs(gpu: PretendGpu, weights: Path, tmp_path: Path) -> None:
+    """Its frames are copied from the GPU while its thread holds the device, and so are its samples."""
+    turn = FairQueue(1)
+    pipeline = Pipeline(loader(weights, "melody", GPU, turn), turn, tag_prompt=False)
+    clip = tmp_path / "clip"
+    clip.write_bytes(written(tone(440, 1.5, RATE_HZ), RATE_HZ))
+    fields = FIELDS | {"input_audio": clip, "continuation": True}
+    request, chunks = Request.from_fields(fields, 600), list[dict[str, object]]()
+    with Progress(stage_shares(request), StopFlag(1000)) as progress:
+        result = pipeline.run(request, progress, tmp_path, chunks.append)
+    samples, _ = soundfile.read(result.path, dtype="float32")
+    heard = torch.frombuffer(
+        bytearray(b"".join(base64.b64decode(str(chunk["pcm"])) for chunk in chunks)), dtype=torch.int16
+    )
+    assert len(chunks) > 1 and len(heard) == len(samples) == 2.5 * RATE_HZ
+    pair = torch.stack([heard.float(), torch.from_numpy(samples)])
+    assert torch.corrcoef(pair)[0, 1] > 0.95

@@ -122,7 +122,8 @@ class StackStream:
         elif parts.lstm is not None:
             work.skip(parts.front.count + 1)
         y = parts.back.apply(self._hidden, self._start, self._stop, work)
-        if y.is_cuda:  # else the host would enqueue all pieces, and could no longer stop
+        whole = self._stop - self._start == self._input.end
+        if y.is_cuda and not whole:  # else the host would enqueue all pieces, and could no longer stop
             torch.cuda.synchronize(y.device)
         self._hidden.forget_before(self._stop - parts.back.context)
         self._start = self._stop
