@@ -125,19 +125,19 @@ class Predictor(BaseRunner):
             "output_format": output_format,
             "seed": seed,
         }
-        send_chunk = self._send_chunk()
+        send_chunk = self._chunk_sender()
         return Path(await self.service.predict(fields, self.record_metric, self._given_up, send_chunk))
 
     def _given_up(self) -> bool:
-        """Whether Cog has ended the present prediction. Only then Cog accepts a metric of a reserved name."""
+        """Whether Cog has ended the present prediction: until then it refuses a metric of a reserved name."""
         try:
             self.record_metric("predict_time", 0.0)
         except ValueError:
             return False
         return True
 
-    def _send_chunk(self) -> Callable[[dict[str, object]], None] | None:
-        """Returns what sends a chunk of live audio, as a metric; None if `context` does not ask for live audio."""
+    def _chunk_sender(self) -> Callable[[dict[str, object]], None] | None:
+        """Returns what sends a chunk of live audio, as a metric; None if `context` asks for none."""
         scope = current_scope()  # the request's own, which another thread would not find
 
         def send(chunk: dict[str, object]) -> None:

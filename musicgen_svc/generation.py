@@ -96,9 +96,10 @@ def generate(
     pieces = [] if plan.kept is None else [plan.kept]
     if plan.prompt is not None:
         pieces.append(plan.prompt)
-    for piece in pieces if on_frames else []:
-        if on_frames and piece.shape[1]:
-            on_frames(piece)
+    if on_frames is not None:
+        for piece in pieces:
+            if piece.shape[1]:
+                on_frames(piece)
     total = sum(window.length - window.prompt for window, _ in plan.windows)
     done = steps = 0
     tokens: torch.Tensor | None = plan.prompt

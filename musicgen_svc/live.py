@@ -33,9 +33,7 @@ class LiveAudio:
         pcm: the samples as base64: 16-bit little-endian integers, left and right in turn.
     """
 
-    def __init__(
-        self, codec: Codec, hold: Callable[[], AbstractContextManager[Tick]], send: SendChunk
-    ) -> None:
+    def __init__(self, codec: Codec, hold: HoldDevice, send: SendChunk) -> None:
         """Makes a preview that has not begun.
 
         Args:

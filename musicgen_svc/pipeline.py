@@ -174,7 +174,7 @@ class Pipeline:
                 tokens = codec.encode(clip, device_tick)
         live = self._live(codec, progress, random, send_chunk)
         if live is not None:
-            with progress.stage("generate"):  # of which there is none otherwise
+            with progress.stage("generate"):  # without a preview this stage is empty
                 live.push(tokens)
                 live.finish(clip.shape[1])
         samples = self._decode(request, checkpoint, codec, tokens, random, progress)[:, : clip.shape[1]]

@@ -182,12 +182,12 @@ class Service:
             progress.show_position(before)
             self._freed_memory.give_back()
 
-        async with AsyncExitStack() as slot:
+        async with AsyncExitStack() as held:
             with progress.waiting():
                 await self._in_thread(
                     self._loading_thread, partial(self._pipeline.check, request), stop, poll
                 )
-                await slot.enter_async_context(self._room.slot(group, on_wait))
+                await held.enter_async_context(self._room.slot(group, on_wait))
             stop.start_clock()
             folder, grace_s = self._work.new_request(), 0.0
             try:

@@ -19,7 +19,7 @@ GAIN_DB = 12.0
 RATE_DB_S = 3.0
 """How fast the gain may change."""
 SILENCE_RMS_DB = -50.0
-"""Pieces below this level do not count."""
+"""Parts below this level do not count."""
 KNEE, LIMIT = 0.9, 0.999
 """Samples up to the knee pass the limiter unchanged; none reaches the limit."""
 

@@ -1,4 +1,4 @@
-"""Reads Cog's JSON log: makes readable lines of it, and follows the state of predictions and slots."""
+"""Reads Cog's JSON log: makes readable lines of it, and follows the state of predictions and places."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ LOST = (
     "Slot poisoned - capacity permanently reduced",
     "Failed to transition slot to idle, poisoning slot",
 )
-"""What Cog 0.23.1 logs when one of its slots will never run a prediction again."""
+"""What Cog 0.23.1 logs when one of its places, which it calls slots, will never run a prediction again."""
 
 
 def sentence(error: str) -> str:
@@ -99,7 +99,7 @@ class CogLog:
         """Set while no prediction runs."""
         self.idle.set()
         self.lost: set[str] = set()
-        """Cog's slots that will never run a prediction again."""
+        """Cog's places that will never run a prediction again."""
 
     def line(self, line: str) -> None:
         """Reads one line of the log, and shows it."""

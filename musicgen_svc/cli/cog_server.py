@@ -44,7 +44,7 @@ class CogServer:
         self._work = work
         self._drain_file = Path(variables["MUSICGEN_DRAIN_FILE"])
         self.port = int(variables["PORT"])
-        self.slots = int(variables["COG_MAX_CONCURRENCY"])
+        self.places = int(variables["COG_MAX_CONCURRENCY"])
         self.log = log
         self.folders = folders
         self.was_ready = False
@@ -57,7 +57,7 @@ class CogServer:
         work = WorkFolder()
         reaper.watch_folder(work.path)
         folders = PredictionFolders(reaper)
-        variables = environment(free_port(), work.new_request())
+        variables = environment(free_port(), work.new_temporary())
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1", *more,
             cwd=ROOT,

@@ -3,7 +3,7 @@
 It answers requests for the player page itself (`player.py`).
 
 Cog makes a folder named after the id that a client chose for a prediction. If that fails, as for a name of
-more than 255 characters, Cog loses one of its slots for ever; and an id such as `/etc/x` is a path. The gate
+more than 255 characters, Cog loses one of its places for ever; and an id such as `/etc/x` is a path. The gate
 therefore reads the head of each request, and relays the rest unchanged, one request per connection. It knows
 nothing about inputs and outputs. While Cog is restarted, the gate keeps predictions waiting. When the server
 stops, it refuses new ones.
@@ -94,7 +94,7 @@ class Gate:
     def drain(self) -> None:
         """Refuses new predictions, and those that wait for Cog. Lets all other requests through."""
         self._draining = True
-        self._open.set()
+        self._open.set()  # wakes those that wait for Cog, so that they are refused
 
     async def end(self) -> None:
         """Waits until clients have read their answers, at most for END_S, and closes all connections."""

@@ -12,7 +12,7 @@ COG_FOLDER = Path("/tmp/coglet/predictions")
 
 
 class UnusableFolderError(Exception):
-    """Cog cannot make its folders, so that each prediction would occupy one of its slots for ever."""
+    """Cog cannot make its folders, so that each prediction would occupy one of its places for ever."""
 
 
 def check(root: Path = COG_FOLDER) -> None:

@@ -46,7 +46,7 @@ def fault(
         return f"The server's health is {status}."
     if question == "alive":
         if status == "BUSY" and not request_runs(work_dir):
-            return "The server says BUSY, but no request runs: its slots are lost, or wait for input files."
+            return "The server says BUSY, but no request runs: its places are lost, or wait for input files."
         return None
     if status in ("UNKNOWN", "STARTING"):
         return "The server is being set up."

@@ -137,7 +137,7 @@ class Supervisor:
                 took_s = time.monotonic() - start_s
                 self._console.say(f"Ready after {took_s:.1f} s: {self._url} (Ctrl-C stops it)")
             if announced:
-                seen = Observation(health, server.slots, len(server.log.lost), server.log.running)
+                seen = Observation(health, server.places, len(server.log.lost), server.log.running)
                 if (fault := watch.fault(time.monotonic(), seen)) is not None:
                     return fault
             await asyncio.sleep(POLL_S if server.was_ready else SET_UP_POLL_S)

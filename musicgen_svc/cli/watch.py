@@ -11,7 +11,7 @@ UNHEALTHY_S = 3.0
 IDLE_BUSY_S = 30.0
 """How long a server may report BUSY while no prediction runs."""
 INPUT_S = 600.0
-"""How long all slots may wait for input files at once. Cog has no limit of its own."""
+"""How long all of Cog's places may wait for input files at once. Cog has no limit of its own."""
 
 BACK_OFF_S = 1.0
 """Wait before the second restart in a row; doubled each time up to LONGEST_BACK_OFF_S."""
@@ -20,8 +20,8 @@ WELL_S = 600.0
 """After this time without a fault, the next restart does not wait."""
 RATION_S = 300.0
 LONGEST_RATION_S = 3600.0
-"""Least time between restarts for lost slots, doubled each time up to LONGEST_RATION_S. There is a limit
-because a client can make Cog lose slots on purpose."""
+"""Least time between restarts for lost places, doubled each time up to LONGEST_RATION_S. There is a limit
+because a client can make Cog lose places on purpose."""
 
 Json = Mapping[str, Any]
 
@@ -42,10 +42,10 @@ class Observation:
 
     health: Json | None
     """The answer of its health check. None: there is none."""
-    slots: int
+    places: int
     """Predictions that the server runs at once."""
     lost: int
-    """Slots that will never run a prediction again."""
+    """Places that will never run a prediction again."""
     running: Mapping[str, bool]
     """Id of each prediction that Cog runs -> whether the service has begun with it."""
 
@@ -79,11 +79,11 @@ class Watch:
             ("idle", busy and not seen.running, IDLE_BUSY_S, Fault("it says BUSY, but nothing runs")),
             (
                 "input", busy and bool(seen.running) and not any(seen.running.values()), INPUT_S,
-                Fault("every slot waits for an input file that does not arrive"),
+                Fault("every place waits for an input file that does not arrive"),
             ),
             (
-                "lost", seen.slots - seen.lost < (seen.slots + 1) // 2, 0.0,
-                Fault(f"{seen.lost} of its {seen.slots} slots are lost", drain=True),
+                "lost", seen.places - seen.lost < (seen.places + 1) // 2, 0.0,
+                Fault(f"{seen.lost} of its {seen.places} places for predictions are lost", drain=True),
             ),
         )  # fmt: skip
         for name, holds, limit_s, fault in conditions:

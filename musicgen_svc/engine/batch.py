@@ -69,6 +69,8 @@ class Slot:
 
         The caller must hold the device, because the columns may be on it.
         """
+        # The columns from `start` on look like those of a request that begins at this frame. At least as many
+        # are taken as no frame needs.
         stop = max(self.filled, start + num_columns(0, self.delays))
         return deinterleave(self.columns[:, start:stop], self.delays).cpu()
 

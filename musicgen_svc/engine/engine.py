@@ -26,6 +26,8 @@ from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.runtime.fair_queue import TURN_S, FairQueue
 from musicgen_svc.runtime.ticks import Check, Tick, no_tick
 
+LIVE_TURN_S = TURN_S / 4
+"""How long the turn of a request lasts whose frames somebody waits for: they are reported after each turn."""
 OnFrames = Callable[[Tensor], None]
 """Called with tokens [K, n] on the host, n > 0; may raise to end the request."""
 
@@ -162,8 +164,8 @@ class _Frames:
 
     @property
     def turn_s(self) -> float:
-        """How long a turn of the request lasts: shorter if somebody waits for its frames."""
-        return TURN_S if self._on_frames is None else TURN_S / 4
+        """How long a turn of the request lasts."""
+        return TURN_S if self._on_frames is None else LIVE_TURN_S
 
     def take(self, slot: Slot) -> None:
         """Copies the frames that have become final. The caller must hold the device."""

@@ -140,7 +140,7 @@ class Codec:
 
     @torch.no_grad()
     def latents(self, tokens: Tensor) -> Tensor:
-        """Returns the decoder's input for tokens: [K, F] -> [C, D, F]. MultiBand Diffusion needs it too."""
+        """Returns the decoder's input for tokens: [K, F] -> [R, D, F]. MultiBand Diffusion needs it too."""
         assert tokens.ndim == 2 and tokens.shape[0] == self.codebooks and tokens.shape[1] > 0, tokens.shape
         # On a GPU an index out of range would make the device unusable for the whole process.
         low, high = (int(v) for v in tokens.aminmax())

@@ -80,12 +80,12 @@ class StackStream:
 
     @property
     def missing(self) -> int | None:
-        """How many frames must still come before the next piece. None: the signal must have ended."""
+        """How many frames must still come before the next piece. None: no piece comes before `finish`."""
         if self._parts is None:
             return None
         return self._stop + self._parts.lookahead - self._input.end
 
-    def push(self, x: Tensor, work: Work | None = None) -> Iterator[Tensor]:
+    def push(self, x: Tensor, work: Work) -> Iterator[Tensor]:
         """Takes the next part of the signal, and yields each piece whose context is then known.
 
         Args:
@@ -96,13 +96,13 @@ class StackStream:
             [B, C', n * rate_out], as `ChunkedStack.run`.
         """
         self._input.append(x)
-        parts, work = self._parts, work or Work(no_tick, 1)
+        parts = self._parts
         while parts is not None and self._start < self._stop <= self._input.end - parts.lookahead:
             yield self._piece(parts, work)
 
-    def finish(self, work: Work | None = None) -> Iterator[Tensor]:
+    def finish(self, work: Work) -> Iterator[Tensor]:
         """Yields the pieces that remain when the signal has ended."""
-        work, end = work or Work(no_tick, 1), self._input.end
+        end = self._input.end
         if self._parts is None:
             yield work.through(self._layers, self._input.between(0, end))
             return
@@ -123,7 +123,7 @@ class StackStream:
             work.skip(parts.front.count + 1)
         y = parts.back.apply(self._hidden, self._start, self._stop, work)
         whole = self._stop - self._start == self._input.end
-        if y.is_cuda and not whole:  # else the host would enqueue all pieces, and could no longer stop
+        if y.is_cuda and not whole:  # without this wait the host would enqueue all pieces, and could not stop
             torch.cuda.synchronize(y.device)
         self._hidden.forget_before(self._stop - parts.back.context)
         self._start = self._stop

@@ -17,6 +17,8 @@ from musicgen_svc.errors import GenerationError
 
 _PREFIX = "musicgen-"
 _LOCK = "lock"
+_REQUEST, _TEMPORARY = "request-", "temporary-"
+"""How the names of folders within the server's own begin."""
 _ENDED = ".ended"
 """The end of the name of the empty file beside the folder of a request that has ended."""
 
@@ -61,24 +63,27 @@ class WorkFolder:
                 if not self._path.is_dir():  # the system may have removed old temporary files
                     self._lock.close()
                     self._make()
-            return Path(tempfile.mkdtemp(dir=self._path))
+            return Path(tempfile.mkdtemp(prefix=_REQUEST, dir=self._path))
         except OSError as exc:
             reason = exc.strerror or type(exc).__name__  # the full message names the folder
             raise GenerationError(
                 f"The server cannot write its output files ({reason}); see MUSICGEN_WORK_DIR."
             ) from exc
 
+    def new_temporary(self) -> Path:
+        """Creates and returns an empty folder for temporary files, removed with the server's folder."""
+        return Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self._path))
+
     def release(self, request_folder: Path, after_s: float = 0.0) -> None:
         """Notes that a request has ended, and removes its folder, now or `after_s` seconds later."""
-        note = _note(request_folder)
+        marker = _ended_marker(request_folder)
         if after_s <= 0:
             shutil.rmtree(request_folder, ignore_errors=True)
-            note.unlink(missing_ok=True)
+            marker.unlink(missing_ok=True)
             return
-        with contextlib.suppress(
-            OSError
-        ):  # on a full disk the request seems to run until the folder is removed
-            note.touch()
+        # On a full disk the request seems to run until the folder is removed.
+        with contextlib.suppress(OSError):
+            marker.touch()
         timer = threading.Timer(after_s, self.release, [request_folder])
         timer.daemon = True
         timer.start()
@@ -90,11 +95,12 @@ class WorkFolder:
 
 
 def request_runs(parent: Path) -> bool:
-    """Whether a request of a server whose `WorkFolder` is in `parent` runs or waits."""
-    return any(folder.is_dir() and not _note(folder).exists() for folder in parent.glob(f"{_PREFIX}*/*/"))
+    """Whether a request runs on a server whose `WorkFolder` is in `parent`. One that waits has no folder."""
+    folders = parent.glob(f"{_PREFIX}*/{_REQUEST}*/")
+    return any(folder.is_dir() and not _ended_marker(folder).exists() for folder in folders)
 
 
-def _note(request_folder: Path) -> Path:
+def _ended_marker(request_folder: Path) -> Path:
     """The file beside a request's folder that says that the request has ended."""
     return request_folder.with_name(request_folder.name + _ENDED)
 

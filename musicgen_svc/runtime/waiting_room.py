@@ -18,8 +18,8 @@ With 0 most slots would stay empty whenever requests for two models alternate.""
 
 
 @dataclass(eq=False)
-class _Waiting:
-    """A request that has not been admitted yet."""
+class _Entry:
+    """A request that waits or runs."""
 
     group: Hashable
     admitted: "asyncio.Future[None]"
@@ -35,8 +35,8 @@ class WaitingRoom:
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self._waiting: list[_Waiting] = []
-        self._running: list[_Waiting] = []
+        self._waiting: list[_Entry] = []
+        self._running: list[_Entry] = []
 
     @property
     def waiting(self) -> int:
@@ -57,7 +57,7 @@ class WaitingRoom:
             on_wait: called every 0.5 s while the request waits, with the number of requests that wait before
                 it; may raise to give up. It is not called if there is a free slot.
         """
-        request = _Waiting(group, asyncio.get_running_loop().create_future())
+        request = _Entry(group, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         self._admit()
         try:
@@ -71,7 +71,7 @@ class WaitingRoom:
 
     def _admit(self) -> None:
         """Admits every request that may run now."""
-        passed: list[_Waiting] = []
+        passed: list[_Entry] = []
         may_overtake = True
         for request in list(self._waiting):
             if len(self._running) == self.slots:

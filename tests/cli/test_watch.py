@@ -25,8 +25,8 @@ DEAD = {"status": "UNHEALTHY", "user_healthcheck_error": "Healthcheck error: hea
 SLOW = {"status": "UNHEALTHY", "user_healthcheck_error": "healthcheck timed out"}
 
 
-def seen(health: Any, lost: int = 0, slots: int = 4, **running: bool) -> Observation:
-    return Observation(health, slots, lost, running)
+def seen(health: Any, lost: int = 0, places: int = 4, **running: bool) -> Observation:
+    return Observation(health, places, lost, running)
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ def seen(health: Any, lost: int = 0, slots: int = 4, **running: bool) -> Observa
         (seen({"status": "DEFUNCT"}), UNHEALTHY_S, "its health is DEFUNCT"),
         (seen(BUSY), IDLE_BUSY_S, "nothing runs"),
         (seen(BUSY, a=False, b=False), INPUT_S, "input file"),
-        (seen(READY, lost=3), 0.0, "3 of its 4 slots are lost"),
-        (seen(READY, lost=1, slots=1), 0.0, "1 of its 1 slots are lost"),
+        (seen(READY, lost=3), 0.0, "3 of its 4 places for predictions are lost"),
+        (seen(READY, lost=1, places=1), 0.0, "1 of its 1 places for predictions are lost"),
     ],
 )
 def test_a_fault_is_what_lasts_and_an_interruption_starts_anew(
@@ -58,7 +58,7 @@ def test_a_fault_is_what_lasts_and_an_interruption_starts_anew(
 @pytest.mark.parametrize(
     "observation",
     [
-        seen(READY), seen(BUSY, a=True, b=False), seen(READY, lost=2), seen(READY, lost=0, slots=1),
+        seen(READY), seen(BUSY, a=True, b=False), seen(READY, lost=2), seen(READY, lost=0, places=1),
         seen({"status": "STARTING"}),
     ],
 )  # fmt: skip
@@ -76,9 +76,9 @@ def test_a_crash_is_restarted_at_once_and_one_after_the_other_ever_later() -> No
     assert restarts.delay_s(now_s + WELL_S, Fault("it crashed")) == 0
 
 
-def test_lost_slots_restart_at_most_so_often() -> None:
-    """Otherwise a client that makes Cog lose slots on purpose could restart the server at any time."""
-    restarts, now_s, lost = Restarts(), 10_000.0, Fault("slots are lost", drain=True)
+def test_lost_places_restart_at_most_so_often() -> None:
+    """Otherwise a client that makes Cog lose places on purpose could restart the server at any time."""
+    restarts, now_s, lost = Restarts(), 10_000.0, Fault("places are lost", drain=True)
     gaps = []
     for _ in range(6):
         gaps.append(restarts.delay_s(now_s, lost))

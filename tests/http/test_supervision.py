@@ -1,4 +1,4 @@
-"""The supervisor notices processes that end or hang and slots that are lost, and the next request is served.
+"""The supervisor notices processes that end or hang and places that are lost, and the next request is served.
 
 `scripts/soak` runs the same tests with the demo model instead of the toy, and with many more attempts.
 """
@@ -61,7 +61,7 @@ def good(number: int) -> dict[str, object]:
 
 
 def check_that_it_serves(server: CogServer, right: list[str], within_s: float = 10) -> None:
-    """Checks that a request gets its right output in time, and so do as many at once as there are slots."""
+    """Checks that a request gets its right output in time, and so do as many at once as there are places."""
     deadline = time.monotonic() + within_s
     while True:
         with contextlib.suppress(requests.RequestException):
@@ -118,10 +118,10 @@ def test_a_process_that_is_stopped_is_replaced(
     check_that_it_serves(server, right)
 
 
-def test_lost_slots_are_restored_when_most_are_lost_and_nothing_runs(
+def test_lost_places_are_restored_when_most_are_lost_and_nothing_runs(
     server: CogServer, right: list[str]
 ) -> None:
-    """A client that does not go through the gate can still make Cog lose its slots."""
+    """A client that does not go through the gate can still make Cog lose its places."""
     before = server.log.count("Ready after")
     port = int(variable(worker(server), "PORT"))
     running = server.submit(LONG, "runs-on")
@@ -130,7 +130,7 @@ def test_lost_slots_are_restored_when_most_are_lost_and_nothing_runs(
             id = "x" * 300 + str(number)
             client.sendall(message("PUT", f"/predictions/{id}", {"input": good(0)}))
             assert b"File name too long" in client.recv(9999)
-    wait_for(lambda: "of its 4 slots are lost" in server.log)
+    wait_for(lambda: "of its 4 places for predictions are lost" in server.log)
     assert server.log.count("Ready after") == before
     server.cancel("runs-on")
     assert running.result(30)["status"] == "canceled"
