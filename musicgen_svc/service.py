@@ -2,7 +2,6 @@
 
 import asyncio
 import contextvars
-import gc
 import threading
 import traceback
 from collections.abc import Callable
@@ -11,30 +10,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_logging
 
-from musicgen_svc.engine.engine import StepError
+from musicgen_svc.backend import Backend, DeviceError
 from musicgen_svc.errors import GenerationError, ServiceError, Stopped, WeightsError
 from musicgen_svc.live import SendChunk
 from musicgen_svc.loading.loader import Loader
 from musicgen_svc.pipeline import Pipeline, Result, stage_shares
 from musicgen_svc.request import LANGUAGE_MODELS, Mode, Request
-from musicgen_svc.runtime.device import find_device, is_out_of_memory, use_device
+from musicgen_svc.runtime.device import use_device
 from musicgen_svc.runtime.draining import Drain
 from musicgen_svc.runtime.failures import for_client, log_failure
-from musicgen_svc.runtime.fair_queue import FairQueue
 from musicgen_svc.runtime.freed_memory import FreedMemory
 from musicgen_svc.runtime.measurements import MeasuredRequest, Measurements
 from musicgen_svc.runtime.output_files import WorkFolder
-from musicgen_svc.runtime.progress import Progress, StopFlag
+from musicgen_svc.runtime.progress import Log, Progress, StopFlag
 from musicgen_svc.runtime.request_threads import RequestThreads
-from musicgen_svc.runtime.threads import use_threads
 from musicgen_svc.runtime.ticks import Check
 from musicgen_svc.runtime.waiting_room import POLL_S, WaitingRoom
 from musicgen_svc.settings import Settings
-from musicgen_svc.weights.catalog import read_catalog
-from musicgen_svc.weights.lock_file import check_sizes
-from musicgen_svc.weights.paths import Weights, local_path
 
 RecordMetric = Callable[[str, object], None]
 GivenUp = Callable[[], bool]
@@ -51,11 +44,11 @@ class Service:
         self._loading_thread = RequestThreads(1)
         self._threads = RequestThreads(0)
         self._room: WaitingRoom | None = None
-        self._device_queue = FairQueue(1)
         self._freed_memory = FreedMemory()
         self._work = WorkFolder(settings.work_dir)
         self._drain = Drain(settings.drain_file)
         self._measurements = Measurements()
+        self._backend: Backend | None = None
         self._pipeline: Pipeline | None = None
         self._device = torch.device("cpu")
         self._device_failed = threading.Event()
@@ -79,24 +72,16 @@ class Service:
         """Does the work of `start`, on the thread that loads."""
         if self._settings.metrics_port:  # first, so that a port that is taken costs no time
             self._measurements.serve(self._settings.metrics_host, self._settings.metrics_port)
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        device = self._device = find_device(self._settings.device)
-        use_device(device)
-        check_sizes(self._settings.weights_dir)
-        given = local_path(given, self._settings)
-        weights = Weights.at(self._settings.weights_dir, read_catalog(), given)
-        loader = Loader(weights, device, self._settings, self._device_queue)
-        use_threads(loader.threads.most)
-        with self._device_queue.acquire_next():
+        backend = self._backend = Backend.open(self._settings, given)
+        self._device, self._pipeline, loader = backend.device, backend.pipeline, backend.loader
+        with backend.device_queue.acquire_next():
             model = loader.start()
-        self._pipeline = Pipeline(loader, self._device_queue, tag_prompt=self._settings.tag_prompt)
         self._room = WaitingRoom(loader.slots)
         self._threads = RequestThreads(loader.slots)
         self._watch(loader, self._room)
         waiting = self._settings.max_concurrency - loader.slots
         print(
-            f"{model.name} is ready on {device}: {model.format} {model.path}. "
+            f"{model.name} is ready on {self._device}: {model.format} {model.path}. "
             f"Requests at once: {loader.slots}; more that may wait: {waiting}."
         )
 
@@ -159,8 +144,8 @@ class Service:
                 print("Cog gave this prediction up, so it is stopped.")
                 stop.cancel()
 
-        as_json = self._settings.log_format == "json"
-        with Progress(stage_shares(request), stop, stages_as_json=as_json) as progress:
+        log: Log = "json" if self._settings.log_format == "json" else "text"
+        with Progress(stage_shares(request), stop, log) as progress:
             measured.stage_seconds = progress.seconds
             result = await self._in_slot(request, progress, stop, poll, send_chunk)
         measured.audio_seconds, measured.steps = result.audio_seconds, result.steps
@@ -236,25 +221,11 @@ class Service:
 
         Frees the memory after an out-of-memory error; marks the service as unhealthy if the device failed.
         """
-        cause = exc.__cause__ if isinstance(exc, StepError) else exc
-        assert cause is not None
-        if is_out_of_memory(cause):
-            exc.__traceback__ = cause.__traceback__ = (
-                None  # their frames hold the tensors that filled the memory
-            )
-            with self._device_queue.acquire_next():
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-            return GenerationError(
-                "The device ran out of memory: ask for a shorter duration, a shorter clip or a smaller model."
-            )
-        if isinstance(cause, torch.AcceleratorError):
+        assert self._backend is not None
+        failure = self._backend.failure(exc)
+        if isinstance(failure, DeviceError):
             self._device_failed.set()
-            return GenerationError(
-                "The device failed and the service must be restarted; its log has the cause."
-            )
-        return GenerationError(f"The service failed ({type(cause).__name__}); its log has the cause.")
+        return failure
 
 
 def _print_cause(exc: ServiceError) -> None:

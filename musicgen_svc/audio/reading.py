@@ -17,6 +17,9 @@ from musicgen_svc.audio.decoding import WANTED, decode_frames, opened
 from musicgen_svc.errors import AudioError
 from musicgen_svc.runtime.ticks import Tick, no_tick
 
+MAX_BYTES = 100 * 2**20
+"""The size of the largest file that is accepted."""
+
 
 def read_clip(
     path: Path,
@@ -25,7 +28,7 @@ def read_clip(
     channels: int,
     start_s: int = 0,
     end_s: int | None = None,
-    max_bytes: int = 100 * 2**20,
+    max_bytes: int = MAX_BYTES,
     max_duration_s: float = 900.0,
     tick: Tick = no_tick,
 ) -> torch.Tensor:

@@ -20,7 +20,7 @@ from musicgen_svc.engine.architecture import check_architecture
 from musicgen_svc.engine.kv_cache import Attention
 from musicgen_svc.engine.layers import AddNorm, Layer, bind_add_norm, bind_layer
 from musicgen_svc.engine.operations import PLAIN, Operations
-from musicgen_svc.engine.projections import Precision, Projection, projection
+from musicgen_svc.engine.projections import Precision, Projection, RowWise, projection
 from musicgen_svc.runtime.ticks import Check, no_check
 
 type Conditions = Mapping[str, tuple[Tensor, Tensor]]
@@ -44,6 +44,7 @@ class Decoder:
         dim, heads: D, and the number of attention heads.
         layers: the transformer's layers.
         weights: [card + 1, D] the embeddings of the first codebook; all embeddings have its device and dtype.
+        rows_are_independent: whether no bit of a request's logits depends on the requests beside it.
         position_embeddings: [positions, D] in fp32; `reserve` replaces it by a longer table.
     """
 
@@ -81,8 +82,12 @@ class Decoder:
         def make_norm(module: nn.LayerNorm) -> AddNorm:
             return bind_add_norm(module, operations, self.dtype)
 
+        products: list[Projection] = []
+
         def make_projection(weight: Tensor) -> Projection:
-            return projection(weight.detach(), precision, operations)
+            product = projection(weight.detach(), precision, operations)
+            products.append(product)
+            return product
 
         @torch.no_grad()  # must be set in each thread
         def make_layer(layer: nn.Module) -> Layer:
@@ -97,6 +102,7 @@ class Decoder:
         self._out_norm = make_norm(lm.out_norm)
         with load_weights(lm.linears):
             self._output_heads = make_projection(_merge_output_heads(lm).to(self.dtype))
+        self.rows_are_independent = all(isinstance(product, RowWise) for product in products)
         self.position_embeddings = torch.empty(0)
         self.reserve(2048)
 

@@ -31,6 +31,17 @@ Projection = Callable[[Tensor], Tensor]
 """Multiplies [..., in] by a weight -> [..., out] in the dtype of the input."""
 
 
+class RowWise:
+    """A product that computes each row by itself: no bit of a row depends on the other rows."""
+
+    def __init__(self, product: Projection) -> None:
+        self._product = product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiplies [..., in] by the weight."""
+        return self._product(x)
+
+
 def projection(weight: Tensor, precision: Precision, operations: Operations = PLAIN) -> Projection:
     """Makes the product with a weight [out, in] without a bias.
 
@@ -80,7 +91,7 @@ def _float16(weight: Tensor) -> Projection:
         return _plain(weight if _fits_float16(weight) else _rounded(weight))
     packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
     multiply = torch.ops.quantized.linear_dynamic_fp16
-    return lambda x: multiply(x, packed)
+    return RowWise(lambda x: multiply(x, packed))
 
 
 def _fits_float16(weight: Tensor) -> bool:
@@ -115,7 +126,7 @@ def _int8(weight: Tensor, operations: Operations) -> Projection:
         row_max = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min_(1e-30)
         return multiply(x / row_max, 1 / steps, zero, packed).mul_(row_max)  # type: ignore[no-any-return]
 
-    return product
+    return RowWise(product)
 
 
 def uses_fbgemm(weight: Tensor) -> bool:

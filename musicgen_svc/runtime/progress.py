@@ -4,17 +4,23 @@ All long work below the pipeline calls a `Tick`. A tick raises when the request 
 long, and the error unwinds the request from wherever it is.
 """
 
+import io
 import json
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 from tqdm import tqdm
 
 from musicgen_svc.errors import GenerationError, Stopped
 from musicgen_svc.runtime.ticks import Tick
+
+Log = Literal["text", "json", "none"]
+"""What a request prints. `text`: a bar, and its stages' times in one line at the end. `json`: a bar, and each
+stage at its end as a JSON object. `none`: nothing."""
 
 
 class StopFlag:
@@ -66,6 +72,14 @@ class StopFlag:
             )
 
 
+class _Nowhere(io.StringIO):
+    """A file that keeps nothing."""
+
+    def write(self, text: str) -> int:
+        """Drops the text."""
+        return len(text)
+
+
 class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     """A tqdm bar that leaves room for no other bar, and that no monitor thread of tqdm redraws."""
 
@@ -75,16 +89,15 @@ class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
 class Progress:
     """One tqdm bar from 0 to 100 % over all stages of a request, printed to the log, and their times."""
 
-    def __init__(self, weights: Mapping[str, float], stop: StopFlag, *, stages_as_json: bool = False) -> None:
+    def __init__(self, weights: Mapping[str, float], stop: StopFlag, log: Log = "text") -> None:
         """Opens the bar.
 
         Args:
             weights: the stages in order, with the share of the whole time that each is expected to take.
             stop: is checked at every tick.
-            stages_as_json: whether each stage is printed at its end as a JSON object. Otherwise all are
-                printed in one line at the end.
+            log: what is printed.
         """
-        self._stages_as_json = stages_as_json
+        self._log = log
         self._stop = stop
         self._total = sum(weights.values())
         self._weights = dict(weights)
@@ -93,7 +106,7 @@ class Progress:
         self._bar = _Bar(
             total=100,
             position=0,
-            file=sys.stderr,
+            file=_Nowhere() if log == "none" else sys.stderr,
             mininterval=0.25,
             bar_format="{percentage:3.0f}%|{bar:25}| {desc} [{elapsed}<{remaining}]",
         )
@@ -135,7 +148,7 @@ class Progress:
         finally:
             took_s = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + took_s
-            if self._stages_as_json:
+            if self._log == "json":
                 print(json.dumps({"stage": name, "seconds": round(took_s, 4)}))
         self._before += weight
         self._show(self._before)
@@ -148,7 +161,7 @@ class Progress:
         if error is None:
             self._show(self._total)
         self._bar.close()
-        if not self._stages_as_json:
+        if self._log == "text":
             stages = ", ".join(f"{name} {took_s:.1f}" for name, took_s in self.seconds.items() if took_s)
             print(f"seconds: {stages}")
 

@@ -30,6 +30,10 @@ class ComputeThreads:
         """Returns the number of threads for a model with so many parameters."""
         return 1 if parameters < SMALL_PARAMETERS and not self._user_chose else self.most
 
+    def fix(self, count: int) -> None:
+        """Makes every model that is loaded later compute with `count` threads."""
+        self._user_chose, self.most = True, count
+
 
 def use_threads(count: int) -> None:
     """Makes PyTorch compute with `count` threads when the calling thread computes."""

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from benchmarks.random_models import audiocraft_generates, conditions, language_model
 from benchmarks.workload import stored_in_float16
 from musicgen_svc.engine.batch import DecodeRequest
+from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import batch_for
 from musicgen_svc.engine.operations import PlainOperations
-from musicgen_svc.engine.projections import Precision, projection
+from musicgen_svc.engine.projections import Precision, RowWise, projection
 from musicgen_svc.engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -40,6 +41,15 @@ def test_a_projection_is_the_product(rows: int, precision: Precision, tolerance:
         assert not torch.equal(product, exact), "nothing was rounded"
 
 
+def test_a_decoder_tells_whether_requests_change_each_others_bits() -> None:
+    """Those of a checkpoint in float16 do not, if FBGEMM packs its matrices; products in fp32 may."""
+    assert not Decoder(language_model()).rows_are_independent
+    with torch.no_grad():
+        stored = stored_in_float16(language_model())
+    assert Decoder(stored).rows_are_independent == FBGEMM
+    assert not Decoder(language_model(), "bfloat16").rows_are_independent
+
+
 def test_a_slice_of_a_weight_is_the_slice_of_the_product() -> None:
     x, weight = torch.randn(2, 32), torch.randn(96, 32)
     for precision in get_args(Precision):
@@ -59,6 +69,7 @@ def test_float16_multiplies_in_fp32_by_weights_that_are_rounded() -> None:
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_a_row_of_a_product_does_not_depend_on_the_others(precision: Precision) -> None:
     multiply, x = projection(drawn(256, 192), precision), drawn(16, 192)
+    assert isinstance(multiply, RowWise)
     x[5] *= 1000
     together = multiply(x)
     for rows in ([0], [3, 4], [0, 1, 2, 3, 4], [5, 7, 9]):

@@ -29,6 +29,12 @@ def test_the_users_own_number_holds_for_every_model() -> None:
     assert chosen.for_model(1) == chosen.for_model(10**9) == chosen.most == 8
 
 
+def test_a_number_can_be_fixed_for_every_later_model() -> None:
+    chosen = ComputeThreads(user_chose=False)
+    chosen.fix(2)
+    assert chosen.for_model(1) == chosen.for_model(10**9) == chosen.most == 2
+
+
 def test_the_default_is_pytorchs_own_whatever_was_set_since() -> None:
     code = """
 import threading, torch
