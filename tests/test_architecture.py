@@ -6,6 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "musicgen_svc"
 LAYERS = (
     {"cli", "service"},
+    {"batch"},
     {"backend"},
     {"pipeline"},
     {"generation", "live"},

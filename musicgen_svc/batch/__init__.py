@@ -1,0 +1,1 @@
+"""A job of many rows: each row is one request, and all outputs go into one folder."""

@@ -1,0 +1,168 @@
+"""Runs rows of a job in one process: the engine's slots are shared by the rows that run at the same time."""
+
+import math
+import os
+import resource
+import tempfile
+import traceback
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import soundfile
+import torch
+
+from musicgen_svc.audio.loudness import measure_lufs
+from musicgen_svc.backend import Backend, DeviceError
+from musicgen_svc.batch.clips import clip_hash, local_clip
+from musicgen_svc.batch.work import ENCODE_DECODE, STAGES, Capacity
+from musicgen_svc.errors import ServiceError
+from musicgen_svc.pipeline import stage_shares
+from musicgen_svc.request import Mode, Request
+from musicgen_svc.runtime.device import use_device
+from musicgen_svc.runtime.machine import cores, memory_bytes
+from musicgen_svc.runtime.progress import Progress, StopFlag
+from musicgen_svc.runtime.threads import use_threads
+from musicgen_svc.settings import Settings
+
+Json = dict[str, Any]
+
+NO_LIMIT = 1_000
+"""More requests than any device decodes at once: the runner decides how many it sends."""
+GROWTH = 1.25
+"""How much more memory a worker may take later than after it has loaded a model."""
+
+
+class Worker:
+    """Runs rows. Its `run` may be called from several threads, for rows of one model at a time."""
+
+    def __init__(self, slots: int, threads: int) -> None:
+        """Makes a worker that has loaded no model, with the settings of the environment.
+
+        Args:
+            slots: of the engine; 0: what the settings say.
+            threads: for the computations of one row on a CPU; 0: what the first model wants.
+
+        Raises:
+            ServiceError: a setting or a file is wrong, or the device cannot be used.
+        """
+        settings = Settings.from_environment(os.environ)
+        self._settings = replace(settings, slots=slots or settings.slots, max_concurrency=NO_LIMIT)
+        self._backend = Backend.open(self._settings, os.environ.get("COG_WEIGHTS") or None)
+        self._threads = threads
+        if threads:
+            self._backend.loader.threads.fix(threads)
+
+    def prepare(self, name: str) -> Json | None:
+        """Loads a model, and finds out what can be run at once with it.
+
+        Returns:
+            The fields of a `Capacity`; None: the model does not load, as each of its rows will report.
+        """
+        use_device(self._backend.device)
+        try:
+            independent = self._load(name)
+        except ServiceError:
+            return None
+        device, slots = self._backend.device, self._backend.loader.slots
+        return asdict(
+            Capacity(
+                device=str(device),
+                threads=self._threads,
+                # beyond the slots: rows whose clip is read, or whose tokens are decoded and written
+                rows=slots + max(1, slots // 4) if independent else 1,
+                workers=self._gpus() if device.type == "cuda" else self._processes(),
+            )
+        )
+
+    def _load(self, name: str) -> bool:
+        """Loads a model, and returns whether its rows may run together: on a CPU, if no bit changes."""
+        loader, independent = self._backend.loader, True
+        use_threads(loader.threads.most)
+        with self._backend.device_queue.acquire_next():
+            if name == ENCODE_DECODE:
+                wanted = loader.threads.for_model(loader.codec()[1].parameter_count)
+            else:
+                model = loader.model(name)
+                wanted = model.threads
+                independent = self._backend.device.type == "cuda" or model.engine.decoder.rows_are_independent
+        if not self._threads:
+            self._threads = wanted
+            loader.threads.fix(wanted)
+        return independent
+
+    def _gpus(self) -> int:
+        """Returns how many GPUs there are, or 1 if the settings name one."""
+        return torch.cuda.device_count() if self._settings.device in ("auto", "cuda") else 1
+
+    def _processes(self) -> int:
+        """Returns how many processes like this one the machine's cores and memory allow."""
+        own_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return max(1, min(cores() // self._threads, int(memory_bytes() / (GROWTH * own_bytes))))
+
+    def run(self, task: Json, folder: Path) -> Json:
+        """Runs one row.
+
+        Args:
+            task: as `Task.message` makes it.
+            folder: where files go.
+
+        Returns:
+            The outcome: `error`, and if that is None either `unchanged`, or `file` and what was measured.
+
+        Raises:
+            DeviceError: this process can run nothing any more.
+        """
+        use_device(self._backend.device)
+        use_threads(self._backend.loader.threads.most)
+        try:
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                return self._run(task, folder, Path(own))
+        except ServiceError as exc:
+            if exc.__cause__ is not None:
+                traceback.print_exception(exc)
+            return {"error": str(exc)}
+        except Exception as exc:
+            traceback.print_exception(exc)
+            failure = self._backend.failure(exc)
+            if isinstance(failure, DeviceError):
+                raise failure from exc
+            return {"error": str(failure)}
+
+    def _run(self, task: Json, folder: Path, own: Path) -> Json:
+        """Does the work of `run`. `own`: an empty folder for this row."""
+        clip = local_clip(task["clip"], own) if task["clip"] else None
+        request = Request.from_fields(task["fields"] | {"input_audio": clip}, self._settings.max_duration_s)
+        made_of = {"model_sha256": self._model_hash(request), "clip_sha256": clip and clip_hash(clip)}
+        if task["known"] == made_of:
+            return {"error": None, "unchanged": True}
+        self._backend.pipeline.check(request)
+        with Progress(stage_shares(request), StopFlag(math.inf), "none") as progress:
+            result = self._backend.pipeline.run(request, progress, folder)
+        measured = {f"{stage}_s": result.metrics[stage] for stage in STAGES}
+        return {
+            "error": None,
+            "file": str(result.path),
+            "device": str(self._backend.device),
+            "threads": self._threads,
+            "precision": self._settings.precision,
+            "audio_s": result.metrics["audio_seconds"],
+            "loudness_lufs": _loudness(result.path),
+            **made_of,
+            **measured,
+        }
+
+    def _model_hash(self, request: Request) -> str:
+        """Returns the hash of what the request's model or codec was loaded from."""
+        with self._backend.device_queue.acquire_next():
+            if request.mode is Mode.ENCODE_DECODE:
+                return self._backend.loader.codec()[1].fingerprint()
+            model = self._backend.loader.model(request.model)
+        return model.content_hash
+
+
+def _loudness(path: Path) -> float | None:
+    """Measures the loudness of a file in LUFS; None: it is silent."""
+    samples, sample_rate = soundfile.read(path, dtype="float32", always_2d=True)
+    lufs = measure_lufs(torch.from_numpy(samples.T), sample_rate)
+    return lufs if math.isfinite(lufs) else None
