@@ -217,6 +217,18 @@ def _read_parquet(
     yield from enumerate(table.to_pylist(), 1)
 
 
+def write_parquet(results: Path) -> Path:
+    """Writes a JSONL file of results as Parquet beside it, atomically. Returns the path."""
+    from pyarrow import json as arrow_json
+
+    path = results.with_suffix(".parquet")
+    temporary = path.with_name(f"{path.name}.partial")
+    table = arrow_json.read_json(results, read_options=arrow_json.ReadOptions(block_size=2**24))
+    import_parquet("--parquet").write_table(table, temporary)
+    temporary.replace(path)
+    return path
+
+
 def import_parquet(what: str) -> Any:
     """Imports what reads and writes Parquet, which comes with the Ray extra.
 

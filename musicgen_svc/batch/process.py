@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,9 +20,6 @@ from musicgen_svc.batch.worker import Worker
 from musicgen_svc.errors import ServiceError
 
 Json = dict[str, Any]
-
-_MAX_THREADS = 64
-"""More rows than the runner sends at once. A thread that has started is used again for later rows."""
 
 
 class _Answers:
@@ -55,34 +51,27 @@ def main(unfinished: Path, slots: int, threads: int) -> None:
     except ServiceError as exc:
         answers.send({"fault": str(exc)})
         return
-    pool = ThreadPoolExecutor(_MAX_THREADS)
+    pool = ThreadPoolExecutor(1)
     for line in sys.stdin:
         message = json.loads(line)
-        if "prepare" in message:
-            pool.submit(_answer, answers, partial(_prepare, worker, message["prepare"]))
+        if "prepare" in message:  # nothing runs
+            capacity = worker.prepare(message["prepare"])
+            pool.shutdown()
+            # No more threads than rows: what a thread has allocated stays with it.
+            pool = ThreadPoolExecutor(capacity["rows"] if capacity else 1)
+            answers.send({"capacity": capacity})
         else:
-            pool.submit(_answer, answers, partial(_run, worker, message["row"], unfinished))
+            pool.submit(_run, answers, worker, message["row"], unfinished)
     os._exit(0)  # without waiting for rows whose outcome nobody reads
 
 
-def _answer(answers: _Answers, work: Any) -> None:
-    """Sends the message that `work` returns. If it raises, which no row's error does, the process ends."""
+def _run(answers: _Answers, worker: Worker, row: Json, unfinished: Path) -> None:
+    """Runs a row, and sends its outcome. If that raises, which no row's error does, the process ends."""
     try:
-        message = work()
+        answers.send({"id": row["id"], "outcome": worker.run(row, unfinished)})
     except BaseException:
         sys.excepthook(*sys.exc_info())
         os._exit(1)
-    answers.send(message)
-
-
-def _prepare(worker: Worker, model: str) -> Json:
-    """Loads a model, and returns the message that says what can be run at once with it."""
-    return {"capacity": worker.prepare(model)}
-
-
-def _run(worker: Worker, row: Json, unfinished: Path) -> Json:
-    """Runs a row, and returns the message with its outcome."""
-    return {"id": row["id"], "outcome": worker.run(row, unfinished)}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,17 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
-from musicgen_svc.batch.work import MAX_DEATHS, Capacity, Json, Plan, RunnerError, Settle, Task, TaskQueue
+from musicgen_svc.batch.work import (
+    MAX_DEATHS,
+    Capacity,
+    Json,
+    Plan,
+    RunnerError,
+    Settle,
+    Task,
+    TaskQueue,
+    died_sentence,
+)
 
 WORKER_MODULE = "musicgen_svc.batch.process"
 _Event = tuple["_Worker", Json | None]
@@ -209,8 +219,3 @@ class Fleet:
             else:
                 settle(task.row, {"error": died_sentence(self._log.name)}, None)
         self._start(worker.number)
-
-
-def died_sentence(log: str) -> str:
-    """Returns the error of a row that has ended its worker too often. `log`: where the cause is."""
-    return f"The worker process ended {MAX_DEATHS} times while it made this row; {log} has the cause."

@@ -113,3 +113,8 @@ class TaskQueue:
             return lists or ([last] if last else [])
         lists[-1] += last
         return lists
+
+
+def died_sentence(log: str) -> str:
+    """Returns the error of a row that has ended its worker too often. `log`: where the cause is."""
+    return f"The worker process ended {MAX_DEATHS} times while it made this row; {log} has the cause."

@@ -20,6 +20,7 @@ from musicgen_svc.errors import ServiceError
 from musicgen_svc.pipeline import stage_shares
 from musicgen_svc.request import Mode, Request
 from musicgen_svc.runtime.device import use_device
+from musicgen_svc.runtime.freed_memory import FreedMemory
 from musicgen_svc.runtime.machine import cores, memory_bytes
 from musicgen_svc.runtime.progress import Progress, StopFlag
 from musicgen_svc.runtime.threads import use_threads
@@ -49,6 +50,7 @@ class Worker:
         settings = Settings.from_environment(os.environ)
         self._settings = replace(settings, slots=slots or settings.slots, max_concurrency=NO_LIMIT)
         self._backend = Backend.open(self._settings, os.environ.get("COG_WEIGHTS") or None)
+        self._freed_memory = FreedMemory()
         self._threads = threads
         if threads:
             self._backend.loader.threads.fix(threads)
@@ -128,6 +130,8 @@ class Worker:
             if isinstance(failure, DeviceError):
                 raise failure from exc
             return {"error": str(failure)}
+        finally:
+            self._freed_memory.give_back()  # thousands of rows would otherwise spread it over many heaps
 
     def _run(self, task: Json, folder: Path, own: Path) -> Json:
         """Does the work of `run`. `own`: an empty folder for this row."""

@@ -8,12 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
 from musicgen_svc.batch.folder import OutputFolder, open_folder
-from musicgen_svc.batch.job_file import JobError, import_parquet, read_job
+from musicgen_svc.batch.job_file import JobError, import_parquet, read_job, write_parquet
 from musicgen_svc.batch.processes import Fleet
 from musicgen_svc.batch.rows import Row, settle
 from musicgen_svc.batch.work import Plan, RunnerError, Task
@@ -22,6 +22,9 @@ from musicgen_svc.cli.schema_fields import fields, parsed
 from musicgen_svc.cli.terminal import note
 from musicgen_svc.errors import ServiceError
 from musicgen_svc.settings import Settings
+
+if TYPE_CHECKING:
+    from musicgen_svc.batch.cluster import Cluster
 
 Json = dict[str, Any]
 
@@ -71,6 +74,11 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slots", **number, help="how many rows a worker decodes at once")
     parser.add_argument("--workers", **number, help="how many workers run")
     parser.add_argument("--threads", **number, help="of each worker on a CPU")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run on a Ray cluster: auto (the one of this machine) or ray://HOST:PORT",
+    )
     parser.add_argument("--parquet", action="store_true", help="also write the results as Parquet")
     return parser.parse_args(given)
 
@@ -96,6 +104,22 @@ def read_rows(jobs: Path, seed: int, max_duration_s: int) -> list[Row]:
     written = read_job(jobs, inputs, lambda name, text: parsed(text, inputs[name]))
     defaults = {name: field.get("default") for name, field in inputs.items()}
     return settle(written, defaults=defaults, folder=jobs.parent, seed=seed, max_duration_s=max_duration_s)
+
+
+def ray_runner() -> "type[Cluster]":
+    """Imports what runs a job on a Ray cluster.
+
+    Raises:
+        JobError: Ray is not installed.
+    """
+    try:
+        from musicgen_svc.batch.cluster import Cluster
+    except ImportError:
+        raise JobError(
+            "--ray needs the Ray extra, which is not installed: scripts/batch installs it, and so does "
+            "pip install --no-deps -r requirements-ray.lock."
+        ) from None
+    return Cluster
 
 
 def planned(args: argparse.Namespace, folder: OutputFolder) -> Plan:
@@ -175,6 +199,7 @@ def run(args: argparse.Namespace) -> int:
         settings = Settings.from_environment(os.environ)
     except ServiceError as exc:
         raise JobError(str(exc)) from None
+    runner = ray_runner() if args.ray else None
     if args.parquet:
         import_parquet("--parquet")
     rows = read_rows(args.jobs, args.seed, settings.max_duration_s)
@@ -194,15 +219,20 @@ def run(args: argparse.Namespace) -> int:
                     settled(row, {"error": row.error}, None)
                 else:
                     tasks.append(Task(row, folder.known(row)))
-            Fleet(
-                plan,
-                folder.unfinished,
-                folder.log,
-                lambda decided: folder.write_record({"seed": args.seed, "threads": decided.threads}),
-            ).run(tasks, settled)
+
+            def decided(plan: Plan) -> None:
+                folder.write_record({"seed": args.seed, "threads": plan.threads})
+
+            if runner:
+                runner(plan, args.ray, folder.unfinished, decided).run(tasks, settled)
+            else:
+                Fleet(plan, folder.unfinished, folder.log, decided).run(tasks, settled)
         finally:
             report.close()
-        print(f"{folder.merge(rows)}: {report.summary()}")
+        merged = folder.merge(rows)
+        if args.parquet:
+            write_parquet(merged)
+        print(f"{merged}: {report.summary()}")
         return min(report.counts["failed"], MOST_FAILED)
 
 

@@ -4,6 +4,7 @@ scripts/_env runs this file with the machine's own Python. It therefore needs on
 
     environment.py uv              prints the folder of uv, and installs uv there if it is missing
     environment.py install HASH    makes .venvs/HASH with this Python, and then does what `tidy` does
+    environment.py ray HASH        installs requirements-ray.lock into .cache/ray-HASH, for this Python
     environment.py tidy HASH DIR   links .venv to DIR, unless it leads to an environment of HASH already, and
                                    removes environments of other hashes that no process uses
 
@@ -25,8 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".venvs"
 LINK = ROOT / ".venv"
+CACHE = ROOT / ".cache"
 UV_VERSION = "0.13.9"
-UV = ROOT / ".cache" / f"uv-{UV_VERSION}"
+UV = CACHE / f"uv-{UV_VERSION}"
 """The folder into which uv is installed."""
 
 
@@ -92,6 +94,33 @@ def fetch_uv() -> Path:
     _run(_python_with_pip(), "-m", "pip", *options)
     partial.replace(UV)
     return UV
+
+
+def install_ray(lock_hash: str) -> None:
+    """Installs the packages of the Ray extra into a folder, unless another process has done so.
+
+    Folders of other lock files are removed, unless they are in use.
+
+    Args:
+        lock_hash: of requirements-ray.lock.
+
+    Raises:
+        SystemExit: pip is missing.
+        subprocess.CalledProcessError: pip or uv failed, and has printed the reason.
+    """
+    folder = CACHE / f"ray-{lock_hash}"
+    with install_lock():
+        if is_current(folder, lock_hash):
+            return
+        say(f"Installing the Ray extra into {folder.relative_to(ROOT)} (about 0.5 GB, once) ...")
+        uv = fetch_uv() / "bin" / "uv"
+        for other in CACHE.glob("ray-*"):
+            _remove_if_unused(other)
+        folder.mkdir(parents=True, exist_ok=True)
+        options = ["--quiet", "--no-deps", "--require-hashes", "--python", sys.executable]
+        lock_file = ROOT / "requirements-ray.lock"
+        _run(uv, "pip", "install", *options, "--target", folder, "--requirements", lock_file)
+        (folder / "stamp").write_text(f"{lock_hash}\n")
 
 
 def _run(*command: str | Path) -> None:
@@ -231,6 +260,8 @@ def main() -> int:
                 print(fetch_uv())
         elif command == "install":
             install(rest[0])
+        elif command == "ray":
+            install_ray(rest[0])
         else:
             with install_lock(wait=False):
                 _tidy(rest[0], Path(rest[1]))

@@ -29,14 +29,19 @@ def write_clips(folder: Path) -> None:
         (folder / name).write_bytes(encode(tone(hz, 1.5, 32_000), 32_000, "wav16"))
 
 
-def mixed_rows(count: int) -> list[Json]:
-    """Returns rows of every mode, for two models. Every tenth has no seed, and every eleventh no id."""
+def mixed_rows(count: int, text_model: str = "small") -> list[Json]:
+    """Returns rows of every mode. Every tenth has no seed, and every eleventh no id.
+
+    Args:
+        count: of rows.
+        text_model: of the rows without a clip; those with a clip have `melody`.
+    """
     modes: list[Json] = [
-        {"model_version": "small", "prompt": "a waltz"},
+        {"model_version": text_model, "prompt": "a waltz"},
         {"model_version": "melody", "prompt": "a march", "input_audio": "low.wav"},
         {"model_version": "encode-decode", "input_audio": "high.wav"},
         {"model_version": "melody", "input_audio": "high.wav", "continuation": True},
-        {"model_version": "small", "prompt": "a reel", "output_format": "mp3", "temperature": 0},
+        {"model_version": text_model, "prompt": "a reel", "output_format": "mp3", "temperature": 0},
     ]
     rows = []
     for number in range(count):

@@ -115,6 +115,21 @@ def test_an_environment_is_installed_once_and_then_nothing_is_written(checkout: 
     assert checkout.state() == before
 
 
+def test_the_ray_extra_is_installed_beside_the_environment_only_when_it_is_asked_for(
+    checkout: Checkout,
+) -> None:
+    (checkout.folder / "requirements-ray.lock").write_text("ray")
+    shown = {}
+    for how in ("", "install", "install", ""):
+        process = checkout.start(f'ray_packages {how}; echo "$PYTHONPATH"')
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        shown[len(checkout.calls())] = out.splitlines()[-1]
+    (folder,) = (checkout.folder / ".cache").glob("ray-*")
+    assert shown == {2: os.fspath(checkout.folder), 3: f"{checkout.folder}:{folder}"}
+    assert "--require-hashes" in checkout.calls()[-1] and f"--target {folder}" in checkout.calls()[-1]
+
+
 def test_scripts_that_start_at_once_install_once(checkout: Checkout) -> None:
     started = [checkout.start() for _ in range(4)]
     ended = [process.communicate(timeout=60) for process in started]
@@ -201,7 +216,7 @@ def old_layout(checkout: Checkout, lock_hash: str) -> Path:
 def first_hash(checkout: Checkout) -> str:
     """The hash of the lock file."""
     shown = subprocess.run(
-        ["bash", "-euc", 'source "$0/scripts/_env"; lock_hash', checkout.folder],
+        ["bash", "-euc", 'source "$0/scripts/_env"; lock_hash requirements.lock', checkout.folder],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return shown.stdout.strip()
@@ -291,7 +306,7 @@ def test_python_3_12_is_found_behind_pyenvs_failing_command_and_another_version_
 
 SCRIPTS = [
     "predict", "serve", "test", "check", "schema", "download_weights", "lock", "train_demo", "gpu_check",
-    "bench", "bench_demo", "bench_live", "bench_load", "bench_serving", "soak",
+    "bench", "bench_demo", "bench_live", "bench_load", "bench_serving", "soak", "batch", "ray",
 ]  # fmt: skip
 
 

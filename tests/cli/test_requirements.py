@@ -8,6 +8,7 @@ from tests.cli.repository import ROOT
 
 LOCK = (ROOT / "requirements.lock").read_text()
 IMAGE = (ROOT / "requirements.txt").read_text()
+RAY = (ROOT / "requirements-ray.lock").read_text()
 LEFT_OUT = {"xformers", "torchvision", "torchtext", "gradio", "spacy"}
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", flags=re.MULTILINE)
 
@@ -42,6 +43,16 @@ def test_what_we_declare_is_locked_with_hashes() -> None:
     assert len(blocks) > 80 and all("--hash=sha256:" in block for block in blocks)
 
 
+def test_the_ray_extra_adds_packages_and_changes_none() -> None:
+    """Its packages are added to an environment of requirements.lock, or to the image."""
+    added, lock, image = pins(RAY), pins(LOCK), pins(IMAGE)
+    assert {"ray", "pyarrow", "grpcio"} <= added.keys()
+    assert not added.keys() & image.keys() and "torch" not in added
+    assert all(lock[name] == versions for name, versions in added.items() if name in lock)
+    blocks = re.split(r"^(?=[A-Za-z0-9._-]+==)", RAY, flags=re.MULTILINE)[1:]
+    assert all("--hash=sha256:" in block for block in blocks)
+
+
 def test_nothing_of_audiocrafts_old_stack_is_installed() -> None:
     assert not LEFT_OUT & (pins(LOCK).keys() | pins(IMAGE).keys())
 
@@ -54,4 +65,5 @@ def test_the_version_of_the_service_is_written_once() -> None:
 
 
 def test_no_host_is_named() -> None:
-    assert "://" not in LOCK + IMAGE and "--index" not in LOCK + IMAGE and "--find-links" not in LOCK + IMAGE
+    every = LOCK + IMAGE + RAY
+    assert "://" not in every and "--index" not in every and "--find-links" not in every

@@ -26,6 +26,7 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "scripts" / "test", tmp_path / "scripts")
     (tmp_path / "scripts" / "_env").write_text(
         f'ROOT="{tmp_path}"; environment() {{ PYTHON="$ROOT/python"; }}\n'
+        'ray_packages() { echo ray "$1"; }\n'
     )
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
@@ -62,6 +63,12 @@ def test_a_folder_without_any_test_fails_it(checkout: Path) -> None:
     (checkout / "tests" / "empty" / "test_empty.py").touch()
     assert run(checkout)[0] != 0
     assert run(checkout, "empty")[0] == 5
+
+
+def test_ray_is_installed_for_the_tests_that_need_it_and_for_no_others(checkout: Path) -> None:
+    assert "ray install\n" in run(checkout)[2]
+    assert "ray install\n" in run(checkout, "-x", "tests/cluster/test_d.py")[2]
+    assert "ray" not in run(checkout, "tests/http")[2]
 
 
 def test_arguments_go_to_pytest_as_they_are(checkout: Path) -> None:

@@ -1,0 +1,78 @@
+"""A real Ray cluster of one machine with two processor cores, for one folder of tests."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.batch.jobs import environment
+from tests.cli.repository import ROOT
+
+VARIABLES = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port: int = bound.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port at which ray:// reaches the cluster."""
+    # A socket's path has at most 107 bytes.
+    folder, gcs, client = Path(f"/tmp/ray-{os.getpid()}"), free_port(), free_port()
+    log = tmp_path_factory.mktemp("ray") / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [
+                sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block",
+                "--num-cpus", "2", "--temp-dir", folder,
+                "--port", str(gcs), "--ray-client-server-port", str(client), "--include-dashboard", "false",
+                "--object-store-memory", "200000000", "--disable-usage-stats",
+            ],
+            env=environment(ROOT / "weights", **VARIABLES),
+            stdout=out, stderr=subprocess.STDOUT, process_group=0,
+        )  # fmt: skip
+    try:
+        while not reachable(client):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield client
+    finally:
+        process.kill()
+        process.wait()
+        while left := processes_with(str(folder)):  # some of them start others
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def reachable(port: int) -> bool:
+    """Whether something listens at a port."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def processes_with(*texts: str) -> list[int]:
+    """The other processes whose command line and environment together hold all texts."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            told = (process / "cmdline").read_bytes() + b" " + (process / "environ").read_bytes()
+        except OSError:  # it has ended, or belongs to another user
+            continue
+        if all(text.encode() in told for text in texts) and int(process.name) != os.getpid():
+            found.append(int(process.name))
+    return found

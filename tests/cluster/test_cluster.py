@@ -1,0 +1,89 @@
+"""`scripts/batch --ray` on a real cluster of two workers. Without Ray, these tests fail."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from musicgen_svc.batch.cluster import Cluster
+from musicgen_svc.batch.rows import Row
+from musicgen_svc.batch.work import Plan, Task
+from tests.batch.jobs import content, mixed_rows, results, run, start, write_clips, write_job
+from tests.cluster.conftest import VARIABLES, processes_with
+from tests.cluster.workers import DyingWorker
+
+Json = dict[str, Any]
+
+
+def test_a_job_gives_the_same_folder_as_without_ray_although_a_worker_is_killed(
+    weights: Path, cluster: int, tmp_path: Path
+) -> None:
+    write_clips(tmp_path)
+    job = write_job(tmp_path / "jobs.jsonl", mixed_rows(200, "melody"))
+    out, tag = tmp_path / "out", f"job-{os.getpid()}"
+    address = f"ray://127.0.0.1:{cluster}"
+    process = start(weights, job, "--out", out, "--ray", address, **VARIABLES, MUSICGEN_TAG=tag)
+    while len(list(out.glob("*.wav"))) < 10:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.kill(processes_with("ray::MapWorker", tag)[0], signal.SIGKILL)
+    shown, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "200 made, 0 unchanged, 0 failed" in shown
+    assert len({line["id"] for line in results(out)}) == len(results(out)) == 200
+
+    few = write_job(tmp_path / "few.jsonl", mixed_rows(200, "melody")[:20])
+    assert run(weights, few, "--out", tmp_path / "few", "--parquet")[0] == 0
+    lines, audio = content(tmp_path / "few")
+    all_lines, all_audio = content(out)
+    assert lines == all_lines[:20]
+    assert audio.items() <= all_audio.items()
+    table = pyarrow.parquet.read_table(tmp_path / "few" / "results" / "results.parquet").to_pylist()
+    assert table == results(tmp_path / "few")
+
+
+def test_a_row_that_always_ends_its_worker_fails_alone(cluster: int, tmp_path: Path) -> None:
+    prompts = ["make"] * 4 + ["die"] + ["make"] * 3
+    tasks = [
+        Task(Row(str(number), {"prompt": prompt, "model_version": "small"}, None, None), None)
+        for number, prompt in enumerate(prompts)
+    ]
+    errors: dict[str, str | None] = {}
+    decided: list[Plan] = []
+
+    def settle(row: Row, outcome: Json, file: Path | None) -> None:
+        assert row.id not in errors, "settled twice"
+        errors[row.id] = outcome["error"]
+
+    runner = Cluster(Plan(0, 1, 1), f"ray://127.0.0.1:{cluster}", tmp_path, decided.append)
+    runner.worker = DyingWorker
+    runner.run(tasks, settle)
+    assert decided == [Plan(0, 1, 1)]
+    assert {row for row, error in errors.items() if error is None} == set("0123567")
+    assert errors["4"] == "The worker process ended 3 times while it made this row; Ray's log has the cause."
+
+
+def test_parquet_jobs_are_read_and_refused_with_their_column(weights: Path, tmp_path: Path) -> None:
+    job = tmp_path / "jobs.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": ["a", "b"], "prompt": ["a waltz", None], "duration": [601, None]}), job
+    )
+    status, _, err = run(weights, job, "--out", tmp_path / "out")
+    assert status == 2, err
+    errors = [line["error"] for line in results(tmp_path / "out")]
+    assert errors[0].startswith("duration is 601;") and errors[1].startswith(
+        "prompt and input_audio are both"
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "promt": ["b"]}), job)
+    status, _, err = run(weights, job, "--out", tmp_path / "out")
+    assert status == 102 and err.startswith("jobs.parquet, line 1, column 2: there is no input 'promt'")
+
+
+def test_where_no_cluster_answers_the_reason_is_one_sentence(weights: Path, tmp_path: Path) -> None:
+    job = write_job(tmp_path / "jobs.jsonl", [{"prompt": "a waltz"}])
+    status, _, err = run(weights, job, "--out", tmp_path / "out", "--ray", "ray://127.0.0.1:1", **VARIABLES)
+    assert status == 101
+    assert "--ray is 'ray://127.0.0.1:1', where no cluster answers (" in err.splitlines()[-1]
