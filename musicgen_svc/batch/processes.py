@@ -6,6 +6,7 @@ computes in a worker, because its requests share one device. A worker that ends 
 and its rows then run one at a time, so that a row that ends its worker takes no other row with it.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -94,7 +95,8 @@ class _Worker:
         self._reader.join()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe:
-                pipe.close()
+                with contextlib.suppress(OSError):  # a message that the process did not read
+                    pipe.close()
 
 
 class Fleet:

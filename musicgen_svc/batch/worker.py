@@ -143,14 +143,14 @@ class Worker:
         self._backend.pipeline.check(request)
         with Progress(stage_shares(request), StopFlag(math.inf), "none") as progress:
             result = self._backend.pipeline.run(request, progress, folder)
-        measured = {f"{stage}_s": result.metrics[stage] for stage in STAGES}
+        measured = {f"{stage}_s": result.stage_seconds[stage] for stage in STAGES}
         return {
             "error": None,
             "file": str(result.path),
             "device": str(self._backend.device),
             "threads": self._threads,
             "precision": self._settings.precision,
-            "audio_s": result.metrics["audio_seconds"],
+            "audio_s": result.audio_seconds,
             "loudness_lufs": _loudness(result.path),
             **made_of,
             **measured,
