@@ -49,12 +49,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
             time.sleep(0.1)
         yield client
     finally:
+        below = descendants(process.pid)  # some of them overwrite what would tell whose they are
         process.kill()
         process.wait()
-        while left := processes_with(str(folder)):  # some of them start others
+        while left := [*below, *processes_with(str(folder))]:  # some of them start others
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            below = []
             time.sleep(0.1)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -63,6 +65,16 @@ def reachable(port: int) -> bool:
     """Whether something listens at a port."""
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have started."""
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    except OSError:  # it has ended
+        return []
+    return [*children, *(below for child in children for below in descendants(child))]
 
 
 def processes_with(*texts: str) -> list[int]:
