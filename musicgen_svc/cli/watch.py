@@ -8,6 +8,8 @@ SILENT_S = 15.0
 """How long a server or its worker may give no answer. A busy machine needs less."""
 UNHEALTHY_S = 3.0
 """How long a server may report that it is unhealthy for another reason, such as a dead worker."""
+LOST_S = 3.0
+"""How long most slots must be lost while the server is well otherwise."""
 IDLE_BUSY_S = 30.0
 """How long a server may report BUSY while no prediction runs."""
 INPUT_S = 600.0
@@ -82,7 +84,8 @@ class Watch:
                 Fault("every slot waits for an input file that does not arrive"),
             ),
             (
-                "lost", seen.slots - seen.lost < (seen.slots + 1) // 2, 0.0,
+                # The end of a worker loses the slots of all that ran, and shows in the health a moment later.
+                "lost", not unhealthy and seen.slots - seen.lost < (seen.slots + 1) // 2, LOST_S,
                 Fault(f"{seen.lost} of its {seen.slots} slots are lost", drain=True),
             ),
         )  # fmt: skip
