@@ -17,6 +17,7 @@ EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit): (?=.* )")
 SAID_BETTER = ("Setup failed", "Worker initialization failed")
 """What Cog logs when set-up fails. It is not shown, because `scripts/serve` prints a sentence of its own."""
 STARTED = "Starting prediction"
+CANCELLING = ("Cancelling prediction", "Applying pending cancellation")
 FINISHED = (
     "Prediction succeeded", "Prediction worker completed", "Prediction failed", "Prediction cancelled",
     "Slot dropped while InUse with non-terminal prediction",
@@ -87,12 +88,23 @@ class CogLog:
     """The state of one Cog server, as far as its log tells it."""
 
     def __init__(
-        self, console: Console, started: Callable[[str], None], finished: Callable[[str], None]
-    ) -> None:
-        """`started` and `finished`: called with the id of each prediction."""
+        self, console: Console, started: Callable[[str], None], finished: Callable[[str], None],
+        runs_on: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """Makes the state of a server that has logged nothing.
+
+        Args:
+            console: shows the log.
+            started: called with the id of each prediction that starts.
+            finished: called with the id of each prediction that has ended.
+            runs_on: called with the id of a prediction that runs although it was cancelled. Cog 0.23.1 loses
+                a cancel, or a hang-up, that comes before its worker has begun with the prediction.
+        """
         self._console = console
         self._started = started
         self._finished = finished
+        self._runs_on = runs_on
+        self._cancelled_early: set[str] = set()
         self.running: dict[str, bool] = {}
         """Id of each prediction that runs -> whether the service has logged anything for it."""
         self.idle = asyncio.Event()
@@ -119,11 +131,18 @@ class CogLog:
             self._started(prediction)
         elif message in FINISHED:
             self.running.pop(prediction, None)
+            self._cancelled_early.discard(prediction)
             if not self.running:
                 self.idle.set()
             self._finished(prediction)
+        elif message.startswith(CANCELLING):
+            if self.running.get(prediction) is False:
+                self._cancelled_early.add(prediction)
         elif prediction in self.running:  # a line that the service has logged
             self.running[prediction] = True
+            if prediction in self._cancelled_early:
+                self._cancelled_early.remove(prediction)
+                self._runs_on(prediction)
 
 
 def _as_json(text: str, target: str) -> str:

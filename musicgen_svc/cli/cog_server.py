@@ -37,7 +37,7 @@ class CogServer:
 
     def __init__(
         self, process: asyncio.subprocess.Process, variables: dict[str, str],
-        reaper: Reaper, log: CogLog, folders: PredictionFolders, work: WorkFolder,
+        reaper: Reaper, console: Console, folders: PredictionFolders, work: WorkFolder,
     ) -> None:  # fmt: skip
         self._process = process
         self._reaper = reaper
@@ -45,9 +45,10 @@ class CogServer:
         self._drain_file = Path(variables["MUSICGEN_DRAIN_FILE"])
         self.port = int(variables["PORT"])
         self.places = int(variables["COG_MAX_CONCURRENCY"])
-        self.log = log
+        self.log = CogLog(console, folders.started, folders.finished, self._cancel)
         self.folders = folders
         self.was_ready = False
+        self._cancelling: set[asyncio.Task[None]] = set()
         self._reading = asyncio.create_task(self._read_log())
 
     @classmethod
@@ -69,8 +70,7 @@ class CogServer:
             start_new_session=True,  # a process group that can be killed, and that Ctrl-C does not reach
         )  # fmt: skip
         reaper.watch_group(process.pid)
-        log = CogLog(console, folders.started, folders.finished)
-        return cls(process, variables, reaper, log, folders, work)
+        return cls(process, variables, reaper, console, folders, work)
 
     @property
     def exit_status(self) -> int | None:
@@ -86,7 +86,7 @@ class CogServer:
         """Returns the health check's answer. None: there is none."""
         try:
             async with asyncio.timeout(HEALTH_S):
-                answer = json.loads(await _get(self.port, "/health-check"))
+                answer = json.loads(await _ask(self.port, "GET", "/health-check"))
         except (OSError, ValueError, asyncio.IncompleteReadError):
             return None
         return answer if isinstance(answer, dict) else None
@@ -112,6 +112,17 @@ class CogServer:
         self._work.remove()
         self.folders.clear()
 
+    def _cancel(self, prediction: str) -> None:
+        """Starts to cancel a prediction."""
+
+        async def cancel() -> None:
+            with contextlib.suppress(OSError):  # the server has ended, and the prediction with it
+                await _ask(self.port, "POST", f"/predictions/{prediction}/cancel")
+
+        task = asyncio.create_task(cancel())
+        self._cancelling.add(task)
+        task.add_done_callback(self._cancelling.discard)
+
     async def _read_log(self) -> None:
         """Reads Cog's log until the pipe closes."""
         assert self._process.stdout
@@ -125,11 +136,11 @@ class CogServer:
             self.log.line(line.decode(errors="replace").rstrip("\r\n"))
 
 
-async def _get(port: int, path: str) -> bytes:
-    """Sends a GET request to a server on the loopback device. Returns the body of the answer."""
+async def _ask(port: int, method: str, path: str) -> bytes:
+    """Sends a request without a body to a server on the loopback device. Returns the body of the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
         return (await reader.read()).partition(b"\r\n\r\n")[2]
     finally:
         writer.close()

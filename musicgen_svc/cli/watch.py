@@ -8,6 +8,8 @@ SILENT_S = 15.0
 """How long a server or its worker may give no answer. A busy machine needs less."""
 UNHEALTHY_S = 3.0
 """How long a server may report that it is unhealthy for another reason, such as a dead worker."""
+LOST_S = 3.0
+"""How long most places must be lost while the server is well otherwise."""
 IDLE_BUSY_S = 30.0
 """How long a server may report BUSY while no prediction runs."""
 INPUT_S = 600.0
@@ -82,7 +84,8 @@ class Watch:
                 Fault("every place waits for an input file that does not arrive"),
             ),
             (
-                "lost", seen.places - seen.lost < (seen.places + 1) // 2, 0.0,
+                # The end of a worker loses the places of all that ran; the health tells it a moment later.
+                "lost", not unhealthy and seen.places - seen.lost < (seen.places + 1) // 2, LOST_S,
                 Fault(f"{seen.lost} of its {seen.places} places for predictions are lost", drain=True),
             ),
         )  # fmt: skip

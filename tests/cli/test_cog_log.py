@@ -36,7 +36,7 @@ def written(as_json: bool, *lines: str) -> list[str]:
     """What the console writes for lines of Cog's log and a line of `scripts/serve`."""
     out = io.StringIO()
     console = Console(out, as_json)
-    log = CogLog(console, lambda id: None, lambda id: None)
+    log = CogLog(console, lambda id: None, lambda id: None, lambda id: None)
     for line in lines:
         log.line(line)
     console.say("Ready.")
@@ -72,3 +72,28 @@ def test_a_message_that_only_looks_like_a_stage_stays_as_it_is(message: str) -> 
 def test_otherwise_lines_are_readable() -> None:
     shown = written(False, record("seed: 1"), "a panic")
     assert [line.partition(" ")[2] for line in shown] == ["[one] seed: 1", "panic", "Ready."]
+
+
+@pytest.mark.parametrize(
+    ("messages", "runs_on"),
+    [
+        (["Starting prediction", "Cancelling prediction", "seed: 1", "queue: 0 s"], ["one"]),
+        (
+            ["Starting prediction", "Cancelling prediction", "Applying pending cancellation", "seed: 1"],
+            ["one"],
+        ),
+        (["Starting prediction", "seed: 1", "Cancelling prediction", "queue: 0 s"], []),
+        (["Starting prediction", "Cancelling prediction", "Prediction cancelled", "seed: 1"], []),
+        (["Starting prediction", "seed: 1", "Prediction worker completed"], []),
+    ],
+    ids=["before the worker", "before, twice", "while it runs", "with success", "none"],
+)
+def test_a_prediction_that_runs_on_after_a_cancel_is_told_once(
+    messages: list[str], runs_on: list[str]
+) -> None:
+    told: list[str] = []
+    console = Console(io.StringIO(), as_json=False)
+    log = CogLog(console, lambda id: None, lambda id: None, told.append)
+    for message in messages:
+        log.line(record(message))
+    assert told == runs_on

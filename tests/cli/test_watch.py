@@ -9,6 +9,7 @@ from musicgen_svc.cli.watch import (
     INPUT_S,
     LONGEST_BACK_OFF_S,
     LONGEST_RATION_S,
+    LOST_S,
     RATION_S,
     SILENT_S,
     UNHEALTHY_S,
@@ -38,19 +39,18 @@ def seen(health: Any, lost: int = 0, places: int = 4, **running: bool) -> Observ
         (seen({"status": "DEFUNCT"}), UNHEALTHY_S, "its health is DEFUNCT"),
         (seen(BUSY), IDLE_BUSY_S, "nothing runs"),
         (seen(BUSY, a=False, b=False), INPUT_S, "input file"),
-        (seen(READY, lost=3), 0.0, "3 of its 4 places for predictions are lost"),
-        (seen(READY, lost=1, places=1), 0.0, "1 of its 1 places for predictions are lost"),
+        (seen(READY, lost=3), LOST_S, "3 of its 4 places for predictions are lost"),
+        (seen(READY, lost=1, places=1), LOST_S, "1 of its 1 places for predictions are lost"),
     ],
 )
 def test_a_fault_is_what_lasts_and_an_interruption_starts_anew(
     observation: Observation, limit_s: float, reason: str
 ) -> None:
     watch = Watch()
-    if limit_s:
-        assert watch.fault(0.0, observation) is None
-        assert watch.fault(limit_s - 0.1, observation) is None
-        assert watch.fault(limit_s, seen(READY)) is None
-    assert limit_s == 0 or watch.fault(limit_s + 1, observation) is None
+    assert watch.fault(0.0, observation) is None
+    assert watch.fault(limit_s - 0.1, observation) is None
+    assert watch.fault(limit_s, seen(READY)) is None
+    assert watch.fault(limit_s + 1, observation) is None
     fault = watch.fault(2 * limit_s + 1, observation)
     assert fault is not None and reason in fault.reason
 
@@ -65,6 +65,15 @@ def test_a_fault_is_what_lasts_and_an_interruption_starts_anew(
 def test_what_still_serves_is_left_alone(observation: Observation) -> None:
     watch = Watch()
     assert all(watch.fault(float(hour) * 3600, observation) is None for hour in range(24))
+
+
+def test_a_dead_worker_with_which_all_places_are_lost_is_no_matter_of_places() -> None:
+    """A restart for lost places waits for what runs, and comes at most every five minutes."""
+    watch = Watch()
+    assert watch.fault(0.0, seen(READY, lost=4, a=True)) is None  # Cog has not noticed the death yet
+    assert watch.fault(1.0, seen(DEAD, lost=4, a=True)) is None
+    fault = watch.fault(1.0 + UNHEALTHY_S, seen(DEAD, lost=4, a=True))
+    assert fault is not None and not fault.drain and "UNHEALTHY" in fault.reason
 
 
 def test_a_crash_is_restarted_at_once_and_one_after_the_other_ever_later() -> None:

@@ -215,6 +215,16 @@ def test_hanging_up_at_any_time_locks_nothing(server: CogServer, right: list[str
     check_that_it_serves(server, right)
 
 
+def test_who_hangs_up_at_once_leaves_nothing_running(server: CogServer, right: list[str]) -> None:
+    """Cog loses a hang-up that comes before its worker has begun, and then runs the prediction."""
+    content = message("POST", "/predictions", {"input": LONG})
+    for _ in range(20):
+        send(server, content).close()
+        wait_for(lambda: server.health()["status"] == "READY")
+    wait_for(lambda: server.predict(good(0))["metrics"]["running"] == 1)
+    check_that_it_serves(server, right)
+
+
 def test_a_cancel_at_any_time_leaves_nothing_running(server: CogServer, right: list[str]) -> None:
     """Cog reports some of them as cancelled although they run on. These end by themselves."""
     draw = random.Random(2)
