@@ -105,6 +105,7 @@ def _parse(name: str, text: str, setting: Field[object]) -> object:
         if not math.isfinite(number):
             raise ServiceError(f"{name} is {text!r}; it must be a number.")
         if number <= 0 and number != setting.default:
-            raise ServiceError(f"{name} is {text}; it must be above 0.")
+            least = "0 or above" if setting.default == 0 else "above 0"
+            raise ServiceError(f"{name} is {text}; it must be {least}.")
         return number
     return text if wanted is str else Path(text)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "openapi_schema.json"
 PATHS = ("COG_WEIGHTS", "MUSICGEN_WEIGHTS_DIR", "MUSICGEN_WORK_DIR")
 """Settings that may hold a path relative to the current folder. The server runs in another folder."""
+FILES_PER_PLACE = 4
+"""Files that Cog, its worker and the gate each keep open at most for one prediction, with some to spare."""
 WAITING = 64
 """How many predictions may wait for a slot, unless MUSICGEN_WAITING says otherwise."""
 LINE_BYTES = 2**24
@@ -224,7 +227,14 @@ def concurrency() -> int:
         return _number("COG_MAX_CONCURRENCY", least=1)
     slots = _number("MUSICGEN_SLOTS", least=0) if os.environ.get("MUSICGEN_SLOTS") else 0
     waiting = _number("MUSICGEN_WAITING", least=0) if os.environ.get("MUSICGEN_WAITING") else WAITING
-    return (slots or _slots()) + waiting
+    places = (slots or _slots()) + waiting
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if places > (most := open_files // FILES_PER_PLACE):
+        sys.exit(
+            f"MUSICGEN_SLOTS and MUSICGEN_WAITING are {places} together; the limit of open files allows "
+            f"{most}: choose fewer, or raise the limit with ulimit -n."
+        )
+    return places
 
 
 def _number(name: str, least: int) -> int:

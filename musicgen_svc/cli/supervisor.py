@@ -156,13 +156,28 @@ class Supervisor:
         delay_s = self._restarts.delay_s(time.monotonic(), fault)
         when = f" in {delay_s:.0f} s" if delay_s >= 1 else ""
         self._console.say(f"Cog's server is restarted{when}: {fault.reason}.")
-        if not fault.drain:
+        if fault.drain:
+            worse = asyncio.create_task(self._worse(server))
+            await _first(asyncio.sleep(delay_s), worse, server.wait(), self._stop.asked.wait())
+            if not worse.cancelled():  # `_first` cancels those that have not ended
+                fault = worse.result()
+        else:
             self._gate.close()
-        await _first(asyncio.sleep(delay_s), self._stop.asked.wait())
+            await _first(asyncio.sleep(delay_s), self._stop.asked.wait())
         self._gate.close()
         if fault.drain:
             idle = server.log.idle.wait()
             await _first(idle, asyncio.sleep(DRAIN_S), server.wait(), self._stop.asked.wait())
+
+    async def _worse(self, server: CogServer) -> Fault:
+        """Returns the first fault beside lost places, without which the server still serves."""
+        watch = Watch()
+        while True:
+            seen = Observation(await server.health(), server.places, 0, server.log.running)
+            if (fault := watch.fault(time.monotonic(), seen)) is not None:
+                self._console.say(f"Cog's server is restarted now: {fault.reason}.")
+                return fault
+            await asyncio.sleep(POLL_S)
 
 
 async def _first(*awaitables: Awaitable[object]) -> None:

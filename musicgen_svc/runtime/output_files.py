@@ -11,7 +11,9 @@ import fcntl
 import shutil
 import tempfile
 import threading
+import time
 from pathlib import Path
+from queue import SimpleQueue
 
 from musicgen_svc.errors import GenerationError
 
@@ -35,6 +37,8 @@ class WorkFolder:
         self._parent = parent or Path(tempfile.gettempdir())
         self._making = threading.Lock()
         self._make()
+        self._ended: SimpleQueue[tuple[float, Path]] = SimpleQueue()
+        threading.Thread(target=self._remove_ended, name="output-files", daemon=True).start()
         atexit.register(self.remove)
 
     def _make(self) -> None:
@@ -75,7 +79,10 @@ class WorkFolder:
         return Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self._path))
 
     def release(self, request_folder: Path, after_s: float = 0.0) -> None:
-        """Notes that a request has ended, and removes its folder, now or `after_s` seconds later."""
+        """Notes that a request has ended, and removes its folder, now or `after_s` seconds later.
+
+        Folders are removed in the order of these calls, so `after_s` should be the same for all of them.
+        """
         marker = _ended_marker(request_folder)
         if after_s <= 0:
             shutil.rmtree(request_folder, ignore_errors=True)
@@ -84,9 +91,14 @@ class WorkFolder:
         # On a full disk the request seems to run until the folder is removed.
         with contextlib.suppress(OSError):
             marker.touch()
-        timer = threading.Timer(after_s, self.release, [request_folder])
-        timer.daemon = True
-        timer.start()
+        self._ended.put((time.monotonic() + after_s, request_folder))
+
+    def _remove_ended(self) -> None:
+        """Removes the folders of ended requests for ever, each when its time has come."""
+        while True:
+            due_s, folder = self._ended.get()
+            time.sleep(max(0.0, due_s - time.monotonic()))
+            self.release(folder)
 
     def remove(self) -> None:
         """Removes the server's folder and releases its lock."""

@@ -65,6 +65,18 @@ def test_as_many_requests_are_let_in_as_the_device_holds_and_as_may_wait(
     assert at_once() == "7", "the user's own number holds"
 
 
+def test_more_places_than_files_may_be_open_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cog would fail in set-up, with a sentence that names neither the setting nor the limit."""
+    monkeypatch.delenv("COG_MAX_CONCURRENCY", raising=False)
+    monkeypatch.setattr(cog_server.resource, "getrlimit", lambda kind: (1024, 4096))
+    monkeypatch.setenv("MUSICGEN_SLOTS", "6")
+    monkeypatch.setenv("MUSICGEN_WAITING", "250")
+    assert concurrency() == 256
+    monkeypatch.setenv("MUSICGEN_WAITING", "251")
+    with pytest.raises(SystemExit, match="are 257 together; the limit of open files allows 256"):
+        concurrency()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

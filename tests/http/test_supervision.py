@@ -138,6 +138,23 @@ def test_lost_places_are_restored_when_most_are_lost_and_nothing_runs(
     check_that_it_serves(server, right)
 
 
+def test_a_dead_worker_is_replaced_although_a_restart_for_lost_places_must_wait(
+    server: CogServer, right: list[str]
+) -> None:
+    """Restarts for lost places come at most every five minutes."""
+    before, lost = server.log.count("Ready after"), server.log.count("places for predictions are lost")
+    port = int(variable(worker(server), "PORT"))
+    for number in range(SLOTS - 1):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(message("PUT", f"/predictions/{'x' * 300}{number}", {"input": good(0)}))
+            client.recv(9999)
+    wait_for(lambda: server.log.count("places for predictions are lost") > lost)
+    assert server.log.count("Ready after") == before and "is restarted in 2" in server.log
+    os.kill(worker(server), signal.SIGKILL)
+    await_restart(server, before)
+    check_that_it_serves(server, right)
+
+
 def test_predictions_that_come_during_a_restart_wait_for_it(server: CogServer, right: list[str]) -> None:
     before = server.log.count("Cog's server is restarted")
     os.kill(cog(server), signal.SIGKILL)
