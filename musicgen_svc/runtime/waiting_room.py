@@ -71,14 +71,14 @@ class WaitingRoom:
 
     def _admit(self) -> None:
         """Admits every request that may run now."""
+        most = OVERTAKING_PER_SLOT * self.slots
         passed: list[_Entry] = []
-        may_overtake = True
         for request in list(self._waiting):
             if len(self._running) == self.slots:
                 return
             group = self._running_group()
             fits = request.group is None or group is None or request.group == group
-            if fits and (may_overtake or request.group is None):
+            if fits and (request.group is None or all(earlier.overtaken < most for earlier in passed)):
                 self._waiting.remove(request)
                 self._running.append(request)
                 request.admitted.set_result(None)
@@ -87,7 +87,6 @@ class WaitingRoom:
                         earlier.overtaken += 1
             else:
                 passed.append(request)
-                may_overtake &= request.overtaken < OVERTAKING_PER_SLOT * self.slots
 
     def _running_group(self) -> Hashable:
         """Returns the group of those that run; None if none of them has a group."""

@@ -110,6 +110,17 @@ def test_a_waiting_request_is_told_its_position_and_may_give_up(monkeypatch: pyt
     assert seen == [2, 2, 2, 2]
 
 
+def test_a_request_is_not_overtaken_by_more_than_allowed_when_several_slots_become_free_at_once() -> None:
+    async def main() -> None:
+        requests = Requests(3)
+        await requests.arrive("small", "medium", "large", *["small"] * 5, "medium", "medium")
+        while 1 not in requests.admitted:
+            await requests.end(min(requests.running))
+        assert requests.admitted == [0, 3, 4, 5, 6, 7, 1, 8], "then large was overtaken six times"
+
+    asyncio.run(main())
+
+
 @settings(deadline=None)
 @given(
     slots=st.integers(1, 4),
