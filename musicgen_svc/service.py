@@ -1,6 +1,7 @@
 """Runs predictions for `predict.py`: each waits for a slot, has a thread, and fails with one sentence."""
 
 import asyncio
+import contextlib
 import contextvars
 import threading
 import traceback
@@ -197,7 +198,9 @@ class Service:
         except asyncio.CancelledError:
             stop.cancel()
             if not job.withdraw():
-                await asyncio.wait([outcome])
+                while not outcome.done():
+                    with contextlib.suppress(asyncio.CancelledError):  # a cancel that is repeated
+                        await asyncio.wait([outcome])
                 outcome.exception()  # read it, or asyncio reports it as never retrieved
             raise
 

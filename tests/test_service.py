@@ -90,6 +90,36 @@ def test_a_request_that_cog_gave_up_ends(service: Service, capsys: pytest.Captur
     assert predict(service).is_file()
 
 
+def test_a_repeated_cancel_does_not_free_the_slot_before_the_thread_has_ended(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the next request, perhaps for another model, would run beside it."""
+    begun, end = threading.Event(), threading.Event()
+
+    def run(*_: Any) -> None:
+        begun.set()
+        end.wait()
+        raise Stopped
+
+    async def main() -> None:
+        running = asyncio.create_task(service.predict(FIELDS, lambda name, value: None))
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            running.cancel()
+            await asyncio.sleep(0.01)
+        assert service._room and service._room.running == 1 and not running.done()
+        end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert service._room.running == 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "run", run)
+        asyncio.run(main())
+    assert predict(service).is_file()
+
+
 def test_a_missing_device_is_named(weights: Path, tmp_path: Path) -> None:
     for device in ("cuda:99", "abacus"):
         service = Service(Settings(weights_dir=weights, work_dir=tmp_path, device=device))

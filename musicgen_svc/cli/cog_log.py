@@ -88,23 +88,24 @@ class CogLog:
     """The state of one Cog server, as far as its log tells it."""
 
     def __init__(
-        self, console: Console, started: Callable[[str], None], finished: Callable[[str], None],
-        runs_on: Callable[[str], None],
+        self, console: Console, started: Callable[[str], None], cancelled: Callable[[str], None],
+        finished: Callable[[str], None],
     ) -> None:  # fmt: skip
         """Makes the state of a server that has logged nothing.
 
         Args:
             console: shows the log.
             started: called with the id of each prediction that starts.
+            cancelled: called with the id of each prediction that Cog cancels, or whose client hung up. Only a
+                call of `finished` tells that it has ended.
             finished: called with the id of each prediction that has ended.
-            runs_on: called with the id of a prediction that runs although it was cancelled. Cog 0.23.1 loses
-                a cancel, or a hang-up, that comes before its worker has begun with the prediction.
         """
         self._console = console
         self._started = started
         self._finished = finished
-        self._runs_on = runs_on
-        self._cancelled_early: set[str] = set()
+        self._cancelled = cancelled
+        self.cancelled: set[str] = set()
+        """Ids of predictions that run although Cog has cancelled them."""
         self.running: dict[str, bool] = {}
         """Id of each prediction that runs -> whether the service has logged anything for it."""
         self.idle = asyncio.Event()
@@ -131,18 +132,16 @@ class CogLog:
             self._started(prediction)
         elif message in FINISHED:
             self.running.pop(prediction, None)
-            self._cancelled_early.discard(prediction)
+            self.cancelled.discard(prediction)
             if not self.running:
                 self.idle.set()
             self._finished(prediction)
         elif message.startswith(CANCELLING):
-            if self.running.get(prediction) is False:
-                self._cancelled_early.add(prediction)
+            if prediction in self.running:
+                self.cancelled.add(prediction)
+                self._cancelled(prediction)
         elif prediction in self.running:  # a line that the service has logged
             self.running[prediction] = True
-            if prediction in self._cancelled_early:
-                self._cancelled_early.remove(prediction)
-                self._runs_on(prediction)
 
 
 def _as_json(text: str, target: str) -> str:

@@ -29,6 +29,8 @@ WAITING = 64
 """How many predictions may wait for a slot, unless MUSICGEN_WAITING says otherwise."""
 LINE_BYTES = 2**24
 """The longest line of Cog's log that is read. Cog cuts its lines at 4 MB."""
+CANCEL_AGAIN_S = 1.0
+"""How long a cancelled prediction may take to end before it is cancelled again."""
 HEALTH_S = 12.0
 """How long a health check may take. Cog gives its worker 10 s."""
 
@@ -48,10 +50,10 @@ class CogServer:
         self._drain_file = Path(variables["MUSICGEN_DRAIN_FILE"])
         self.port = int(variables["PORT"])
         self.places = int(variables["COG_MAX_CONCURRENCY"])
-        self.log = CogLog(console, folders.started, folders.finished, self._cancel)
+        self.log = CogLog(console, folders.started, self._repeat_cancel, folders.finished)
         self.folders = folders
         self.was_ready = False
-        self._cancelling: set[asyncio.Task[None]] = set()
+        self._cancelling: dict[str, asyncio.Task[None]] = {}
         self._reading = asyncio.create_task(self._read_log())
 
     @classmethod
@@ -115,16 +117,22 @@ class CogServer:
         self._work.remove()
         self.folders.clear()
 
-    def _cancel(self, prediction: str) -> None:
-        """Starts to cancel a prediction."""
+    def _repeat_cancel(self, prediction: str) -> None:
+        """Cancels a prediction again and again until it has ended.
 
-        async def cancel() -> None:
+        Cog 0.23.1 loses a cancel or a hang-up that comes within milliseconds of the prediction's start.
+        """
+
+        async def repeat() -> None:
             with contextlib.suppress(OSError):  # the server has ended, and the prediction with it
-                await _ask(self.port, "POST", f"/predictions/{prediction}/cancel")
+                await asyncio.sleep(CANCEL_AGAIN_S)
+                while prediction in self.log.cancelled:
+                    await _ask(self.port, "POST", f"/predictions/{prediction}/cancel")
+                    await asyncio.sleep(CANCEL_AGAIN_S)
+            del self._cancelling[prediction]
 
-        task = asyncio.create_task(cancel())
-        self._cancelling.add(task)
-        task.add_done_callback(self._cancelling.discard)
+        if prediction not in self._cancelling:
+            self._cancelling[prediction] = asyncio.create_task(repeat())
 
     async def _read_log(self) -> None:
         """Reads Cog's log until the pipe closes."""

@@ -75,25 +75,24 @@ def test_otherwise_lines_are_readable() -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "runs_on"),
+    ("messages", "told", "runs"),
     [
-        (["Starting prediction", "Cancelling prediction", "seed: 1", "queue: 0 s"], ["one"]),
-        (
-            ["Starting prediction", "Cancelling prediction", "Applying pending cancellation", "seed: 1"],
-            ["one"],
-        ),
-        (["Starting prediction", "seed: 1", "Cancelling prediction", "queue: 0 s"], []),
-        (["Starting prediction", "Cancelling prediction", "Prediction cancelled", "seed: 1"], []),
-        (["Starting prediction", "seed: 1", "Prediction worker completed"], []),
+        (["Starting prediction", "Cancelling prediction", "seed: 1"], 1, {"one"}),
+        (["Starting prediction", "seed: 1", "Cancelling prediction"], 1, {"one"}),
+        (["Starting prediction", "Cancelling prediction", "Applying pending cancellation"], 2, {"one"}),
+        (["Starting prediction", "Cancelling prediction", "Prediction cancelled"], 1, set()),
+        (["Starting prediction", "seed: 1", "Prediction worker completed"], 0, set()),
+        (["Starting prediction", "Prediction cancelled", "Cancelling prediction"], 0, set()),
     ],
-    ids=["before the worker", "before, twice", "while it runs", "with success", "none"],
-)
-def test_a_prediction_that_runs_on_after_a_cancel_is_told_once(
-    messages: list[str], runs_on: list[str]
+    ids=["before the worker", "while it runs", "twice", "with success", "none", "after the end"],
+)  # fmt: skip
+def test_a_cancelled_prediction_is_known_until_it_has_ended(
+    messages: list[str], told: int, runs: set[str]
 ) -> None:
-    told: list[str] = []
+    """Cog may lose the cancel, and then the prediction runs on."""
+    cancelled: list[str] = []
     console = Console(io.StringIO(), as_json=False)
-    log = CogLog(console, lambda id: None, lambda id: None, told.append)
+    log = CogLog(console, lambda id: None, cancelled.append, lambda id: None)
     for message in messages:
         log.line(record(message))
-    assert told == runs_on
+    assert (len(cancelled), log.cancelled) == (told, runs)

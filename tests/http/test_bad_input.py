@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import wait_for
 from replies import clip, data_uri, output, sentence
 from server import CogServer
 from sounds import encode, noise, png, tone, wav_that_lies, wav_without_samples, written
@@ -173,6 +174,9 @@ def test_a_failure_s_traceback_is_in_the_server_s_log_and_not_in_the_prediction_
     """A prediction's lines carry its id, and are part of what its client can ask for."""
     reply = server.predict(text(model_version="large"), id="absent")
     assert "'large' has no weights here" in sentence(reply)
+    wait_for(
+        lambda: re.search(r"\[absent\] failure \w{8}: ", server.log)
+    )  # the reply may be faster than the log
     lines = server.log.splitlines()
     (number,) = [found[1] for line in lines if (found := re.search(r"\[absent\] failure (\w{8}): ", line))]
     (start,) = [index for index, line in enumerate(lines) if line.endswith(f" failure {number}:")]
