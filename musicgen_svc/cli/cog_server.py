@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "openapi_schema.json"
 PATHS = ("COG_WEIGHTS", "MUSICGEN_WEIGHTS_DIR", "MUSICGEN_WORK_DIR")
 """Settings that may hold a path relative to the current folder. The server runs in another folder."""
-FILES_PER_PLACE = 4
-"""Files that Cog, its worker and the gate each keep open at most for one prediction, with some to spare."""
+FILES_PER_PLACE, OTHER_FILES = 4, 256
+"""Files that each of the processes keeps open at most for one prediction, and for everything else."""
 WAITING = 64
 """How many predictions may wait for a slot, unless MUSICGEN_WAITING says otherwise."""
 LINE_BYTES = 2**24
@@ -235,14 +235,25 @@ def concurrency() -> int:
         return _number("COG_MAX_CONCURRENCY", least=1)
     slots = _number("MUSICGEN_SLOTS", least=0) if os.environ.get("MUSICGEN_SLOTS") else 0
     waiting = _number("MUSICGEN_WAITING", least=0) if os.environ.get("MUSICGEN_WAITING") else WAITING
-    places = (slots or _slots()) + waiting
-    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if places > (most := open_files // FILES_PER_PLACE):
+    return (slots or _slots()) + waiting
+
+
+def allow_open_files(places: int) -> None:
+    """Raises this process's limit of open files as far as so many predictions at once need it.
+
+    Raises:
+        SystemExit: the operator's limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = OTHER_FILES + places * FILES_PER_PLACE
+    if needed <= soft or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
         sys.exit(
-            f"MUSICGEN_SLOTS and MUSICGEN_WAITING are {places} together; the limit of open files allows "
-            f"{most}: choose fewer, or raise the limit with ulimit -n."
+            f"{places} predictions at once need {needed} open files, and the limit here is {hard}: lower "
+            "MUSICGEN_WAITING or COG_MAX_CONCURRENCY, or raise the limit with ulimit -n."
         )
-    return places
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _number(name: str, least: int) -> int:

@@ -11,7 +11,7 @@ import threading
 
 from musicgen_svc.cli import prediction_folders
 from musicgen_svc.cli.cog_log import Console
-from musicgen_svc.cli.cog_server import ROOT, concurrency, write_schema
+from musicgen_svc.cli.cog_server import ROOT, allow_open_files, concurrency, write_schema
 from musicgen_svc.cli.gate import Gate
 from musicgen_svc.cli.supervisor import StopRequest, Supervisor
 from musicgen_svc.errors import ServiceError
@@ -107,7 +107,7 @@ def arguments() -> argparse.Namespace:
     if not (port.isdecimal() and int(port) <= 65535):
         sys.exit(f"{named} is {port!r}; it must be a number from 0 (any that is free) to 65535.")
     given.port = int(port)
-    concurrency()  # its variables are read again for each server that is started
+    allow_open_files(concurrency())  # its variables are read again for each server that is started
     return given
 
 

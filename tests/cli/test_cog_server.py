@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from musicgen_svc.cli import cog_server, weights_folder
-from musicgen_svc.cli.cog_server import concurrency, environment
+from musicgen_svc.cli.cog_server import allow_open_files, concurrency, environment
 from tests.cli.repository import ROOT
 
 
@@ -65,16 +65,20 @@ def test_as_many_requests_are_let_in_as_the_device_holds_and_as_may_wait(
     assert at_once() == "7", "the user's own number holds"
 
 
-def test_more_places_than_files_may_be_open_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cog would fail in set-up, with a sentence that names neither the setting nor the limit."""
-    monkeypatch.delenv("COG_MAX_CONCURRENCY", raising=False)
-    monkeypatch.setattr(cog_server.resource, "getrlimit", lambda kind: (1024, 4096))
-    monkeypatch.setenv("MUSICGEN_SLOTS", "6")
-    monkeypatch.setenv("MUSICGEN_WAITING", "250")
-    assert concurrency() == 256
-    monkeypatch.setenv("MUSICGEN_WAITING", "251")
-    with pytest.raises(SystemExit, match="are 257 together; the limit of open files allows 256"):
-        concurrency()
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise Cog would fail in set-up, with a sentence that names neither the setting nor the limit."""
+    limits, set_to = (256, 1024), list[tuple[int, int]]()
+    monkeypatch.setattr(cog_server.resource, "getrlimit", lambda kind: limits)
+    monkeypatch.setattr(cog_server.resource, "setrlimit", lambda kind, limits: set_to.append(limits))
+    allow_open_files(68)
+    assert set_to == [(256 + 4 * 68, 1024)]
+    allow_open_files(192)
+    with pytest.raises(SystemExit, match="193 predictions at once need 1028 open files, and the limit"):
+        allow_open_files(193)
+    limits = (20_000, 20_000)
+    set_to.clear()
+    allow_open_files(68)
+    assert set_to == []
 
 
 @pytest.mark.parametrize(
