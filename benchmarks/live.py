@@ -6,44 +6,28 @@ The time goes from sending the request to the first chunk of audio, over HTTP. E
 time of the request, live and not, so that all three meet the same disturbances.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
+from benchmarks.over_http import Found, request, run
 from musicgen_svc.cli.client import Client
 from musicgen_svc.cli.live_client import predict_live
 from musicgen_svc.cli.own_server import own_server
-from musicgen_svc.runtime.machine import cores
 
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench_live", description="Measures the first sound of live audio on the demo model."
-    )
-    parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=int, default=8, help="of audio in each request")
-    given = parser.parse_args()
+    run("scripts/bench_live", "Measures the first sound of live audio on the demo model.", 15, measure)
+
+
+def measure(rounds: int, seconds: int) -> Found:
+    """Measures some rounds, after one that is not counted."""
     with own_server() as client:
         client.await_ready()
-        found = measure(client, given.rounds, given.seconds)
-    print(json.dumps(found, indent=2))
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
-
-
-def measure(client: Client, rounds: int, seconds: int) -> dict[str, object]:
-    """Measures some rounds, after one that is not counted."""
-    fields = {"prompt": "ode to joy on a music box", "duration": seconds, "seed": 1}
-    measured = [round_s(client, fields) for _ in range(1 + rounds)][1:]
+        measured = [round_s(client, request(seconds)) for _ in range(1 + rounds)][1:]
     first_s, live_s, plain_s = (list(column) for column in zip(*measured, strict=True))
     return {
-        "audio_seconds": seconds,
         "first_sound_s": first_s,
         "live_s": live_s,
         "not_live_s": plain_s,
@@ -51,7 +35,6 @@ def measure(client: Client, rounds: int, seconds: int) -> dict[str, object]:
         "live_over_not_live": round(
             statistics.median(a / b for a, b in zip(live_s, plain_s, strict=True)), 3
         ),
-        "machine": {"cores": cores(), "cpu": platform.machine(), "python": platform.python_version()},
     }
 
 

@@ -6,17 +6,14 @@ Each round takes every measurement once, so that all of them meet the same distu
 medians, and the ratios are medians of the rounds' ratios.
 """
 
-import argparse
 import contextlib
-import json
 import os
-import platform
 import statistics
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
+from benchmarks.over_http import Found, request, run
 from musicgen_svc.cli.client import Client
 from musicgen_svc.cli.own_server import own_server
 from musicgen_svc.runtime.machine import cores
@@ -26,20 +23,10 @@ THREADS = "OMP_NUM_THREADS"
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench_serving", description="Measures servers of the demo model on shared cores."
-    )
-    parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=int, default=8, help="of audio in each request")
-    given = parser.parse_args()
-    found = measure(given.rounds, given.seconds)
-    print(json.dumps(found, indent=2))
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
+    run("scripts/bench_serving", "Measures servers of the demo model on shared cores.", 7, measure)
 
 
-def measure(rounds: int, seconds: int) -> dict[str, object]:
+def measure(rounds: int, seconds: int) -> Found:
     """Measures one server alone, two at once, and one whose model computes with all cores."""
     alone_s: list[float] = []
     two_s: list[float] = []
@@ -52,13 +39,11 @@ def measure(rounds: int, seconds: int) -> dict[str, object]:
             two_s.append(requests_s([first, second], seconds))
             all_threads_s.append(requests_s([all_threads], seconds))
     return {
-        "audio_seconds": seconds,
         "alone_s": alone_s,
         "two_at_once_s": two_s,
         "alone_with_all_threads_s": all_threads_s,
         "two_at_once_over_alone": _ratio(two_s, alone_s),
         "alone_over_all_threads": _ratio(alone_s, all_threads_s),
-        "machine": {"cores": cores(), "cpu": platform.machine(), "python": platform.python_version()},
     }
 
 
@@ -85,11 +70,10 @@ def server(threads: str | None) -> Iterator[Client]:
 
 def requests_s(clients: list[Client], seconds: int) -> float:
     """Sends one request to each server at once. Returns the seconds until all of them are answered."""
-    fields = {"prompt": "ode to joy on a music box", "duration": seconds, "seed": 1}
     answers: list[str] = []
 
     def send(client: Client) -> None:
-        answer = client.call("POST", "/predictions", {"input": fields}, timeout_s=None).json()
+        answer = client.call("POST", "/predictions", {"input": request(seconds)}, timeout_s=None).json()
         answers.append(answer["status"])
 
     threads = [threading.Thread(target=send, args=(client,)) for client in clients]

@@ -1,12 +1,11 @@
 """Runs predictions for `predict.py`: each waits for a slot, has a thread, and fails with one sentence."""
 
 import asyncio
-import contextlib
 import contextvars
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -199,7 +198,7 @@ class Service:
             stop.cancel()
             if not job.withdraw():
                 while not outcome.done():
-                    with contextlib.suppress(asyncio.CancelledError):  # a cancel that is repeated
+                    with suppress(asyncio.CancelledError):  # a cancel that is repeated
                         await asyncio.wait([outcome])
                 outcome.exception()  # read it, or asyncio reports it as never retrieved
             raise

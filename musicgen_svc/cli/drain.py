@@ -37,8 +37,8 @@ def drain(file: Path, port: int, work_dir: Path, grace_s: float) -> bool:
         OSError: the file cannot be made.
     """
     file.touch()
-    deadline = idle_since = time.monotonic()
-    deadline += grace_s
+    idle_since = time.monotonic()
+    deadline = idle_since + grace_s
     while (now := time.monotonic()) - idle_since < SETTLE_S:
         if now > deadline:
             return False
