@@ -37,7 +37,7 @@ class Settings:
     cuda_graphs: str = field(default="auto", metadata={"choices": ("auto", "on", "off")})
     """On a GPU: whether to record the decoding step as a CUDA graph. `auto`: if a test at load draws the same
     tokens with it."""
-    gpu_kernels: str = field(default="off", metadata={"choices": ("auto", "on", "off")})
+    gpu_kernels: str = field(default="auto", metadata={"choices": ("auto", "on", "off")})
     """On a GPU: whether to decode with Triton kernels. `auto`: if a test at load finds that they agree with
     PyTorch's operations."""
     tag_prompt: bool = False

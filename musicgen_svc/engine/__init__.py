@@ -2,13 +2,15 @@
 
 engine.py            Engine.generate: requests of many threads, decoded together
 batch.py             the protocol of a batch: slots that are opened, stepped and closed
-factory.py           chooses the batch and its operations by device and settings
+factory.py           chooses the batch and its steps by device and settings
 ragged.py            the batch for a CPU: a cache per slot, tokens drawn on the host
 static.py            the batch for a GPU: all slots on the device
-state.py             the buffers and the step of a static batch
+state.py             the buffers of a static batch, and the protocol of a step
+plain_step.py        the step of a static batch in plain PyTorch
+chain                the same step as a chain of Triton kernels
 prefill.py           the first pass of a request
 decoder.py           one forward pass over audiocraft's weights
-layers.py            the weights of a layer, bound to the operations that read them
+layers.py            the weights of a layer, bound to the functions that read them
 architecture.py      checks that a model is built like the released ones
 projections.py       matrix products, per device and precision
 memory.py            how many bytes an engine takes, before the model is loaded
@@ -16,9 +18,6 @@ kv_cache.py          keys and values of one request, and attention over those of
 sampling.py          draws tokens from logits
 sampling_params.py   how the tokens of a request are drawn
 delays.py            converts codes to delayed columns and back
-operations.py        norm, attention, draw and int8 product in plain PyTorch
-kernels.py           the same operations as Triton kernels
-sampling_kernels.py  the draw as Triton kernels
 graphs.py            records a step as a CUDA graph and replays it
 selftest.py          tests at load whether kernels and graphs work on this machine
 """

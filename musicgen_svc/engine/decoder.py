@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from musicgen_svc.audiocraft_compat import LMModel
 from musicgen_svc.engine.architecture import check_architecture
 from musicgen_svc.engine.kv_cache import Attention
-from musicgen_svc.engine.layers import AddNorm, Layer, bind_add_norm, bind_layer
-from musicgen_svc.engine.operations import PLAIN, Operations
-from musicgen_svc.engine.projections import Precision, Projection, RowWise, projection
+from musicgen_svc.engine.layers import Layer, Norm, bind_layer
+from musicgen_svc.engine.projections import Precision, Projection, merged, projection
 from musicgen_svc.runtime.ticks import Check, no_check
 
 type Conditions = Mapping[str, tuple[Tensor, Tensor]]
@@ -38,11 +37,13 @@ class Decoder:
     Attributes:
         lm: audiocraft's model, whose weights are used.
         precision: how matrices are stored and multiplied.
-        operations: the norm, the attention, the draw and the int8 product.
         delays: [K] the delay of each codebook, in columns.
         codebooks, card: K, and the number of tokens in a codebook.
         dim, heads: D, and the number of attention heads.
+        head_dim, inner_dim: the widths of an attention head and of the feed-forward block.
+        activation: the feed-forward block's.
         layers: the transformer's layers.
+        out_norm, output_heads: what follows the layers.
         weights: [card + 1, D] the embeddings of the first codebook; all embeddings have its device and dtype.
         rows_are_independent: whether no bit of a request's logits depends on the requests beside it.
         position_embeddings: [positions, D] in fp32; `reserve` replaces it by a longer table.
@@ -52,7 +53,6 @@ class Decoder:
         self,
         lm: LMModel,
         precision: Precision = "reference",
-        operations: Operations = PLAIN,
         load_weights: WeightsLoader = nullcontext,
     ) -> None:
         """Binds the weights of a model.
@@ -60,7 +60,6 @@ class Decoder:
         Args:
             lm: the model, in evaluation mode.
             precision: how matrices are stored and multiplied, see `projections.py`.
-            operations: the norm, the attention, the draw and the int8 product.
             load_weights: is called once for each layer and once for the output heads, from several threads.
                 By default all weights are expected to be loaded.
 
@@ -76,16 +75,17 @@ class Decoder:
         self.dim: int = lm.dim
         self.heads: int = lm.transformer.layers[0].self_attn.num_heads
         self.weights: Tensor = lm.emb[0].weight
-        self._activation: Callable[[Tensor], Tensor] = lm.transformer.layers[0].activation
-        self.operations = operations
+        self.head_dim = self.dim // self.heads
+        self.inner_dim: int = lm.transformer.layers[0].linear1.out_features
+        self.activation: Callable[[Tensor], Tensor] = lm.transformer.layers[0].activation
 
-        def make_norm(module: nn.LayerNorm) -> AddNorm:
-            return bind_add_norm(module, operations, self.dtype)
+        def make_norm(module: nn.LayerNorm) -> Norm:
+            return Norm(module, self.dtype)
 
         products: list[Projection] = []
 
         def make_projection(weight: Tensor) -> Projection:
-            product = projection(weight.detach(), precision, operations)
+            product = projection(weight.detach(), precision)
             products.append(product)
             return product
 
@@ -99,10 +99,11 @@ class Decoder:
                 self.layers = list(pool.map(make_layer, lm.transformer.layers))
         else:
             self.layers = [make_layer(layer) for layer in lm.transformer.layers]
-        self._out_norm = make_norm(lm.out_norm)
-        with load_weights(lm.linears):
-            self._output_heads = make_projection(_merge_output_heads(lm).to(self.dtype))
-        self.rows_are_independent = all(isinstance(product, RowWise) for product in products)
+        self.out_norm = make_norm(lm.out_norm)
+        with load_weights(lm.linears):  # the heads of all codebooks are one product
+            heads = merged([linear.weight for linear in lm.linears])
+            self.output_heads = make_projection(heads.to(self.dtype))
+        self.rows_are_independent = all(product.row_wise for product in products)
         self.position_embeddings = torch.empty(0)
         self.reserve(2048)
 
@@ -195,8 +196,8 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             x, delta = self._forward_layer(x, delta, index, layer, attention, check)
         assert delta is not None
-        _, hidden = self._out_norm(x[:, -1], delta[:, -1])
-        return self._output_heads(hidden).view(len(hidden), self.codebooks, self.card)
+        _, hidden = self.out_norm(x[:, -1], delta[:, -1])
+        return self.output_heads(hidden).view(len(hidden), self.codebooks, self.card)
 
     def _forward_layer(
         self, x: Tensor, delta: Tensor | None, index: int, layer: Layer, attention: Attention, check: Check
@@ -220,7 +221,7 @@ class Decoder:
             delta = self._cross_attend(normed, index, layer, attention)
             check()
         x, normed = layer.ff_norm(x, delta)
-        inner = self._activation(layer.ff_in(normed))
+        inner = self.activation(layer.ff_in(normed))
         check()
         return x, layer.ff_out(inner)
 
@@ -260,23 +261,6 @@ def position_table(
     periods = torch.tensor(max_period, device=device) ** exponents.float()
     phase = torch.arange(positions, dtype=torch.float32, device=device)[:, None] / periods
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
-
-
-def _merge_output_heads(lm: LMModel) -> Tensor:
-    """Merges the output heads of all codebooks into one weight [K * card, D], for a single product.
-
-    The model's own heads become views of the merged weight, unless they are already.
-    """
-    weights: list[Tensor] = [linear.weight.data for linear in lm.linears]
-    first = weights[0]
-    consecutive = [first.data_ptr() + k * first.nbytes for k in range(len(weights))]
-    one_storage = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-    if one_storage and [weight.data_ptr() for weight in weights] == consecutive:
-        return first.as_strided((len(weights) * lm.card, lm.dim), (lm.dim, 1))
-    merged = torch.cat(weights)
-    for linear, part in zip(lm.linears, torch.split(merged, lm.card), strict=True):
-        linear.weight.data = part
-    return merged
 
 
 def _join_heads(x: Tensor) -> Tensor:

@@ -5,29 +5,52 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musicgen_svc.engine.operations import Operations
 from musicgen_svc.engine.projections import Projection
 
-type AddNorm = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""Takes the residual stream [..., D] in fp32 and the previous block's result [..., D], and gives their sum in
-fp32 and the LayerNorm of the sum in the layers' dtype. The addition is done here because the norm reads the
-sum anyway."""
+
+class Norm:
+    """A LayerNorm of the residual stream, computed in fp32.
+
+    Attributes:
+        weight, bias: [D] in fp32. They are copied only if the module has them in another dtype.
+        eps: is added to the variance.
+    """
+
+    def __init__(self, module: nn.LayerNorm, dtype: torch.dtype) -> None:
+        """Binds the weights of a module. `dtype`: the layers' dtype, in which the result is needed."""
+        self.weight, self.bias = module.weight.detach().float(), module.bias.detach().float()
+        self.eps = module.eps
+        self._dtype = dtype
+
+    def __call__(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Adds to the residual stream, and normalizes the sum.
+
+        Args:
+            x: [..., D] the residual stream in fp32.
+            delta: [..., D] what is added. None adds nothing.
+
+        Returns:
+            tuple: the sum in fp32, and its LayerNorm in the layers' dtype.
+        """
+        total = x if delta is None else x + delta
+        return total, F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps).to(self._dtype)
 
 
 @dataclass(frozen=True)
 class Layer:
     """One transformer layer, as functions that hold their weights."""
 
-    norm: AddNorm
+    norm: Norm
     qkv: Projection
     out: Projection
-    cross_norm: AddNorm | None
+    cross_norm: Norm | None
     cross_query: Projection | None
     cross_key_value: Tensor | None  # [2 * D, D], only read in a prefill
     cross_out: Projection | None
-    ff_norm: AddNorm
+    ff_norm: Norm
     ff_in: Projection
     ff_out: Projection
 
@@ -35,7 +58,7 @@ class Layer:
 def bind_layer(
     layer: Any,
     make_projection: Callable[[Tensor], Projection],
-    make_norm: Callable[[nn.LayerNorm], AddNorm],
+    make_norm: Callable[[nn.LayerNorm], Norm],
 ) -> Layer:
     """Binds the weights of one of audiocraft's `StreamingTransformerLayer`s."""
     cross = layer.cross_attention
@@ -52,9 +75,3 @@ def bind_layer(
         ff_in=make_projection(layer.linear1.weight),
         ff_out=make_projection(layer.linear2.weight),
     )
-
-
-def bind_add_norm(module: nn.LayerNorm, operations: Operations, dtype: torch.dtype) -> AddNorm:
-    """Binds the weights of a LayerNorm in fp32. They are copied only if they are in fp16."""
-    weight, bias = module.weight.detach().float(), module.bias.detach().float()
-    return lambda x, delta: operations.add_norm(x, delta, weight, bias, module.eps, dtype)

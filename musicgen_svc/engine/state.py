@@ -1,4 +1,4 @@
-"""The state of a static batch on the device, and the step that reads and writes it.
+"""The state of a static batch on the device, and the protocol of a step that reads and writes it.
 
 Each slot owns two rows, conditional and null. If the request needs one row only (see `needed_rows`), both
 rows hold the same numbers. A step computes the leading slots. A slot among them that is not running is
@@ -8,15 +8,14 @@ computed too, but its result is discarded. Draws depend on the request's seed an
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from musicgen_svc.engine.batch import UNKNOWN
 from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.kv_cache import RequestCache
 from musicgen_svc.engine.prefill import Prefilled
-from musicgen_svc.engine.sampling import SlotParameters
 from musicgen_svc.engine.sampling_params import SamplingParams
 
 
@@ -49,43 +48,36 @@ class ActiveExtent:
     text: int  # tokens of each slot's text
 
 
-class StaticAttention:
-    """The attention of one step: each row of the leading slots attends to what it has used of the buffers."""
+class Step(Protocol):
+    """How a step of a static batch is computed: in plain PyTorch (`plain_step.py`) or by `chain`."""
 
-    text_rows = None
-    """All rows. A row without a text has the text length 0, which costs less than to leave the row out."""
+    name: str
+    """"plain" or "kernels"."""
+    reads_lengths: bool
+    """Whether the cost of attention depends on the lengths. If not, it depends on the extent."""
 
-    def __init__(self, state: "DeviceState", extent: ActiveExtent) -> None:
-        """Binds the attention operations to the lengths that are on the device."""
-        self._state, self._rows = state, slice(2 * extent.slots)
-        last = state.position()[: extent.slots, None].expand(-1, 2).flatten()  # [rows]
-        self.positions = last[:, None]
-        attention = state.operations.attention
-        self._attend = attention(last + 1, extent.positions)
-        self._cross_attend = attention(state.text_length[self._rows], extent.text)
+    def logits(self, state: "DeviceState", extent: ActiveExtent) -> Tensor:
+        """Computes the logits that follow the last column of each leading slot: [slots, 2, K, card].
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Stores the key and value, and computes self-attention, as `Attention.attend` with T = 1."""
-        keys, values = self._state.keys[layer, self._rows], self._state.values[layer, self._rows]
-        return self._attend(query, keys, values, (key, value))
-
-    def cross_attend(self, layer: int, query: Tensor) -> Tensor:
-        """Attends to the text, as `Attention.cross_attend` with T = 1.
-
-        Both rows of a slot share the slot's text, whose length for the null row is 0.
+        The conditional row of a slot comes first. The new keys and values are stored in the state.
         """
-        assert self._state.text_keys is not None and self._state.text_values is not None
-        slots = slice(len(query) // 2)
-        return self._cross_attend(
-            query, self._state.text_keys[layer, slots], self._state.text_values[layer, slots]
-        )
+
+    def draw(self, state: "DeviceState", logits: Tensor, slots: slice) -> None:
+        """Draws the unknown tokens of the next column of some slots, and counts the column.
+
+        Nothing changes for a slot that is stopped.
+
+        Args:
+            state: holds the columns, and how each slot's tokens are drawn.
+            logits: [slots, 2, K, card].
+            slots: which slots these are.
+        """
 
 
 class DeviceState:
     """The buffers of `capacity.slots` slots. A slot is stopped until it is opened for a request.
 
     Attributes:
-        operations: the operations of the decoder.
         capacity: the size of the buffers.
         columns: [slots, K, columns + 1] tokens, delayed.
         filled: [slots] columns [0, filled) are final.
@@ -99,8 +91,6 @@ class DeviceState:
 
     def __init__(self, decoder: Decoder, capacity: Capacity) -> None:
         """Allocates the buffers. All slots are stopped."""
-        self._decoder = decoder
-        self.operations = decoder.operations
         self.capacity = capacity
         device, slots = decoder.device, capacity.slots
         layers, heads = len(decoder.layers), decoder.heads
@@ -112,7 +102,6 @@ class DeviceState:
         def buffer(rows: int, length: int) -> Tensor:
             return torch.zeros(layers, rows, heads, length, head, dtype=decoder.dtype, device=device)
 
-        self._slot_of_row = torch.arange(2 * slots, device=device) // 2
         self.filled, self.end = per_slot(1), per_slot(0)
         self.prefix_length, self.seed = per_slot(0), per_slot(0)
         self.top_k = per_slot(1)
@@ -128,7 +117,7 @@ class DeviceState:
         decoder.reserve(capacity.positions)
 
     def open_slot(self, slot: int, prefilled: Prefilled, sampling: SamplingParams, seed: int) -> None:
-        """Copies a prefilled request into a slot, and draws its first column.
+        """Copies a prefilled request into a slot, whose first column is still to draw.
 
         Args:
             slot: the index of the slot.
@@ -148,14 +137,18 @@ class DeviceState:
         self.values[:, own, :, : cache.length] = cache.values[:, :, :, : cache.length]
         self._copy_text(slot, cache)
         self.columns[slot, :, :length] = prefilled.columns
+        self.set_sampling(slot, sampling, seed)
+        self.filled[slot].fill_(prefilled.start)  # an assignment would copy from the host, and wait
+        self.end[slot].fill_(length)
+        self.prefix_length[slot].fill_(cache.length - prefilled.start)
+
+    def set_sampling(self, slot: int, sampling: SamplingParams, seed: int) -> None:
+        """Sets how a slot's tokens are drawn."""
         for per_slot, number in (
-            (self.filled, prefilled.start), (self.end, length),
-            (self.prefix_length, cache.length - prefilled.start),
             (self.temperature, sampling.temperature), (self.guidance, sampling.guidance),
             (self.top_k, sampling.top_k), (self.top_p, sampling.top_p), (self.seed, seed),
         ):  # fmt: skip
-            per_slot[slot].fill_(number)  # an assignment would copy from the host, and wait
-        self._draw_column(prefilled.logits.expand(2, -1, -1)[None], slice(slot, slot + 1))
+            per_slot[slot].fill_(number)
 
     def stop(self, slot: int) -> None:
         """Stops a slot: the following steps do not change it."""
@@ -164,18 +157,6 @@ class DeviceState:
     def stop_all(self) -> None:
         """Stops all slots."""
         self.end.zero_()
-
-    def step(self, extent: ActiveExtent) -> None:
-        """Computes one more column for every running slot among the leading ones.
-
-        Args:
-            extent: how much of the buffers is read. It must include every running slot's columns.
-        """
-        slots = slice(extent.slots)
-        last = self.columns[slots].gather(2, self._column_index(self.filled[slots] - 1))  # [slots, K, 1]
-        rows = self._slot_of_row[: 2 * extent.slots]
-        logits = self._decoder.logits(last, rows, StaticAttention(self, extent))
-        self._draw_column(logits.view(-1, 2, *logits.shape[1:]), slots)
 
     def with_all_slots_stopped(self, call: Callable[[], None]) -> None:
         """Makes a call while all slots are stopped, and starts them again.
@@ -192,26 +173,6 @@ class DeviceState:
     def position(self) -> Tensor:
         """Returns the position of each slot's newest token [slots], counted from the start of its prefix."""
         return (self.prefix_length + self.filled - 1).clamp(max=self.capacity.positions - 1)
-
-    def _draw_column(self, logits: Tensor, slots: slice) -> None:
-        """Draws the unknown tokens of the next column of some slots from logits [slots, 2, K, card]."""
-        drawn = self.operations.draw(
-            logits,
-            SlotParameters(
-                self.guidance[slots], self.temperature[slots], self.top_k[slots], self.top_p[slots],
-                self.seed[slots], self.filled[slots],
-            ),
-        )  # fmt: skip
-        running = self.filled[slots] < self.end[slots]
-        index = self._column_index(torch.where(running, self.filled[slots], self.capacity.columns))
-        own = self.columns[slots]
-        given = own.gather(2, index)
-        own.scatter_(2, index, torch.where(given == UNKNOWN, drawn[..., None], given))
-        self.filled[slots].add_(running)
-
-    def _column_index(self, column: Tensor) -> Tensor:
-        """Expands one column number per slot [slots] to an index [slots, K, 1] into the columns."""
-        return column[:, None, None].expand(-1, self._decoder.codebooks, 1)
 
     def _copy_text(self, slot: int, cache: RequestCache) -> None:
         """Copies the keys and values of the text, which only the conditional row has, and its length."""

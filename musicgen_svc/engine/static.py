@@ -14,7 +14,7 @@ from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.delays import num_columns
 from musicgen_svc.engine.graphs import Graphed
 from musicgen_svc.engine.prefill import prefill
-from musicgen_svc.engine.state import ActiveExtent, Capacity, DeviceState
+from musicgen_svc.engine.state import ActiveExtent, Capacity, DeviceState, Step
 from musicgen_svc.runtime.ticks import Check, no_check
 
 CHUNK = 16
@@ -24,7 +24,7 @@ CACHE_BUCKET = 256
 TEXT_BUCKET = 64
 """Positions and text tokens to which an extent is rounded up, so that few graphs serve all extents.
 
-Only used if the cost of attention depends on the extent (`Operations.reads_lengths` is false).
+Only used if the cost of attention depends on the extent (`Step.reads_lengths` is false).
 """
 
 
@@ -46,24 +46,28 @@ class StaticBatch:
     """The batch for a GPU.
 
     Attributes:
+        path: which way steps are computed, the name of the `Step`.
         state: the buffers on the device.
         graphed: the step, which is recorded once for each extent and replayed.
     """
 
-    def __init__(self, decoder: Decoder, capacity: Capacity, *, graphs: bool) -> None:
+    def __init__(self, decoder: Decoder, step: Step, capacity: Capacity, *, graphs: bool) -> None:
         """Allocates the buffers.
 
         Args:
-            decoder: computes the forward pass.
+            decoder: computes the prefill.
+            step: computes the steps.
             capacity: the size of the buffers, which may grow for a longer request.
             graphs: whether steps are recorded as CUDA graphs.
         """
         self.decoder = decoder
+        self.path = step.name
+        self._step = step
         self.num_slots = capacity.slots
         self.slots: list[StaticSlot] = []
         self.state = DeviceState(decoder, capacity)
         self._wanted_capacity = capacity
-        self.graphed: Graphed[ActiveExtent] = Graphed(self._step, decoder.device, enabled=graphs)
+        self.graphed: Graphed[ActiveExtent] = Graphed(self._compute, decoder.device, enabled=graphs)
 
     def has_room(self, request: DecodeRequest) -> bool:
         """Whether the buffers are large enough. Turns false again only if growing the buffers failed."""
@@ -76,6 +80,7 @@ class StaticBatch:
         prefilled = prefill(self.decoder, request, room_to_decode=False, check=check)
         index = min(set(range(self.num_slots)) - {slot.index for slot in self.slots})
         self.state.open_slot(index, prefilled, request.sampling, seed_from(request.generator))
+        self._step.draw(self.state, prefilled.logits.expand(2, -1, -1)[None], slice(index, index + 1))
         slot = StaticSlot(
             columns=self.state.columns[index, :, : prefilled.columns.shape[1]],
             start=prefilled.start,
@@ -125,9 +130,14 @@ class StaticBatch:
         self.slots = []
         self.state.stop_all()
 
-    def _step(self, extent: ActiveExtent) -> None:
-        """Computes a step of the present `self.state`, which is another object after the buffers grow."""
-        self.state.step(extent)
+    def _compute(self, extent: ActiveExtent) -> None:
+        """Computes a step of the present `self.state`, which is another object after the buffers grow.
+
+        Args:
+            extent: how much of the buffers is read. It must include every running slot's columns.
+        """
+        logits = self._step.logits(self.state, extent)
+        self._step.draw(self.state, logits, slice(extent.slots))
 
     def _bucketed(self, extent: ActiveExtent) -> ActiveExtent:
         """Rounds an extent up to 1, 2, 4, 8 ... slots and to whole buckets, within the capacity."""
@@ -137,7 +147,7 @@ class StaticBatch:
             return min(-(-n // bucket) * bucket, limit)
 
         slots = min(1 << (extent.slots - 1).bit_length(), capacity.slots)
-        if self.decoder.operations.reads_lengths:
+        if self._step.reads_lengths:
             return ActiveExtent(slots, capacity.positions, capacity.text)
         return ActiveExtent(
             slots,

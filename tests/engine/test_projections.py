@@ -15,8 +15,7 @@ from musicgen_svc.engine.batch import DecodeRequest
 from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import batch_for
-from musicgen_svc.engine.operations import PlainOperations
-from musicgen_svc.engine.projections import Precision, RowWise, projection
+from musicgen_svc.engine.projections import Precision, merged, projection
 from musicgen_svc.engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -69,7 +68,7 @@ def test_float16_multiplies_in_fp32_by_weights_that_are_rounded() -> None:
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_a_row_of_a_product_does_not_depend_on_the_others(precision: Precision) -> None:
     multiply, x = projection(drawn(256, 192), precision), drawn(16, 192)
-    assert isinstance(multiply, RowWise)
+    assert multiply.row_wise and multiply.matrix is None
     x[5] *= 1000
     together = multiply(x)
     for rows in ([0], [3, 4], [0, 1, 2, 3, 4], [5, 7, 9]):
@@ -106,15 +105,30 @@ def test_int8_without_fbgemm_rounds_the_weight_only(monkeypatch: pytest.MonkeyPa
         assert (product - expected).abs().max() < tolerance * expected.abs().max()
 
 
-def test_int8_without_fbgemm_uses_the_chosen_operations() -> None:
-    class Doubling(PlainOperations):
-        def int8_linear(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-            assert weight.dtype == torch.int8 and scales.dtype == torch.float32
-            return 2 * super().int8_linear(x, weight, scales)
+def test_the_matrix_of_a_product_is_what_it_multiplies_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("musicgen_svc.engine.projections.uses_fbgemm", lambda weight: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    x, weight = drawn(2, 96), drawn(64, 96)
+    for precision in get_args(Precision):
+        product = projection(weight, precision)
+        assert product.matrix is not None
+        whole = product.matrix.weight.float()
+        if product.matrix.scales is not None:
+            assert product.matrix.weight.dtype == torch.int8 and product.matrix.scales.dtype == torch.float32
+            whole = whole * product.matrix.scales[:, None]
+        tolerance = 0.02 if precision == "bfloat16" else 1e-5
+        torch.testing.assert_close(product(x), x @ whole.T, rtol=tolerance, atol=tolerance)
+    assert (projection(weight, "reference").matrix or (None,))[0] is weight, "it is not copied"
 
-    x, weight = drawn(2, 96).half(), drawn(64, 96).half()
-    found = projection(weight, "int8", Doubling())(x)
-    assert torch.equal(found, 2 * projection(weight, "int8")(x))
+
+def test_merged_weights_are_one_tensor_of_which_the_parameters_are_views() -> None:
+    parameters = [torch.nn.Parameter(drawn(3, 8), requires_grad=False) for _ in range(4)]
+    expected = torch.cat([parameter.clone() for parameter in parameters])
+    whole = merged(parameters)
+    assert torch.equal(whole, expected)
+    parameters[2].fill_(7)
+    assert (whole[6:9] == 7).all()
+    assert merged(parameters).data_ptr() == whole.data_ptr(), "they are merged already"
 
 
 def test_float16_without_fbgemm_is_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:

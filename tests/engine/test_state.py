@@ -15,6 +15,7 @@ from musicgen_svc.audiocraft_compat import LMModel
 from musicgen_svc.engine import static
 from musicgen_svc.engine.batch import DecodeRequest
 from musicgen_svc.engine.factory import batch_for
+from musicgen_svc.engine.plain_step import PlainStep
 from musicgen_svc.engine.sampling_params import SamplingParams
 from musicgen_svc.engine.state import ActiveExtent, DeviceState
 from musicgen_svc.engine.static import StaticBatch
@@ -95,10 +96,13 @@ def test_a_step_never_leaves_the_device_and_is_the_same_at_every_position(
     """A step has the same operations in the same order for requests of any lengths."""
     batch = batch_on_gpu(name)
     extents: list[ActiveExtent] = []
-    step = DeviceState.step
-    monkeypatch.setattr(
-        DeviceState, "step", lambda state, extent: (extents.append(extent), step(state, extent))
-    )
+    logits = PlainStep.logits
+
+    def seen(step: PlainStep, state: DeviceState, extent: ActiveExtent) -> Tensor:
+        extents.append(extent)
+        return logits(step, state, extent)
+
+    monkeypatch.setattr(PlainStep, "logits", seen)
     slots, steps = [], []
     for wanted in (
         request(name, 0, length=9),
@@ -123,17 +127,19 @@ def test_opening_closing_and_dry_runs_never_leave_the_device_either(
 ) -> None:
     """Only the prefill may: it looks which rows are needed, and copies the prompt from the host."""
     batch, opened = batch_on_gpu(name), []
-    open_slot = DeviceState.open_slot
-    monkeypatch.setattr(
-        DeviceState,
-        "open_slot",
-        lambda state, *given: opened.append(operations_of(lambda: open_slot(state, *given), gpu)),
-    )
+    for owner, method in ((DeviceState, "open_slot"), (PlainStep, "draw")):
+        call = getattr(owner, method)
+        monkeypatch.setattr(
+            owner,
+            method,
+            lambda *given, call=call: opened.append(operations_of(lambda: call(*given), gpu)),
+        )
     first, _ = (batch.open(request(name, 2, length=6)) for _ in range(2))
-    assert len(opened) == 2 and len(opened[0]) > 50
-    state, extent = batch.state, ActiveExtent(2, 16, 64)
+    assert len(opened) == 4 and len(opened[0] + opened[1]) > 50
+    monkeypatch.undo()
     with torch.inference_mode():
-        assert operations_of(lambda: state.with_all_slots_stopped(lambda: state.step(extent)), gpu)
+        batch.slots[0].filled = 1  # the step is made in the dry run only
+        assert operations_of(lambda: batch.state.with_all_slots_stopped(batch.step), gpu)
     assert operations_of(lambda: batch.close(first), gpu)
     assert operations_of(batch.clear, gpu)
 

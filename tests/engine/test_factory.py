@@ -1,0 +1,161 @@
+"""The factory chooses how steps are computed, and says in the log which way it is and why."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.random_models import conditions, language_model
+from musicgen_svc.audiocraft_compat import LMModel
+from musicgen_svc.engine import factory
+from musicgen_svc.engine.batch import Batch
+from musicgen_svc.engine.decoder import Decoder
+from musicgen_svc.engine.engine import Engine
+from musicgen_svc.engine.factory import Switch, batch_for, step_for
+from musicgen_svc.engine.plain_step import PlainStep
+from musicgen_svc.engine.ragged import RaggedBatch
+from musicgen_svc.engine.sampling_params import SamplingParams
+from musicgen_svc.engine.selftest import disagreements
+from musicgen_svc.engine.state import ActiveExtent, DeviceState, Step
+from musicgen_svc.engine.static import StaticBatch
+from musicgen_svc.errors import GenerationError
+from tests.fixtures.pretend_gpu import PretendGpu, pretend_gpu
+
+
+class PretendKernels(PlainStep):
+    """Plain steps in the place of the kernels."""
+
+    name = "kernels"
+    reads_lengths = True
+
+    def __init__(self, decoder: Decoder, slots: int) -> None:
+        super().__init__(decoder)
+
+
+class WrongLogits(PretendKernels):
+    def logits(self, state: DeviceState, extent: ActiveExtent) -> Tensor:
+        return super().logits(state, extent) * 1.03
+
+
+class Nan(PretendKernels):
+    def logits(self, state: DeviceState, extent: ActiveExtent) -> Tensor:
+        return super().logits(state, extent) * torch.nan
+
+
+class WrongDraw(PretendKernels):
+    def draw(self, state: DeviceState, logits: Tensor, slots: slice) -> None:
+        super().draw(state, logits.flip(1), slots)
+
+
+def no_compiler(decoder: Decoder, slots: int) -> Step:
+    raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> object:
+    with pretend_gpu(monkeypatch) as found:
+        yield found
+
+
+def kernels_are(monkeypatch: pytest.MonkeyPatch, kernels: Callable[[Decoder, int], Step]) -> None:
+    monkeypatch.setattr(factory, "_kernels", kernels)
+
+
+def small_model(device: str = "cpu", kind: str = "text") -> LMModel:
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    return language_model(kind, dim=32, layers=1, heads=2, card=40, dtype=dtype).to(device)
+
+
+def test_a_cpu_has_no_kernels_unless_they_are_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels_are(monkeypatch, PretendKernels)
+    paths = {
+        switch: batch_for(small_model(), batch_kind="static", kernels=switch)
+        for switch in ("auto", "on", "off")
+    }
+    assert {switch: getattr(batch, "path", None) for switch, batch in paths.items()} == {
+        "auto": "plain", "on": "kernels", "off": "plain",
+    }  # fmt: skip
+    assert isinstance(batch_for(small_model(), batch_kind="ragged", kernels="on"), RaggedBatch)
+
+
+@pytest.mark.parametrize("kind", ["text", "melody"])
+def test_kernels_that_agree_are_used_on_a_gpu_by_default(
+    kind: str, gpu: PretendGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels_are(monkeypatch, PretendKernels)
+    with caplog.at_level(logging.INFO):
+        batch = batch_for(small_model("cuda", kind))
+    assert isinstance(batch, StaticBatch) and batch.path == "kernels"
+    assert caplog.messages == ["Decoding on the GPU with kernels; with CUDA graphs."]
+    assert caplog.records[0].levelno == logging.INFO
+
+
+@pytest.mark.parametrize(
+    ("kernels", "reason"),
+    [
+        (no_compiler, "RuntimeError: Failed to find C compiler"),
+        (WrongLogits, "the logits of the kernels differ by 0.03"),
+        (Nan, "the logits of the kernels differ by nan"),
+        (WrongDraw, "the kernels draw other tokens"),
+    ],
+)
+def test_kernels_that_do_not_work_are_not_used_and_the_log_says_why(
+    kernels: Callable[[Decoder, int], Step],
+    reason: str,
+    gpu: PretendGpu,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kernels_are(monkeypatch, kernels)
+    batch = batch_for(small_model("cuda"), graphs="off")
+    assert isinstance(batch, StaticBatch) and batch.path == "plain"
+    assert caplog.messages == [
+        f"Decoding on the GPU without kernels, because {reason}; without CUDA graphs, because they are off."
+    ]
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_kernels_that_are_switched_on_and_cannot_be_used_end_the_loading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels_are(monkeypatch, no_compiler)
+    with pytest.raises(GenerationError, match=r"cannot be used: Failed to find C compiler\.$"):
+        batch_for(small_model(), batch_kind="static", kernels="on")
+
+
+def test_steps_agree_with_themselves() -> None:
+    decoder = Decoder(small_model())
+    step, reason = step_for(decoder, 1)
+    assert reason == "there is no GPU" and not disagreements(step, PlainStep(decoder), decoder)
+
+
+def test_with_kernels_all_positions_and_texts_share_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels_are(monkeypatch, PretendKernels)
+    lm = language_model(dim=32, layers=1, heads=2, card=40)
+    extents: dict[Switch, set[ActiveExtent]] = {"on": set(), "off": set()}
+    codes = []
+    logits = PlainStep.logits
+    for kernels, seen in extents.items():
+
+        def noted(
+            step: PlainStep, state: DeviceState, extent: ActiveExtent, seen: set[ActiveExtent] = seen
+        ) -> Tensor:
+            seen.add(extent)
+            return logits(step, state, extent)
+
+        monkeypatch.setattr(PlainStep, "logits", noted)
+        batch: Batch = batch_for(lm, slots=2, batch_kind="static", kernels=kernels)
+        for tokens in (5, 70):
+            codes.append(
+                Engine(batch).generate(
+                    conditions(dim=32, tokens=tokens), prompt=None, length=260, sampling=SamplingParams(),
+                    generator=torch.Generator().manual_seed(0),
+                )
+            )  # fmt: skip
+    assert extents["on"] == {ActiveExtent(1, 2048, 512)}
+    assert extents["off"] == {
+        ActiveExtent(1, positions, text) for positions in (256, 512) for text in (64, 128)
+    }
+    assert torch.equal(codes[0], codes[2]) and torch.equal(codes[1], codes[3])
