@@ -10,7 +10,7 @@ from musicgen_svc.engine.engine import StepError
 from musicgen_svc.errors import GenerationError
 from musicgen_svc.loading.loader import Loader
 from musicgen_svc.pipeline import Pipeline
-from musicgen_svc.runtime.device import find_device, is_out_of_memory, use_device
+from musicgen_svc.runtime.device import find_device, is_out_of_memory, set_fp32_precision, use_device
 from musicgen_svc.runtime.fair_queue import FairQueue
 from musicgen_svc.runtime.threads import use_threads
 from musicgen_svc.settings import Settings
@@ -43,6 +43,7 @@ class Backend:
         transformers_logging.set_verbosity_error()
         device = find_device(settings.device)
         use_device(device)
+        set_fp32_precision()
         check_sizes(settings.weights_dir)
         given = local_path(weights, settings)
         queue = FairQueue(1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from musicgen_svc.audiocraft_compat import CompressionModel
 from musicgen_svc.engine.static import StaticBatch
+from musicgen_svc.loading import warm_up
 from musicgen_svc.loading.loader import Loader
 from musicgen_svc.loading.opener import Opener
 from musicgen_svc.loading.parts import codec_spec, text_spec
@@ -49,6 +50,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
     monkeypatch.setattr("audiocraft.models.unet.type", type_of, raising=False)
     # Two of diffusion's twenty evaluations are enough: one after which noise is added, and the last one.
     monkeypatch.setattr(Band, "steps", property(lambda band: [band.schedule.num_steps - 1, 500, 0]))
+    monkeypatch.setattr(warm_up, "SECONDS", 1)
     with pretend_gpu(monkeypatch) as found:
         yield found
 

@@ -1,8 +1,11 @@
 """Errors of the device become one sentence, and only a permanent one makes the service unhealthy."""
 
 import asyncio
+import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +156,22 @@ def test_a_gpu_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, expected in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
         assert str(find_device(name)) == expected
+
+
+def test_the_precision_on_a_gpu_does_not_depend_on_the_environment(weights: Path) -> None:
+    """The variable is one that containers set. PyTorch reads it when it is imported."""
+    check = """
+import sys, torch
+from musicgen_svc.backend import Backend
+from musicgen_svc.settings import Settings
+torch.backends.cudnn.allow_tf32 = False
+assert torch.backends.cuda.matmul.allow_tf32
+Backend.open(Settings(device="cpu"), sys.argv[1])
+assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+"""
+    environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    command = [sys.executable, "-c", check, str(weights / "small")]
+    subprocess.run(command, env=environment, check=True)
 
 
 def test_the_reason_why_a_gpu_cannot_be_used_is_shown(

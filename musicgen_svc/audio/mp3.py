@@ -3,7 +3,7 @@
 This is the only module that knows pydub. What it guards against:
 
 - pydub looks for ffmpeg on import, and warns. Here it is told which ffmpeg to run: the system's, else the one
-  that imageio-ffmpeg brings.
+  that imageio-ffmpeg brings, which is imported only then.
 - pydub leaves its temporary files behind, open, when an encoding fails. So its `NamedTemporaryFile` is
   replaced when the first mp3 is encoded; from then on the files of an encoding are in its own scratch
   folder and are closed at its end.
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 
@@ -143,9 +142,13 @@ def _temporary_file(mode: str, **options: Any) -> Any:
 
 def _find_ffmpeg() -> str:
     """Returns the path of the system's ffmpeg, else of the one that imageio-ffmpeg brings."""
+    if own := shutil.which("ffmpeg"):
+        return own
     try:
-        return shutil.which("ffmpeg") or imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as exc:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        return str(get_ffmpeg_exe())
+    except (ImportError, RuntimeError) as exc:
         raise _no_ffmpeg("ffmpeg") from exc
 
 

@@ -22,6 +22,7 @@ from musicgen_svc.loading.cache import Entry, ModelCache, Spec
 from musicgen_svc.loading.file_hashes import FileState
 from musicgen_svc.loading.model import Model
 from musicgen_svc.loading.opener import Opener
+from musicgen_svc.loading.warm_up import warm_up_codec, warm_up_diffusion, warm_up_model
 from musicgen_svc.models.conditioners import (
     MELODY,
     Separate,
@@ -94,11 +95,15 @@ class Loader:
             WeightsError: the model is absent, does not load, or is larger than the budget.
         """
         entry = self._current(name)
+        new = entry is None
         if entry is None:
             with self._opener.loading(name) as opened:
                 entry = self._models[name] = self._load(name, opened)
         self._name_in_use = name
-        return self._cache.get(entry)
+        model = self._cache.get(entry)
+        if new:
+            warm_up_model(model, self.device)
+        return model
 
     def in_memory(self, name: str) -> bool:
         """Whether the model called `name` is in memory. May be called at any time, by any thread."""
@@ -134,7 +139,10 @@ class Loader:
             entry = self._cache.entry(parts.codec_spec(self._weights, opened, config, self.device))
             # Requests may be generating with the model in use. It is evicted only if nothing else is left.
             self._cache.make_room(f"The codec of {opened.path.name}", [entry], evict_last=self._in_use())
+            new = not entry.in_memory
             codec = Codec(adapted(self._cache.get(entry), config))
+        if new:
+            warm_up_codec(codec, self.device)
         self._encode_decode = entry, weakref.ref(codec)
         return opened.path, codec
 
@@ -147,7 +155,11 @@ class Loader:
         bands = self.diffusion_weights(checkpoint, codec)
         keep, evict_last = self._beside_diffusion(codec)
         self._cache.make_room(WITH_DIFFUSION, [bands], keep=keep, evict_last=evict_last)
-        return MultiBandDiffusion(self._cache.get(bands), codec, self._settings.diffusion_window_s)
+        new = not bands.in_memory
+        diffusion = MultiBandDiffusion(self._cache.get(bands), codec, self._settings.diffusion_window_s)
+        if new:
+            warm_up_diffusion(diffusion, codec, self.device)
+        return diffusion
 
     def diffusion_weights(self, checkpoint: Path, codec: Codec) -> Entry[list[Band]]:
         """Returns the entry of what `diffusion` loads, and loads nothing.

@@ -61,6 +61,17 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def set_fp32_precision() -> None:
+    """Makes a GPU multiply fp32 numbers in TF32 in convolutions and LSTMs, and in fp32 elsewhere.
+
+    These are PyTorch's defaults, with which audiocraft runs. The environment could change them: with
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, T5 and all other matrix products of fp32 numbers would be in TF32. It
+    rounds the factors to 11 significant bits; docs/speed.md has what EnCodec loses by it.
+    """
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def is_out_of_memory(exc: BaseException) -> bool:
     """Tells whether an error means that a device, or the host, had no memory left."""
     # On a GPU, memory that torch's allocator does not manage fails with a RuntimeError or AcceleratorError.

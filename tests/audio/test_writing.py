@@ -1,5 +1,6 @@
 """Written files have the right samples, tags and lengths; a failed write leaves no file and says why."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import wave
 from pathlib import Path
 
 import av
+import imageio_ffmpeg
 import mutagen.id3
 import mutagen.mp3
 import mutagen.wave
@@ -221,13 +223,32 @@ def test_the_systems_ffmpeg_is_preferred_and_the_bundled_one_is_enough(
         write_audio(sound(), RATE, tmp_path / "song.mp3", TAGS)
 
 
-@pytest.mark.parametrize("absent", ["bundle", "program"])
+WITHOUT_IMAGEIO = """
+import sys
+from pathlib import Path
+sys.modules["imageio_ffmpeg"] = None  # an import of it fails
+import torch
+from musicgen_svc.audio.writing import write_audio
+write_audio(torch.zeros(1, 32_000), 32_000, Path(sys.argv[1]), {})
+"""
+
+
+def test_where_ffmpeg_is_installed_imageio_ffmpeg_is_not_needed(tmp_path: Path) -> None:
+    (tmp_path / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_IMAGEIO, str(tmp_path / "song.mp3")]
+    subprocess.run(command, check=True, env=os.environ | {"PATH": str(tmp_path)})
+    assert decoded(tmp_path / "song.mp3")[0].shape == (1, 32_000)
+
+
+@pytest.mark.parametrize("absent", ["package", "bundle", "program"])
 def test_a_missing_ffmpeg_is_named_and_wav_still_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: str
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     if absent == "program":
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
+    elif absent == "package":
+        monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     else:
         monkeypatch.setattr("imageio_ffmpeg._utils._get_ffmpeg_exe", lambda: None)
     with pytest.raises(GenerationError, match="output_format is mp3 but ffmpeg was not found"):
