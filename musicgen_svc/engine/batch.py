@@ -97,6 +97,12 @@ class Batch(Protocol):
         If not, it must be opened when no slot is open. Thread-safe.
         """
 
+    def prepare(self, slots: int) -> None:
+        """Compiles what steps of this many slots need and earlier ones did not, which may take seconds.
+
+        Thread-safe: the caller need not hold the device, so that other slots are stepped meanwhile.
+        """
+
     def open(self, request: DecodeRequest, check: Check = no_check) -> Slot:
         """Prefills the prefix and the prompt in one pass, draws the first column and adds the slot.
 

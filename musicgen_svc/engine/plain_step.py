@@ -28,6 +28,9 @@ class PlainStep:
         logits = self._decoder.logits(last, slot_of_row, StaticAttention(state, extent))
         return logits.view(-1, 2, *logits.shape[1:])
 
+    def compile(self, state: DeviceState, slots: int) -> None:
+        """Does nothing, as nothing is compiled."""
+
     def draw(self, state: DeviceState, logits: Tensor, slots: slice) -> None:
         """Draws the next column of some slots, as `Step.draw`."""
         filled, end = state.filled[slots], state.end[slots]

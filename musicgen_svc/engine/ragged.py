@@ -51,6 +51,9 @@ class RaggedBatch:
         return True
 
     @torch.inference_mode()
+    def prepare(self, slots: int) -> None:
+        """Does nothing, as nothing is compiled."""
+
     def open(self, request: DecodeRequest, check: Check = no_check) -> RaggedSlot:
         """Opens a slot, as `Batch.open`."""
         prefilled = prefill(self.decoder, request, room_to_decode=True, check=check)

@@ -62,6 +62,9 @@ class Step(Protocol):
         The conditional row of a slot comes first. The new keys and values are stored in the state.
         """
 
+    def compile(self, state: "DeviceState", slots: int) -> None:
+        """Compiles what a step of this many leading slots needs. May be called beside a step."""
+
     def draw(self, state: "DeviceState", logits: Tensor, slots: slice) -> None:
         """Draws the unknown tokens of the next column of some slots, and counts the column.
 

@@ -6,6 +6,7 @@ one in use.
 """
 
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 
@@ -67,11 +68,21 @@ class StaticBatch:
         self.slots: list[StaticSlot] = []
         self.state = DeviceState(decoder, capacity)
         self._wanted_capacity = capacity
+        self._compiling, self._compiled = Lock(), set[int]()  # numbers of slots
         self.graphed: Graphed[ActiveExtent] = Graphed(self._compute, decoder.device, enabled=graphs)
 
     def has_room(self, request: DecodeRequest) -> bool:
         """Whether the buffers are large enough. Turns false again only if growing the buffers failed."""
         return self.state.capacity.holds(*self._needs(request))
+
+    @torch.inference_mode()
+    def prepare(self, slots: int) -> None:
+        """Compiles the steps of a number of slots, as `Batch.prepare`."""
+        extent = self._bucketed(ActiveExtent(slots, 1, 1))
+        with self._compiling:
+            if extent.slots not in self._compiled:
+                self._step.compile(self.state, extent.slots)
+                self._compiled.add(extent.slots)
 
     @torch.inference_mode()
     def open(self, request: DecodeRequest, check: Check = no_check) -> StaticSlot:

@@ -1,7 +1,9 @@
 """The factory chooses how steps are computed, and says in the log which way it is and why."""
 
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from musicgen_svc.engine.selftest import disagreements
 from musicgen_svc.engine.state import ActiveExtent, DeviceState, Step
 from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.errors import GenerationError
+from musicgen_svc.runtime.fair_queue import FairQueue
 from tests.fixtures.pretend_gpu import PretendGpu, pretend_gpu
 
 
@@ -159,3 +162,42 @@ def test_with_kernels_all_positions_and_texts_share_one_graph(monkeypatch: pytes
         ActiveExtent(1, positions, text) for positions in (256, 512) for text in (64, 128)
     }
     assert torch.equal(codes[0], codes[2]) and torch.equal(codes[1], codes[3])
+
+
+def test_steps_of_more_slots_are_compiled_once_and_without_holding_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So the requests that are decoded meanwhile go on."""
+    compiled: list[int] = []
+    device_queue = FairQueue(1)
+    compiling, release = threading.Event(), threading.Event()
+
+    class Compiling(PretendKernels):
+        def compile(self, state: DeviceState, slots: int) -> None:
+            compiled.append(slots)
+            if slots == 2:
+                compiling.set()
+                assert release.wait(60)
+
+    kernels_are(monkeypatch, Compiling)
+    engine = Engine(batch_for(small_model(), slots=3, batch_kind="static", kernels="on"), device_queue)
+
+    def generated(seed: int, on_frames: Callable[[Tensor], None] | None = None) -> Tensor:
+        return engine.generate(
+            {}, prompt=None, length=30, sampling=SamplingParams(),
+            generator=torch.Generator().manual_seed(seed), on_frames=on_frames,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        second: list[Future[Tensor]] = []
+
+        def go_on_when_the_second_compiles(frames: Tensor) -> None:
+            if not second:
+                second.append(pool.submit(generated, 1))
+            assert compiling.wait(60)
+
+        pool.submit(generated, 0, go_on_when_the_second_compiles).result(60)  # while the second compiles
+        release.set()
+        second[0].result(60)
+    generated(2)
+    assert compiled == [1, 2]

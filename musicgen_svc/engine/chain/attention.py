@@ -9,7 +9,7 @@ LEAST_SHARE = 64
 """The fewest positions that are worth a program of their own."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def attend(
     query, keys, values, prefix_length, filled, text_length, out, sums, capacity,
     SELF: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,

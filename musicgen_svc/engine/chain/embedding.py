@@ -6,7 +6,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from triton.language.extra.cuda import gdc_launch_dependents  # type: ignore[import-untyped]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["column_stride", "capacity"])
 def embed(
     columns, filled, prefix_length, embeddings, positions, stream, column_stride, capacity,
     CODEBOOKS: tl.constexpr, CARD: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,

@@ -90,7 +90,7 @@ def order(
     tl.store(tokens + place, token, mask=token < CARD)
 
 
-@triton.jit(do_not_specialize_on_alignment=PER_SLOT)
+@triton.jit(do_not_specialize=["last_column"], do_not_specialize_on_alignment=PER_SLOT)
 def draw(
     ordered, tokens, most_likely, temperature, top_k, top_p, seed, filled, end, columns, last_column,
     UNKNOWN: tl.constexpr, GREEDY_BELOW: tl.constexpr, CARD: tl.constexpr, ROW: tl.constexpr,
