@@ -9,6 +9,14 @@ from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.sampling import SlotParameters, draw_counted, mix
 from musicgen_svc.engine.state import ActiveExtent, DeviceState
 
+PART = 256
+"""Into how many positions a cache is divided, if its extent is a multiple of it."""
+MASKED = -30000.0
+"""What is added to the score of a position that is not used.
+
+It is finite, so that a part without positions has a softmax, and float16 can represent it.
+"""
+
 
 class PlainStep:
     """Steps of one decoder, as the protocol `Step`. Their attention reads the whole extent, under a mask."""
@@ -81,7 +89,11 @@ class StaticAttention:
 
 
 class _Masked:
-    """Attention of one query per row to the used positions of a cache, whose number is on the device."""
+    """Attention of one query per row to the used positions of a cache, whose number is on the device.
+
+    A long cache is read in parts, because PyTorch's attention gives each row and head one block of a GPU, and
+    leaves the others idle: it took 1.3 of the 3.2 ms of a step of `small` on an H200.
+    """
 
     def __init__(self, lengths: Tensor, extent: int, dtype: torch.dtype) -> None:
         """Makes the mask [rows, extent] that is added to the scores.
@@ -92,10 +104,11 @@ class _Masked:
             dtype: that of the queries. A bool mask would be converted to it in every layer.
         """
         positions = torch.arange(extent, device=lengths.device)
-        masked = positions >= lengths[:, None].clamp(min=1)  # a softmax over no position would be NaN
-        self._mask = torch.zeros(masked.shape, dtype=dtype, device=masked.device)
-        self._mask.masked_fill_(masked, -torch.inf)
+        self._mask = torch.zeros(len(lengths), extent, dtype=dtype, device=lengths.device)
+        self._mask.masked_fill_(positions >= lengths[:, None], MASKED)
         self._empty = (lengths == 0)[:, None, None, None]
+        self._parts = extent // PART if extent % PART == 0 else 1
+        self._by_parts: Tensor | None = None
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Computes the attention, which is zero for a row without positions.
@@ -108,6 +121,8 @@ class _Masked:
             Tensor: [rows, heads, 1, head].
         """
         caches, extent = len(keys), self._mask.shape[1]
+        if self._parts > 1 and caches == len(query):
+            return self._attend_in_parts(query, keys, values)
         by_cache = query.view(caches, -1, *query.shape[1:])[:, :, :, 0]  # [caches, sharing, heads, head]
         attended = F.scaled_dot_product_attention(
             by_cache.transpose(1, 2),
@@ -116,6 +131,53 @@ class _Masked:
             attn_mask=self._mask.view(caches, 1, -1, extent),
         )
         return attended.transpose(1, 2).flatten(0, 1)[:, :, None].masked_fill(self._empty, 0)
+
+    def _attend_in_parts(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attends to each part of a cache, and adds up the results by the parts' shares of the softmax."""
+        rows, heads, extent = len(query), query.shape[1], self._mask.shape[1]
+
+        def parts_of(cache: Tensor) -> Tensor:
+            """[rows, heads, capacity, head] -> [rows * heads, parts, positions, head], without a copy."""
+            return cache.flatten(0, 1)[:, :extent].unflatten(1, (self._parts, -1))
+
+        found, shares = _attention_and_log_sums(
+            query.flatten(0, 1)[:, None].expand(-1, self._parts, -1, -1),
+            parts_of(keys),
+            parts_of(values),
+            self._mask_of_parts(heads),
+        )
+        weights = shares.softmax(dim=1)[:, :, None]
+        return (found[:, :, 0] * weights).sum(dim=1).to(query.dtype).view(rows, heads, 1, -1)
+
+    def _mask_of_parts(self, heads: int) -> Tensor:
+        """The mask for each row, head and part: [rows * heads, parts, 1, positions], made once."""
+        if self._by_parts is None:
+            repeated = self._mask[:, None].expand(-1, heads, -1).flatten(0, 1)
+            self._by_parts = repeated.unflatten(1, (self._parts, 1, -1))
+        return self._by_parts
+
+
+def _attention_and_log_sums(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Computes attention, and the logarithm of the sum of its weights before they were normalized.
+
+    `F.scaled_dot_product_attention` calls one of these operations, and drops the logarithms.
+
+    Args:
+        query: [B, H, 1, head].
+        keys, values: [B, H, positions, head].
+        mask: [B, H, 1, positions], added to the scores.
+
+    Returns:
+        tuple: [B, H, 1, head] and [B, H] in fp32.
+    """
+    ops = torch.ops.aten
+    if query.device.type == "cuda":
+        found, sums, *_ = ops._scaled_dot_product_efficient_attention(query, keys, values, mask, True)
+        return found, sums[..., 0]  # it is padded to 32 queries
+    found, sums = ops._scaled_dot_product_flash_attention_for_cpu(query, keys, values, attn_mask=mask)
+    return found, sums[..., 0]
 
 
 def _column_index(state: DeviceState, column: Tensor) -> Tensor:
