@@ -1,9 +1,6 @@
 """`scripts/bench` measures each implementation, reports what it compared, and fails if tokens differ."""
 
-import itertools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +12,6 @@ import torch
 
 from benchmarks import decode, sides
 from benchmarks.agreement import Agreement
-from benchmarks.random_models import SIZES
 from benchmarks.report import Row
 from benchmarks.workload import Workload
 from musicgen_svc.engine import ragged
@@ -165,71 +161,3 @@ def test_too_little_agreement_fails_the_command() -> None:
     for top1, sentences in ((0.97, 0), (0.5, 1)):
         row.agreement = Agreement(64, top1, 3)
         assert len(decode.failures([row], torch.device("cuda"), args)) == sentences
-
-
-# --- scripts/gpu_check --------------------------------------------------------------------------
-
-ROOT = Path(__file__).parents[2]
-PYTHON = """#!/usr/bin/env bash
-# A stand-in for Python. It records each call, and fails if the file to write has the name FAILING.
-[ "$1" != -c ] || exit "$NO_GPU"
-echo "$*" >>"$CALLS"
-echo "${!#}" >"${!#}"
-[[ ${!#} != */$FAILING.* ]]
-"""
-
-
-@pytest.fixture
-def gpu_check(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[list[str]]]]:
-    """`gpu_check(failing)` runs the script with a stand-in for Python: -> how it ended, and the calls."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text(PYTHON)
-    (tmp_path / "bin" / "python").chmod(0o755)
-
-    def run(failing: str = "-", no_gpu: int = 0) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-        calls = tmp_path / "calls"
-        calls.write_text("")
-        ended = subprocess.run(
-            [ROOT / "scripts" / "gpu_check", tmp_path / "rows"],
-            env=os.environ
-            | {"MUSICGEN_NO_VENV": "1", "CALLS": str(calls), "FAILING": failing, "NO_GPU": str(no_gpu)}
-            | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "MUSICGEN_PYTHON": ""},
-            capture_output=True, text=True, check=False, timeout=60,
-        )  # fmt: skip
-        return ended, [line.split() for line in calls.read_text().splitlines()]
-
-    return run
-
-
-def test_gpu_check_repeats_only_what_failed(gpu_check: Any, tmp_path: Path) -> None:
-    ended, calls = gpu_check(failing="medium-1")
-    assert (ended.returncode, len(calls)) == (1, 14)
-    assert ended.stdout.splitlines()[-1] == "Failed: medium-1"
-    assert (tmp_path / "rows" / "medium-1.failed.json").is_file()  # keeps what was measured
-
-    ended, calls = gpu_check()
-    assert ended.returncode == 0 and [call[-1] for call in calls] == [f"{tmp_path}/rows/medium-1.json.part"]
-    assert len(list((tmp_path / "rows").iterdir())) == 14  # the file of the failure is gone
-
-    ended, calls = gpu_check()
-    assert (ended.returncode, calls) == (0, [])
-
-
-def test_gpu_check_fails_without_a_gpu(gpu_check: Any) -> None:
-    ended, calls = gpu_check(no_gpu=1)
-    assert (ended.returncode, calls) == (1, [])
-
-
-def test_the_benchmark_accepts_the_options_of_every_row_of_gpu_check(gpu_check: Any, bench: Report) -> None:
-    """They are used as they are, except for the device and the lengths."""
-    (tests, *rows), seen = gpu_check()[1], set()
-    assert tests[:4] == ["-m", "pytest", "-m", "cuda"] and "tests/engine/test_static.py" in tests
-    for call in rows:
-        options = " ".join(call[3:-2])
-        for here, there in (("cuda", "cpu"), ("--seconds 30", "--seconds 0.2"), ("--pairs 3", "--pairs 1")):
-            assert here in options
-            options = options.replace(here, there)
-        found = bench(*options.split())
-        assert found["rows"][0]["tokens"] == "equal" or found["precision"] == "int8"
-        seen.add((found["model"], found["rows"][0]["slots"]))
-    assert seen == set(itertools.product(SIZES, (1, 16)))
