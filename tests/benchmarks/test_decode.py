@@ -2,20 +2,22 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks import decode, sides
-from benchmarks.agreement import Agreement
+from benchmarks import decode, launches, sides
+from benchmarks.agreement import Agreement, likeliest
 from benchmarks.report import Row
 from benchmarks.workload import Workload
 from musicgen_svc.engine import ragged
 from musicgen_svc.engine.projections import Precision
+from tests.fixtures.pretend_gpu import PretendGpu, pretend_gpu
 
 Report = Callable[..., dict[str, Any]]
 
@@ -70,6 +72,40 @@ def test_a_decode_that_records_a_graph_is_not_counted(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sides.Sides, "recordings", property(lambda self: next(recorded)))
     monkeypatch.setattr(sides.Sides, "_engine", lambda self, slots: ([], runs.pop(0), []))
     assert [opposed.engine(1)[1] for _ in range(2)] == [2.0, 3.0]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
+    def profiled(run: Callable[[], object]) -> list[SimpleNamespace]:
+        """Runs it, and shows two kernels and a launch, however many steps that are."""
+        run()
+        kernel, host = DeviceType.CUDA, DeviceType.CPU
+        ranges = [SimpleNamespace(start=0, end=3), SimpleNamespace(start=3, end=4)]
+        kernels = [SimpleNamespace(name="k", device_type=kernel, time_range=time) for time in ranges]
+        return [*kernels, SimpleNamespace(name="cudaGraphLaunch", device_type=host)]
+
+    with pretend_gpu(monkeypatch) as found:
+        for name, value in (("get_device_name", "NVIDIA H200"), ("max_memory_allocated", 10**9)):
+            monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
+        monkeypatch.setattr(launches, "profiled", profiled)
+        monkeypatch.setattr(decode, "likeliest", lambda work: likeliest(work, 8))  # it is slow
+        yield found
+
+
+def test_on_a_gpu_each_kernel_has_a_line_and_agreement_is_measured(
+    gpu: PretendGpu, bench: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--device", "cuda", "--seconds", "0.2", "--slots", "1,2", "--pairs", "1", "--engine-only")
+    found = bench(*options, "--kernels", "off")
+    assert (found["status"], found["device"], found["path"]) == (0, "NVIDIA H200", "plain")
+    for row in found["rows"]:
+        assert row["agreement"]["top1"] > 0.9 and row["tokens"] == "drawn otherwise"
+        (kernel,) = row["profile"]["kernels"]
+        assert (kernel["name"], kernel["us"], kernel["share"]) == ("k", 2, 1)
+    assert "audiocraft_per_step" not in found
+    shown = capsys.readouterr().out
+    assert shown.count("     2.00 us x    0.1 = 100.0%  k") == 2
+    assert shown.index("small, 2 slot(s): ") < shown.index("small, 1 slot(s), profiled: ")
 
 
 def test_transformers_is_measured_in_the_same_pairs(
