@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from benchmarks.workload import Workload
 from musicgen_svc.engine.batch import Batch, DecodeRequest
@@ -31,17 +32,33 @@ class Agreement:
     differ. None: there is no such frame."""
 
 
+def likeliest(work: Workload, frames: int = 64) -> Tensor:
+    """Returns the tokens [K, frames] that audiocraft decodes greedily for the first request.
+
+    It runs under its autocast, so its tokens are the likeliest ones of what its users run.
+    """
+    return replace(work, frames=frames, sampling=replace(work.sampling, temperature=0)).audiocraft()
+
+
 @torch.inference_mode()
-def with_audiocraft(work: Workload, batch: Batch, frames: int = 64) -> Agreement:
+def with_audiocraft(work: Workload, batch: Batch, slots: int, expected: Tensor) -> Agreement:
     """Compares the engine's likeliest tokens with audiocraft's, which read the same tokens.
 
-    audiocraft decodes greedily, under its autocast, so that its tokens are the likeliest ones. The engine
-    runs the step that is measured, and each of its tokens is then replaced by audiocraft's.
+    The engine runs the step that is measured: the request that is compared has the last slot, after others.
+    Each of its tokens is replaced by audiocraft's.
+
+    Args:
+        work: whose first request is decoded.
+        batch: of our engine.
+        slots: how many requests are decoded at once.
+        expected: [K, frames] of `likeliest`.
     """
-    greedy = replace(work, frames=frames, sampling=replace(work.sampling, temperature=0))
+    greedy, frames = replace(work.sampling, temperature=0), expected.shape[1]
     delays, special = batch.decoder.delays, batch.decoder.card
-    theirs = interleave(greedy.audiocraft(), delays, special)  # [K, S]
-    slot = batch.open(DecodeRequest(work.given[0], None, frames, greedy.sampling, torch.Generator()))
+    theirs = interleave(expected, delays, special)  # [K, S]
+    request = DecodeRequest(work.given[0], None, frames, greedy, torch.Generator())
+    opened = [batch.open(request) for _ in range(slots)]
+    slot = opened[-1]
     same = torch.ones_like(theirs, dtype=torch.bool)
     try:
         while True:
@@ -52,7 +69,8 @@ def with_audiocraft(work: Workload, batch: Batch, frames: int = 64) -> Agreement
                 break
             batch.step()
     finally:
-        batch.close(slot)
+        for each in opened:
+            batch.close(each)
     different = (~same).nonzero()  # [N, 2]: codebook, column
     first = min((column - 1 - delays[k] for k, column in different.tolist()), default=None)
     return Agreement(frames, float(same[theirs != special].float().mean()), first)

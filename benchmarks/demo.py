@@ -10,7 +10,7 @@ Rows that are in the JSON file already are not measured again.
 
 import argparse
 import json
-import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import soundfile
 import soxr
 import torch
 
+from benchmarks.bounds import missed, parsed, refuse_unknown_rows
+from benchmarks.report import machine
 from training.evaluation import ROWS, SECONDS, Player, rendered, unseen
 from training.scoring import FRAME, chroma, score_chroma
 from training.synth import SAMPLE_RATE
@@ -28,20 +30,12 @@ from training.tunes import UNSEEN as UNSEEN_TUNES
 UNSEEN = "unseen"
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench_demo", description="Judges the demo model from its sound."
-    )
-    parser.add_argument("--json", type=Path, help="file for the results, written after each row")
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS, UNSEEN], default=[*ROWS, UNSEEN])
-    parser.add_argument("--weights", type=Path, help="a checkpoint; without it, what the service finds")
-    parser.add_argument("--picture", type=Path, help="only draw scores and what is played from them, as PNG")
-    parser.add_argument("--recordings", type=Path, help="a folder of sound files to follow the melodies of")
-    given = parser.parse_args()
+def main() -> int:
+    """Runs the benchmark. Returns the exit status."""
+    given = arguments()
     if given.picture:
         draw(Player(given.weights), given.picture)
-        return
+        return 0
     found: dict[str, Any] = {}
     if given.json and given.json.exists():
         found = json.loads(given.json.read_text())
@@ -53,13 +47,36 @@ def main() -> None:
             figures = unseen(player, recordings(given.recordings)) if row == UNSEEN else ROWS[row](player)
             found[row] = figures | {"seconds": round(time.perf_counter() - started, 1)}
             print(row, json.dumps(found[row]), flush=True)
-            found["machine"] = {
-                "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": platform.machine(),
-            }  # fmt: skip
+            found["machine"] = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
             if given.json:
                 given.json.write_text(json.dumps(found, indent=2) + "\n")
     for row in given.rows:
         print(f"{row:14}", json.dumps(found[row]))
+    failed = [
+        f"In row {row} {part}." for row in given.rows for part in missed(found[row], row, given.at_least, [])
+    ]
+    for sentence in failed:
+        print(sentence, file=sys.stderr)
+    return 1 if failed else 0
+
+
+def arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench_demo", description="Judges the demo model from its sound."
+    )
+    parser.add_argument("--json", type=Path, help="file for the results, written after each row")
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, UNSEEN], default=[*ROWS, UNSEEN])
+    parser.add_argument("--weights", type=Path, help="a checkpoint; without it, what the service finds")
+    parser.add_argument("--picture", type=Path, help="only draw scores and what is played from them, as PNG")
+    parser.add_argument("--recordings", type=Path, help="a folder of sound files to follow the melodies of")
+    parser.add_argument(
+        "--at-least", action="append", type=lambda text: parsed(text, ("song", "timbre")), default=[],
+        metavar="FIGURE@ROW=VALUE", help="fail where fewer pieces have the right song or timbre",
+    )  # fmt: skip
+    given = parser.parse_args()
+    refuse_unknown_rows(parser, given.at_least, given.rows)
+    return given
 
 
 def draw(player: Player, file: Path) -> None:
@@ -96,4 +113,4 @@ def recordings(folder: Path | None) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -44,25 +44,38 @@ def build(folder: Path) -> None:
     for name in ("small", "t5-small"):
         shutil.copytree(tiny / name, folder / name, dirs_exist_ok=True)
     save_t5(folder / "t5-base")
-    lm, codec = lm_package(), codec_package()
+    lm, codec = lm_package("small"), codec_package()
     for files, dtype in DTYPES.items():
-        (folder / files).mkdir(exist_ok=True)
         state = {name: tensor.to(dtype) for name, tensor in lm["best_state"].items()}
-        torch.save(lm | {"best_state": state}, folder / files / "state_dict.bin")
-        torch.save(codec, folder / files / "compression_state_dict.bin")
+        save_checkpoint(folder / files, lm | {"best_state": state}, codec)
     (folder / "complete").touch()
 
 
-def lm_package() -> dict[str, Any]:
-    """Makes audiocraft's export of `small`, in fp32."""
+def save_checkpoint(folder: Path, lm: dict[str, Any], codec: dict[str, Any]) -> None:
+    """Saves a language model and its codec, each as `lm_package` and `codec_package` return it."""
+    folder.mkdir(exist_ok=True)
+    torch.save(lm, folder / "state_dict.bin")
+    torch.save(codec, folder / "compression_state_dict.bin")
+
+
+def lm_package(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
+    """Makes audiocraft's export of a text model.
+
+    Args:
+        model: a name in `SIZES`.
+        dtype: of the tensors.
+        device: where the random weights are drawn. The result is on the CPU.
+    """
     from benchmarks.random_models import SIZES, language_model
     from tests.fixtures import tiny_codecs, tiny_models
 
-    size = SIZES["small"]
-    state = language_model(**size).state_dict()
+    size = SIZES[model]
+    assert size["kind"] == "text", model
+    state = language_model(**size, dtype=dtype, device=device).state_dict()
     projection = torch.nn.Linear(T5_BASE["d_model"], size["dim"]).state_dict()
     prefix = "condition_provider.conditioners.description.output_proj."
     state |= {prefix + name: tensor for name, tensor in projection.items()}
+    state = {name: tensor.to("cpu", dtype) for name, tensor in state.items()}
     config = tiny_models.lm_config("small")
     config["transformer_lm"] |= {
         "dim": size["dim"], "num_layers": size["layers"], "num_heads": size["heads"], "card": 2048,
@@ -87,11 +100,15 @@ def codec_package() -> dict[str, Any]:
     return tiny_codecs.package(model.state_dict(), config)
 
 
-def save_t5(folder: Path) -> None:
-    """Saves T5 with its decoder, as in the released file, and a tokenizer of the real size."""
+def save_t5(folder: Path, device: str = "cpu") -> None:
+    """Saves T5 with its decoder, as in the released file, and a tokenizer of the real size.
+
+    Its random weights are drawn on `device`.
+    """
     from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 
-    model = T5ForConditionalGeneration(T5Config(**T5_BASE, decoder_start_token_id=0))
+    with torch.device(device):
+        model = T5ForConditionalGeneration(T5Config(**T5_BASE, decoder_start_token_id=0))
     model.save_pretrained(folder)
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     T5Tokenizer(vocab=words + [(f"▁w{i}", -10.0) for i in range(32_000 - 4)]).save_pretrained(folder)

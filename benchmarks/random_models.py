@@ -39,6 +39,9 @@ SIZES: dict[str, ModelSize] = {
     "large": {"kind": "text", "dim": 2048, "layers": 48, "heads": 32},
     "melody": {"kind": "melody", "dim": 1536, "layers": 48, "heads": 24},
 }
+TINY: ModelSize = {"kind": "text", "dim": 64, "layers": 2, "heads": 4}
+TINY_SIZES: dict[str, ModelSize] = {name: {**TINY, "kind": size["kind"]} for name, size in SIZES.items()}
+"""The released models with few and narrow layers, with which a command can be tried on any machine."""
 MODELS = {"text": ("text", MONO), "melody": ("melody", MONO), "stereo": ("text", STEREO)}
 """Models whose decode steps differ: (kind, delays)."""
 FUSED = {

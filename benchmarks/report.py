@@ -1,10 +1,12 @@
 """The results of `scripts/bench`, as JSON and as a table."""
 
+import json
 import platform
 import resource
 import statistics
 import subprocess
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from benchmarks.agreement import Agreement
 from benchmarks.growth import Growth
+from benchmarks.launches import StepProfile
 from benchmarks.workload import GB
 
 FRAME_RATE_HZ = 50
@@ -22,6 +25,7 @@ class Row:
     """The results with one number of slots. The lists have one entry per pair."""
 
     slots: int
+    model: str = ""
     audiocraft_steps_per_s: list[float] = field(default_factory=list)
     transformers_steps_per_s: list[float] = field(default_factory=list)
     engine_steps_per_s: list[float] = field(default_factory=list)
@@ -32,8 +36,8 @@ class Row:
     """How the tokens compare, in a few words."""
     agreement: Agreement | None = None
     growth: Growth | None = None
-    per_step: dict[str, float] | None = None
-    """Launches, syncs and kernels of one step of the engine on a GPU."""
+    profile: StepProfile | None = None
+    """What a step of the engine on a GPU consists of."""
 
     @property
     def ratio(self) -> list[float]:
@@ -52,16 +56,49 @@ class Row:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Medians, by the names that `--at-least` takes."""
-        return {
+        """Medians, by the names that `--at-least` and `--at-most` take."""
+        found = {
             "steps": statistics.median(self.engine_steps_per_s),
             "ratio": statistics.median(self.ratio),
             "real-time": statistics.median(self.times_real_time),
         }
+        return found if self.growth is None else found | {"growth": self.growth.ratio}
 
     def _ratio(self, theirs: list[float]) -> list[float]:
         pairs = zip(self.engine_steps_per_s, theirs, strict=True)
         return [self.slots * ours / their for ours, their in pairs]
+
+    @property
+    def latest(self) -> str:
+        """The figures of the latest pair, on one line."""
+        transformers = [f"transformers {steps:.1f}" for steps in self.transformers_steps_per_s[-1:]]
+        return ", ".join(
+            [
+                f"{self.model}, {self.slots} slot(s): {self.engine_steps_per_s[-1]:.1f} steps/s",
+                f"{self.times_real_time[-1]:.1f} x real time",
+                f"audiocraft {self.audiocraft_steps_per_s[-1]:.1f} steps/s",
+                *transformers,
+                f"ratio {self.ratio[-1]:.2f}",
+            ]
+        )
+
+    @property
+    def closer(self) -> list[str]:
+        """Lines on the time of an early and of a late step, and on each kernel of a step, where known."""
+        lines, name = [], f"{self.model}, {self.slots} slot(s)"
+        if (g := self.growth) is not None:
+            early_us, late_us, cache_us = (1e6 * s for s in (g.early_s, g.late_s, g.cache_s))
+            lines.append(
+                f"{name}: step {g.early_step} {early_us:.0f} us, step {g.late_step} {late_us:.0f} us, "
+                f"ratio {g.ratio:.3f}; without {cache_us:.0f} us for more cache {g.ratio_beyond_cache:.3f}"
+            )
+        if (profile := self.profile) is not None:
+            lines.append(f"{name}, profiled: {profile.us:.0f} us a step, {spelled(profile.per_step)}")
+            lines += [
+                f"{kernel.us:9.2f} us x {kernel.per_step:6.1f} = {kernel.share:6.1%}  {kernel.name:.90}"
+                for kernel in profile.kernels
+            ]
+        return lines
 
     def as_json(self) -> dict[str, Any]:
         """Everything for the JSON file, ratios included."""
@@ -70,8 +107,29 @@ class Row:
         found["ratio"], found["times_real_time"] = self.ratio, self.times_real_time
         found["ratio_to_transformers"] = self.ratio_to_transformers
         if self.growth is not None:
-            found["growth"]["ratio_beyond_cache"] = self.growth.ratio_beyond_cache
+            found["growth"] |= {
+                "ratio": self.growth.ratio,
+                "ratio_beyond_cache": self.growth.ratio_beyond_cache,
+            }
         return found
+
+
+@dataclass
+class Report:
+    """The content of the file of results."""
+
+    head: dict[str, Any]
+    """What holds for all rows."""
+    file: Path | None
+    """None: no file is written."""
+    rows: list[Row] = field(default_factory=list)
+
+    def save(self, **more: Any) -> None:
+        """Adds entries to the head, and writes everything that is known."""
+        self.head |= more
+        if self.file is not None:
+            rows = {"rows": [row.as_json() for row in self.rows]} if self.rows else {}
+            self.file.write_text(json.dumps(self.head | rows, indent=2) + "\n")
 
 
 def show(result: dict[str, Any], rows: list[Row]) -> None:
@@ -82,13 +140,16 @@ def show(result: dict[str, Any], rows: list[Row]) -> None:
     )
     table([cells(row, result["copy_gb_per_s"]) for row in rows])
     for row in rows:
-        for line in remarks(row):
-            print(f"{row.slots} slot(s): {line}")
-    if result["audiocraft_per_step"]:
-        print("audiocraft, one step:", spelled(result["audiocraft_per_step"]))
-    if result["against_reference"]:
-        print("against reference:", spelled(result["against_reference"]))
-    print(f"peak memory {result['peak_gb']:.1f} GB", *(f"{k} {v:.2f}" for k, v in result["beside"].items()))
+        if (a := row.agreement) is not None:
+            differs = "never" if a.first_divergence is None else f"from frame {a.first_divergence}"
+            print(
+                f"{row.slots} slot(s): top-1 agreement with audiocraft {a.top1:.1%} in {a.frames} frames; "
+                f"differs {differs}"
+            )
+    for name in ("audiocraft_per_step", "against_reference", "beside"):
+        if name in result:
+            print(f"{name.replace('_', ' ')}: {spelled(result[name])}")
+    print(f"peak memory {result['peak_gb']:.1f} GB")
 
 
 def cells(row: Row, copy_gb_per_s: float) -> dict[str, str]:
@@ -118,24 +179,6 @@ def table(rows: list[dict[str, str]]) -> None:
         print("  ".join(f"{row[name]:>{width}}" for name, width in widths.items()))
 
 
-def remarks(row: Row) -> list[str]:
-    """Lines below the table: growth, launches and agreement."""
-    lines = []
-    if row.growth is not None:
-        g = row.growth
-        lines.append(
-            f"step {g.early_step}: {g.early_s * 1e3:.2f} ms, step {g.late_step}: {g.late_s * 1e3:.2f} ms, of "
-            f"which {g.cache_s * 1e3:.2f} ms are the longer cache: x {g.ratio_beyond_cache:.2f} beyond it"
-        )
-    if row.per_step is not None:
-        lines.append("one step: " + spelled(row.per_step))
-    if row.agreement is not None:
-        a = row.agreement
-        differs = "never" if a.first_divergence is None else f"from frame {a.first_divergence}"
-        lines.append(f"top-1 agreement with audiocraft {a.top1:.1%} in {a.frames} frames; differs {differs}")
-    return lines
-
-
 def of_three(values: list[float]) -> str:
     """Least, median and greatest value."""
     return f"{min(values):.2f} / {statistics.median(values):.2f} / {max(values):.2f}"
@@ -147,15 +190,37 @@ def spelled(figures: dict[str, float]) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the results depend on: commit, torch, device, CPU, threads."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    """What the results depend on: commit, versions, device, driver, CPU, threads."""
+    on_gpu = device.type == "cuda"
     return {
-        "commit": commit.stdout.strip() or None,
+        "commit": output_of("git", "rev-parse", "HEAD"),
+        "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "triton": version_of("triton"),
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if on_gpu
+        else None,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
     }
+
+
+def output_of(*command: str) -> str | None:
+    """The first line that a command prints. None: there is no such command, it fails, or prints nothing."""
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return ended.stdout.partition("\n")[0].strip() or None
+
+
+def version_of(distribution: str) -> str | None:
+    """The version of a distribution. None: it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def cpu_name() -> str:

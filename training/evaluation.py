@@ -1,7 +1,10 @@
 """Measures what the demo model can do, through the service. Each row of the benchmark is one function."""
 
 import asyncio
+import contextlib
+import io
 import itertools
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +51,13 @@ class Player:
 
     def play(self, **fields: object) -> Array:
         """Runs one prediction with `DEFAULTS` and these fields, and returns its samples [T] at 32 kHz."""
-        path = asyncio.run(self._service.predict(DEFAULTS | fields, lambda name, value: None))
+        log = io.StringIO()  # a progress bar and some lines, which only matter if the prediction fails
+        try:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                path = asyncio.run(self._service.predict(DEFAULTS | fields, lambda name, value: None))
+        except BaseException:
+            print(log.getvalue(), file=sys.stderr)
+            raise
         wav, rate = soundfile.read(path)
         assert rate == SAMPLE_RATE
         path.unlink()

@@ -1,25 +1,23 @@
 """`scripts/bench` measures each implementation, reports what it compared, and fails if tokens differ."""
 
-import itertools
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks import beside, decode
-from benchmarks.agreement import Agreement
-from benchmarks.random_models import SIZES
+from benchmarks import decode, launches, sides
+from benchmarks.agreement import Agreement, likeliest
 from benchmarks.report import Row
 from benchmarks.workload import Workload
 from musicgen_svc.engine import ragged
 from musicgen_svc.engine.projections import Precision
+from tests.fixtures.pretend_gpu import PretendGpu, pretend_gpu
 
 Report = Callable[..., dict[str, Any]]
 
@@ -27,22 +25,11 @@ Report = Callable[..., dict[str, Any]]
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Report:
     """`bench(*options)` runs the command on a tiny model: -> its report, with the exit status as "status"."""
-    for name, size in list(SIZES.items()):
-        monkeypatch.setitem(SIZES, name, size | {"dim": 64, "layers": 2, "heads": 4})
     monkeypatch.setattr(decode, "copy_bandwidth", lambda device: 10.0)
-    monkeypatch.setattr(
-        beside, "T5_BASE", {"d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}
-    )
-    monkeypatch.setattr(
-        beside,
-        "ENCODEC",
-        {"num_filters": 4, "hidden_size": 16, "codebook_dim": 16, "codebook_size": 2048},
-    )
-    monkeypatch.setattr(beside, "UNET", {"hidden": 4, "growth": 2, "codec_dim": 16})
 
     def run(*options: str) -> dict[str, Any]:
         path = tmp_path / "report.json"
-        monkeypatch.setattr(sys, "argv", ["bench", *options, "--json", str(path)])
+        monkeypatch.setattr(sys, "argv", ["bench", "--tiny", *options, "--json", str(path)])
         status = decode.main()
         return json.loads(path.read_text()) | {"status": status}
 
@@ -60,10 +47,65 @@ def test_a_report_has_every_pair_for_each_number_of_slots(
         for theirs, ours, ratio in pairs:
             assert ratio == pytest.approx(row["slots"] * ours / theirs) and theirs > 0
         assert len(row["ratio"]) == 3 and row["tokens"] == "equal"
-        assert (
-            row["per_step"] is None and row["growth"] is None
-        )  # there is no GPU, and the piece is too short
+        assert row["profile"] is None and row["growth"] is None  # there is no GPU, and the piece is too short
     assert "ratio min / median / max" in capsys.readouterr().out
+
+
+def test_figures_are_printed_and_kept_before_anything_else_is_measured(
+    bench: Report, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def look_closer(*_: object) -> None:
+        raise KeyboardInterrupt  # the run is cut off here
+
+    monkeypatch.setattr(decode, "look_closer", look_closer)
+    with pytest.raises(KeyboardInterrupt):
+        bench("--seconds", "0.2", "--slots", "1,2", "--pairs", "2", "--engine-only")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "steps/s" in line]
+    assert [line.partition(":")[0] for line in lines] == ["small, 1 slot(s)", "small, 2 slot(s)"] * 2
+    kept = json.loads((tmp_path / "report.json").read_text())
+    assert [len(row["engine_steps_per_s"]) for row in kept["rows"]] == [2, 2]
+
+
+def test_a_decode_that_records_a_graph_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    opposed, recorded = sides.Sides(*[None] * 4), iter([0, 6, 6, 6])
+    runs = [1.0, 2.0, 3.0]
+    monkeypatch.setattr(sides.Sides, "recordings", property(lambda self: next(recorded)))
+    monkeypatch.setattr(sides.Sides, "_engine", lambda self, slots: ([], runs.pop(0), []))
+    assert [opposed.engine(1)[1] for _ in range(2)] == [2.0, 3.0]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
+    def profiled(run: Callable[[], object]) -> list[SimpleNamespace]:
+        """Runs it, and shows two kernels and a launch, however many steps that are."""
+        run()
+        kernel, host = DeviceType.CUDA, DeviceType.CPU
+        ranges = [SimpleNamespace(start=0, end=3), SimpleNamespace(start=3, end=4)]
+        kernels = [SimpleNamespace(name="k", device_type=kernel, time_range=time) for time in ranges]
+        return [*kernels, SimpleNamespace(name="cudaGraphLaunch", device_type=host)]
+
+    with pretend_gpu(monkeypatch) as found:
+        for name, value in (("get_device_name", "NVIDIA H200"), ("max_memory_allocated", 10**9)):
+            monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
+        monkeypatch.setattr(launches, "profiled", profiled)
+        monkeypatch.setattr(decode, "likeliest", lambda work: likeliest(work, 8))  # it is slow
+        yield found
+
+
+def test_on_a_gpu_each_kernel_has_a_line_and_agreement_is_measured(
+    gpu: PretendGpu, bench: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--device", "cuda", "--seconds", "0.2", "--slots", "1,2", "--pairs", "1", "--engine-only")
+    found = bench(*options, "--kernels", "off")
+    assert (found["status"], found["device"], found["path"]) == (0, "NVIDIA H200", "plain")
+    for row in found["rows"]:
+        assert row["agreement"]["top1"] > 0.9 and row["tokens"] == "drawn otherwise"
+        (kernel,) = row["profile"]["kernels"]
+        assert (kernel["name"], kernel["us"], kernel["share"]) == ("k", 2, 1)
+    assert "audiocraft_per_step" not in found
+    shown = capsys.readouterr().out
+    assert shown.count("     2.00 us x    0.1 = 100.0%  k") == 2
+    assert shown.index("small, 2 slot(s): ") < shown.index("small, 1 slot(s), profiled: ")
 
 
 def test_transformers_is_measured_in_the_same_pairs(
@@ -109,7 +151,7 @@ def test_each_precision_is_exact_or_reports_its_distance_from_the_reference(benc
     options = ("--seconds", "0.4", "--slots", "2", "--pairs", "1", "--engine-only", "--precision")
     found = {precision: bench(*options, precision) for precision in get_args(Precision)}
     assert all(report["status"] == 0 for report in found.values())
-    assert found["reference"]["against_reference"] is None
+    assert "against_reference" not in found["reference"]
     assert found["float16"]["rows"][0]["tokens"] == "equal", "its weights are stored in float16"
     far = {name: found[name]["against_reference"] for name in ("float16", "bfloat16", "int8")}
     assert abs(far["float16"]["mean_kl_nats"]) < 1e-6 < far["bfloat16"]["mean_kl_nats"] < 0.01
@@ -117,12 +159,24 @@ def test_each_precision_is_exact_or_reports_its_distance_from_the_reference(benc
     assert far["float16"]["top1_agreement"] == 1 and far["int8"]["top1_agreement"] > 0.8
 
 
-def test_a_figure_below_its_bound_fails_the_command(bench: Report) -> None:
-    bounds = ("--at-least", "steps=1e9", "--at-least", "ratio=0")
-    found = bench("--seconds", "0.2", "--pairs", "1", "--engine-only", *bounds)
+def test_a_figure_beyond_its_bound_fails_the_command(bench: Report) -> None:
+    bounds = ("--at-least", "steps@2=1e9", "--at-least", "ratio=0", "--at-most", "real-time@1=1e-9")
+    found = bench("--seconds", "0.2", "--slots", "1,2", "--pairs", "1", "--engine-only", *bounds)
     assert found["status"] == 1
-    (sentence,) = found["failed"]
-    assert "median of steps" in sentence and "at least 1e+09" in sentence
+    of_one, of_two = found["failed"]
+    assert of_one.startswith("With 1 slot(s) the median of real-time is") and "at most 1e-09" in of_one
+    assert of_two.startswith("With 2 slot(s) the median of steps is") and "at least 1e+09" in of_two
+
+
+def test_a_figure_that_was_not_measured_meets_no_bound(bench: Report) -> None:
+    found = bench("--seconds", "0.2", "--pairs", "1", "--engine-only", "--at-most", "growth=100")
+    assert found["status"] == 1 and "growth is nan" in found["failed"][0]
+
+
+@pytest.mark.parametrize("bound", ["steps@4=1", "stepps=1", "steps=fast"])
+def test_a_bound_that_nothing_would_be_compared_with_is_refused(bound: str, bench: Report) -> None:
+    with pytest.raises(SystemExit):
+        bench("--seconds", "0.2", "--slots", "1,2", "--at-least", bound)
 
 
 def test_audiocraft_may_decode_fewer_seconds(bench: Report, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,75 +193,7 @@ def test_audiocraft_may_decode_fewer_seconds(bench: Report, monkeypatch: pytest.
 
 def test_too_little_agreement_fails_the_command() -> None:
     row = Row(1, audiocraft_steps_per_s=[1.0], engine_steps_per_s=[1.0], tokens="drawn otherwise")
-    args = SimpleNamespace(precision="reference", at_least=[])
+    args = SimpleNamespace(precision="reference", at_least=[], at_most=[])
     for top1, sentences in ((0.97, 0), (0.5, 1)):
         row.agreement = Agreement(64, top1, 3)
         assert len(decode.failures([row], torch.device("cuda"), args)) == sentences
-
-
-# --- scripts/gpu_check --------------------------------------------------------------------------
-
-ROOT = Path(__file__).parents[2]
-PYTHON = """#!/usr/bin/env bash
-# A stand-in for Python. It records each call, and fails if the file to write has the name FAILING.
-[ "$1" != -c ] || exit "$NO_GPU"
-echo "$*" >>"$CALLS"
-echo "${!#}" >"${!#}"
-[[ ${!#} != */$FAILING.* ]]
-"""
-
-
-@pytest.fixture
-def gpu_check(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[list[str]]]]:
-    """`gpu_check(failing)` runs the script with a stand-in for Python: -> how it ended, and the calls."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text(PYTHON)
-    (tmp_path / "bin" / "python").chmod(0o755)
-
-    def run(failing: str = "-", no_gpu: int = 0) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-        calls = tmp_path / "calls"
-        calls.write_text("")
-        ended = subprocess.run(
-            [ROOT / "scripts" / "gpu_check", tmp_path / "rows"],
-            env=os.environ
-            | {"MUSICGEN_NO_VENV": "1", "CALLS": str(calls), "FAILING": failing, "NO_GPU": str(no_gpu)}
-            | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "MUSICGEN_PYTHON": ""},
-            capture_output=True, text=True, check=False, timeout=60,
-        )  # fmt: skip
-        return ended, [line.split() for line in calls.read_text().splitlines()]
-
-    return run
-
-
-def test_gpu_check_repeats_only_what_failed(gpu_check: Any, tmp_path: Path) -> None:
-    ended, calls = gpu_check(failing="medium-1")
-    assert (ended.returncode, len(calls)) == (1, 14)
-    assert ended.stdout.splitlines()[-1] == "Failed: medium-1"
-    assert (tmp_path / "rows" / "medium-1.failed.json").is_file()  # keeps what was measured
-
-    ended, calls = gpu_check()
-    assert ended.returncode == 0 and [call[-1] for call in calls] == [f"{tmp_path}/rows/medium-1.json.part"]
-    assert len(list((tmp_path / "rows").iterdir())) == 14  # the file of the failure is gone
-
-    ended, calls = gpu_check()
-    assert (ended.returncode, calls) == (0, [])
-
-
-def test_gpu_check_fails_without_a_gpu(gpu_check: Any) -> None:
-    ended, calls = gpu_check(no_gpu=1)
-    assert (ended.returncode, calls) == (1, [])
-
-
-def test_the_benchmark_accepts_the_options_of_every_row_of_gpu_check(gpu_check: Any, bench: Report) -> None:
-    """They are used as they are, except for the device and the lengths."""
-    (tests, *rows), seen = gpu_check()[1], set()
-    assert tests[:4] == ["-m", "pytest", "-m", "cuda"] and "tests/engine/test_static.py" in tests
-    for call in rows:
-        options = " ".join(call[3:-2])
-        for here, there in (("cuda", "cpu"), ("--seconds 30", "--seconds 0.2"), ("--pairs 3", "--pairs 1")):
-            assert here in options
-            options = options.replace(here, there)
-        found = bench(*options.split())
-        assert found["rows"][0]["tokens"] == "equal" or found["precision"] == "int8"
-        seen.add((found["model"], found["rows"][0]["slots"]))
-    assert seen == set(itertools.product(SIZES, (1, 16)))

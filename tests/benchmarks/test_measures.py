@@ -1,5 +1,6 @@
 """What `scripts/bench` measures besides speed is right, and all implementations do the same work."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,8 +10,8 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import beside, decode, launches
-from benchmarks.agreement import LEAST_TOP1, with_audiocraft
+from benchmarks import beside, launches, sides
+from benchmarks.agreement import LEAST_TOP1, likeliest, with_audiocraft
 from benchmarks.growth import growth
 from benchmarks.random_models import audiocraft_generates, conditions, language_model
 from benchmarks.workload import Workload, stored_in_float16
@@ -45,14 +46,14 @@ def test_a_shorter_piece_is_compared_except_for_its_last_frames() -> None:
     (tokens,) = long.engine(batch_for(long.lm), 1)
     expected = short.audiocraft()
     assert not torch.equal(tokens[:, :15], expected)  # its last frames are drawn beside the delayed end
-    assert decode.compared(tokens, expected, long) == "equal"
+    assert sides.compared(tokens, expected, long) == "equal"
     expected[2, 11] += 1
-    assert decode.compared(tokens, expected, long) == "differ from frame 11"
+    assert sides.compared(tokens, expected, long) == "differ from frame 11"
 
 
 def test_multiband_diffusion_has_the_published_widths() -> None:
     with on_meta():
-        unet = beside.builders.get_diffusion_model(beside.band_config())
+        unet = beside.builders.get_diffusion_model(beside.band_config(beside.RELEASED))
     widths = [layer.conv.out_channels for layer in unet.encoders]
     assert widths == [48, 192, 768, 3072] and unet.conv_codec.in_channels == 128
 
@@ -138,32 +139,84 @@ def test_counts_per_step_leave_out_what_happens_once_per_run(monkeypatch: pytest
 
     def profiled(run: Callable[[], object]) -> list[SimpleNamespace]:
         run()
-        return _events(cudaLaunchKernel=100 + 3 * runs[-1], cudaStreamSynchronize=runs[-1] // 8 + 1)
+        return _events(cudaLaunchKernel=100 + 3 * runs[-1], cudaStreamSynchronize=runs[-1] // 2 + 1)
 
     monkeypatch.setattr(launches, "profiled", profiled)
-    assert launches.per_step(runs.append) == {"launches": 3, "syncs": 1 / 8, "kernels": 0}
-    assert runs == [24, 8, 24]  # the first run records the graphs
+    assert launches.per_step(runs.append) == {"launches": 3, "syncs": 1 / 2, "kernels": 0}
+    assert runs == [6, 2, 6]  # the first run does what is done only once
+
+
+def _on_device(*events: tuple[str, float, float]) -> list[SimpleNamespace]:
+    """Makes events on the device: (name, start, end), in microseconds."""
+    return [
+        SimpleNamespace(
+            name=name, device_type=DeviceType.CUDA, time_range=SimpleNamespace(start=start, end=end)
+        )
+        for name, start, end in events
+    ]
+
+
+def test_kernels_that_overlap_are_not_counted_twice() -> None:
+    """In each of two steps `b` starts 3 us before the end of `a`, and then the device waits for 2 us."""
+    step = [("a", 0.0, 8.0), ("b", 5.0, 10.0), ("a", 12.0, 14.0)]
+    events = _on_device(*[(name, at + start, at + end) for at in (100, 116) for name, start, end in step])
+    us, (a, b) = launches.kernels_of([*_events(mm=3), *reversed(events)], steps=2)
+    assert us == 15  # from 100 to 130
+    assert (a.name, a.per_step, a.us, a.share) == ("a", 2, 5, pytest.approx(20 / 30))
+    assert (b.name, b.per_step, b.us, b.share) == ("b", 1, 2, pytest.approx(4 / 30))
+
+
+@pytest.mark.parametrize("frames", [3, 100])
+def test_a_profile_is_of_full_steps_at_the_end_of_the_piece(
+    frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = _work(frames)
+    batch = batch_for(work.lm, slots=2, batch_kind="static")
+    read: list[list[int]] = []
+
+    def profiled(run: Callable[[], object]) -> list[SimpleNamespace]:
+        before = [slot.filled for slot in batch.slots]
+        run()
+        steps = batch.slots[0].filled - before[0]
+        read.append(before)
+        return _events(cudaGraphLaunch=steps, cudaDeviceSynchronize=2) + _on_device(("k", 0, steps))
+
+    monkeypatch.setattr(launches, "profiled", profiled)
+    work = dataclasses.replace(work, given=[*work.given] * 2)
+    found = launches.step_profile(work, batch, 2)
+    assert found is not None and found.per_step == {"launches": 1, "syncs": 0, "kernels": 0}
+    assert found.us == 1 and found.kernels[0].per_step == 1 / launches.STEPS[1]
+    assert all(len(slots) == 2 and min(slots) >= frames - 25 for slots in read)
+    assert not batch.slots
+
+
+def test_nothing_is_said_of_kernels_that_no_profile_shows() -> None:
+    assert launches.step_profile(_work(30), batch_for(_work(30).lm, batch_kind="static"), 1) is None
 
 
 @needs_gpu
 @pytest.mark.cuda
 def test_a_recorded_step_has_fewer_than_four_launches() -> None:
     work = _work(device="cuda", dtype=torch.float16)
-    batches = [batch_for(work.lm, graphs=graphs) for graphs in ("on", "off")]
-    recorded, launched = (
-        launches.per_step(lambda frames, b=b: work.of(frames).engine(b, 1)) for b in batches
-    )
-    assert 1 <= recorded["launches"] < 4 and recorded["syncs"] <= 1 / CHUNK
-    assert launched["launches"] > 20 and recorded["kernels"] > 20
+    profiles = [launches.step_profile(work, batch_for(work.lm, graphs=graphs), 1) for graphs in ("on", "off")]
+    recorded, launched = profiles
+    assert recorded is not None and launched is not None
+    assert 1 <= recorded.per_step["launches"] < 4 and recorded.per_step["syncs"] <= 1 / CHUNK
+    assert launched.per_step["launches"] > 20 and recorded.per_step["kernels"] > 20
+    for profile in (recorded, launched):
+        assert sum(kernel.per_step for kernel in profile.kernels) >= profile.per_step["kernels"] > 0
+        assert 0 < sum(kernel.share for kernel in profile.kernels) <= 1 + 1e-6
 
 
 # --- agreement ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("batch_kind", ["ragged", "static"])
-def test_the_engine_agrees_with_audiocraft(batch_kind: BatchKind) -> None:
+def test_the_engine_agrees_with_audiocraft(batch_kind: BatchKind, slots: int) -> None:
     work = _work()
-    found = with_audiocraft(work, batch_for(work.lm, batch_kind=batch_kind), frames=12)
+    batch = batch_for(work.lm, slots=slots, batch_kind=batch_kind)
+    found = with_audiocraft(work, batch, slots, likeliest(work, 12))
     assert (found.top1, found.first_divergence, found.frames) == (1, None, 12)
 
 
@@ -178,7 +231,7 @@ def test_a_single_wrong_token_is_found_where_it_is(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ragged, "draw", wrong_once)
     work = _work()
-    found = with_audiocraft(work, batch_for(work.lm), frames=12)
+    found = with_audiocraft(work, batch_for(work.lm), 1, likeliest(work, 12))
     assert found.first_divergence == 4
     assert found.top1 == pytest.approx(1 - 1 / 48)  # the next steps read audiocraft's token
 
@@ -187,4 +240,5 @@ def test_a_single_wrong_token_is_found_where_it_is(monkeypatch: pytest.MonkeyPat
 @pytest.mark.cuda
 def test_the_engine_agrees_with_audiocraft_on_a_gpu() -> None:
     work = _work(device="cuda", dtype=torch.float16)
-    assert with_audiocraft(work, batch_for(work.lm), frames=64).top1 > LEAST_TOP1
+    batch, expected = batch_for(work.lm, slots=2), likeliest(work)
+    assert all(with_audiocraft(work, batch, slots, expected).top1 > LEAST_TOP1 for slots in (1, 2))
