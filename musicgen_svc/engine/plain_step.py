@@ -138,7 +138,7 @@ class _Masked:
 
         def parts_of(cache: Tensor) -> Tensor:
             """[rows, heads, capacity, head] -> [rows * heads, parts, positions, head], without a copy."""
-            return cache.flatten(0, 1)[:, :extent].unflatten(1, (self._parts, -1))
+            return cache.flatten(0, 1)[:, :extent].view(rows * heads, self._parts, -1, cache.shape[-1])
 
         found, shares = _attention_and_log_sums(
             query.flatten(0, 1)[:, None].expand(-1, self._parts, -1, -1),
@@ -153,7 +153,7 @@ class _Masked:
         """The mask for each row, head and part: [rows * heads, parts, 1, positions], made once."""
         if self._by_parts is None:
             repeated = self._mask[:, None].expand(-1, heads, -1).flatten(0, 1)
-            self._by_parts = repeated.unflatten(1, (self._parts, 1, -1))
+            self._by_parts = repeated.view(len(repeated), self._parts, 1, -1)
         return self._by_parts
 
 
