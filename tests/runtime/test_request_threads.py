@@ -57,3 +57,30 @@ def test_a_job_can_be_withdrawn_only_before_a_thread_begins_it() -> None:
         assert not third.withdraw()
 
     asyncio.run(main())
+
+
+def test_jobs_that_follow_each_other_run_on_one_thread() -> None:
+    """Libraries keep handles, workspaces and plans for each thread."""
+
+    async def main() -> None:
+        threads = RequestThreads(3)
+        for _ in range(20):
+            _, name = threads.submit(lambda: threading.current_thread().name)
+            names.add(await name)
+
+    names: set[str] = set()
+    asyncio.run(main())
+    assert len(names) == 1
+
+
+def test_every_thread_is_used_and_every_job_is_run() -> None:
+    async def main() -> None:
+        threads, together = RequestThreads(3), threading.Barrier(3)
+        held = [
+            threads.submit(lambda: (together.wait(60), threading.current_thread().name)[1]) for _ in range(3)
+        ]
+        assert {await name for _, name in held} == {"request-0", "request-1", "request-2"}
+        many = [threads.submit(lambda number=number: number)[1] for number in range(500)]
+        assert await asyncio.gather(*many) == list(range(500))
+
+    asyncio.run(main())
