@@ -34,8 +34,8 @@ class Fault:
 
     reason: str
     """One sentence without a full stop."""
-    drain: bool = False
-    """Whether predictions still run, so that the restart waits for them."""
+    serves: bool = False
+    """Whether the server still serves, so that the restart waits for the predictions that run."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Watch:
             (
                 # The end of a worker loses the places of all that ran; the health tells it a moment later.
                 "lost", not unhealthy and seen.places - seen.lost < (seen.places + 1) // 2, LOST_S,
-                Fault(f"{seen.lost} of its {seen.places} places for predictions are lost", drain=True),
+                Fault(f"{seen.lost} of its {seen.places} places for predictions are lost", serves=True),
             ),
         )  # fmt: skip
         for name, holds, limit_s, fault in conditions:
@@ -107,7 +107,7 @@ class Restarts:
 
     def delay_s(self, now_s: float, fault: Fault) -> float:
         """Returns the seconds from `now_s` until the restart for this fault, and counts it as done."""
-        if fault.drain:
+        if fault.serves:
             if now_s > self._allowed_s + LONGEST_RATION_S:
                 self._ration_s = RATION_S
             start_s = max(now_s, self._allowed_s)
