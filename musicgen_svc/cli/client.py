@@ -17,8 +17,8 @@ import requests
 
 from musicgen_svc.cli.cog_log import sentence
 from musicgen_svc.cli.schema_fields import impossible_input
+from musicgen_svc.runtime.json_object import Json
 
-Json = dict[str, Any]
 OnProgress = Callable[[int, str], None]
 """Called with the percentage reached and the name of the stage."""
 

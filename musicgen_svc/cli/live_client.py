@@ -8,7 +8,6 @@ import json
 import uuid
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
-from typing import Any
 
 import requests
 
@@ -21,8 +20,8 @@ from musicgen_svc.cli.client import (
     result,
     succeeded,
 )
+from musicgen_svc.runtime.json_object import Json
 
-Json = dict[str, Any]
 OnChunk = Callable[[Json], None]
 """Called with each chunk of audio, as `musicgen_svc/live.py` describes it."""
 

@@ -5,9 +5,10 @@ import time
 from collections.abc import Awaitable
 
 from musicgen_svc.cli.cog_log import Console, sentence
-from musicgen_svc.cli.cog_server import CogServer, Json
+from musicgen_svc.cli.cog_server import CogServer
 from musicgen_svc.cli.gate import Gate
 from musicgen_svc.cli.watch import Fault, Observation, Restarts, Watch
+from musicgen_svc.runtime.json_object import Json
 
 ANSWERS_S = 5.0
 """How long Cog may take to send its answers when the server is stopped and no prediction runs any more."""

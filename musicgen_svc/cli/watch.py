@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from musicgen_svc.runtime.json_object import Json
 
 SILENT_S = 15.0
 """How long a server or its worker may give no answer. A busy machine needs less."""
@@ -24,8 +25,6 @@ RATION_S = 300.0
 LONGEST_RATION_S = 3600.0
 """Least time between restarts for lost places, doubled each time up to LONGEST_RATION_S. There is a limit
 because a client can make Cog lose places on purpose."""
-
-Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from typing import Any
 
 import requests
 
+from musicgen_svc.runtime.json_object import Json
+
 ROOT = Path(__file__).resolve().parents[2]
 STACKS = Path(__file__).with_name("stacks")
 ANSWER_S = 120.0
@@ -26,8 +28,6 @@ ANSWER_S = 120.0
 FREED_S = 10.0
 """How long Cog may take to free the slot of a prediction that it has answered."""
 SETTLED = ("READY", "SETUP_FAILED")
-
-Json = dict[str, Any]
 
 
 class CogServer:
