@@ -62,7 +62,7 @@ def memory_bytes(pid: int) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 
 
-def wait_for(condition: Callable[[], object], limit_s: float = 60.0) -> None:
+def wait_for(condition: Callable[[], object], limit_s: float = 120.0) -> None:
     """Returns when the condition holds, and fails if it does not within the limit."""
     deadline = time.monotonic() + limit_s
     while not condition():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from bodies import SHORT
 from processes import needs_proc, processes_with, wait_for
 from server import CogServer
 
@@ -105,7 +106,7 @@ def test_nothing_stays_behind_when_stopped_during_a_request(checkout: Path, tmp_
         assert list(tmp_path.iterdir()) == []
         assert not (COG_FOLDER / "slow-request").exists()
         with pytest.raises(requests.ConnectionError):
-            answer.result(timeout=30)
+            answer.result(timeout=60)
 
 
 @needs_proc
@@ -151,3 +152,14 @@ def test_a_server_that_hangs_is_shown_thread_by_thread_and_stopped(checkout: Pat
         assert server.process.wait(60) == 0
         with pytest.raises(requests.ConnectionError):
             server.health()
+
+
+def test_by_default_64_wait_and_the_next_is_refused(checkout: Path) -> None:
+    held = {f"held-{n}": {"prompt": "a waltz", "duration": 600} for n in range(2 + 64)}
+    with CogServer(root=checkout, COG_MAX_CONCURRENCY="", MUSICGEN_SLOTS="2") as server:
+        futures = {id: server.submit(fields, id) for id, fields in held.items()}
+        assert server.request("POST", "/predictions", {"input": SHORT}).status_code == 409
+        assert {server.cancel(id) for id in held} == {200}
+        assert {future.result(timeout=60)["status"] for future in futures.values()} == {"canceled"}
+        wait_for(lambda: server.health()["status"] != "BUSY")
+        assert server.predict(SHORT)["status"] == "succeeded"

@@ -128,4 +128,4 @@ def test_who_joins_after_more_than_1024_events_gets_an_error_instead_of_them(toy
             )
         assert names[-1] == last, names[-3:]
         assert toy_server.cancel(id) == 200
-        running.result(timeout=20)
+        running.result(timeout=60)
