@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from bodies import SHORT
-from processes import needs_proc, wait_for
+from processes import LIMIT_S, needs_proc, wait_for
 from replies import output, sentence
 from server import ROOT, BareCog, CogServer
 
@@ -55,10 +55,10 @@ def test_requests_that_wait_for_a_slot_are_told_to_go_elsewhere(settings: dict[s
         running, *waiting = begin_one_and_let_three_wait(server)
         server.process.send_signal(signal.SIGTERM)
         for answer in waiting:
-            assert sentence(answer.result(60)).endswith(str(DrainingError()))
+            assert sentence(answer.result(LIMIT_S)).endswith(str(DrainingError()))
         assert not running.done(), "the three did not wait for its end"
-        assert len(output(running.result(120))) > 60 * 32_000
-        assert server.process.wait(60) == 0
+        assert len(output(running.result(LIMIT_S))) > 60 * 32_000
+        assert server.process.wait(LIMIT_S) == 0
 
 
 def test_in_an_image_the_hook_drains(settings: dict[str, str], temporary: Path) -> None:
@@ -72,9 +72,9 @@ def test_in_an_image_the_hook_drains(settings: dict[str, str], temporary: Path) 
             [sys.executable, "-m", "musicgen_svc.cli.drain"], cwd=ROOT, env=environment
         ) as hook:
             for answer in waiting:
-                assert sentence(answer.result(60)).endswith(str(DrainingError()))
+                assert sentence(answer.result(LIMIT_S)).endswith(str(DrainingError()))
             assert sentence(server.predict(SHORT)).endswith(str(DrainingError()))
             assert hook.poll() is None and not running.done()
-            assert len(output(running.result(120))) > 60 * 32_000
-            assert hook.wait(60) == 0
+            assert len(output(running.result(LIMIT_S))) > 60 * 32_000
+            assert hook.wait(LIMIT_S) == 0
         assert server.stop() == 0

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import requests
 from bodies import LONG, SHORT
-from processes import cpu_s, needs_proc, variable, wait_for, worker
+from processes import LIMIT_S, cpu_s, needs_proc, variable, wait_for, worker
 from replies import clip, data_uri, output, percentages, sentence
 from server import CogServer, descendants
 from sounds import encode, tone
@@ -79,7 +79,7 @@ def test_a_cancelled_request_leaves_the_device_idle(
     future = server.submit(fields, id)
     wait_for(lambda: stage in (server.state(id) or {"logs": ""})["logs"])
     assert server.cancel(id) == 200
-    assert future.result(timeout=60)["status"] == "canceled"
+    assert future.result(timeout=LIMIT_S)["status"] == "canceled"
     check_that_it_idles(worker(server))
     output(server.predict(SHORT))
 
@@ -103,7 +103,7 @@ def test_a_request_beyond_the_places_is_refused_with_409(server: CogServer) -> N
     assert server.health()["status"] == "BUSY"
     assert server.request("POST", "/predictions", {"input": SHORT}).status_code == 409
     assert server.cancel("the-only-place") == 200
-    assert running.result(timeout=60)["status"] == "canceled"
+    assert running.result(timeout=LIMIT_S)["status"] == "canceled"
     output(server.predict(SHORT))
 
 
@@ -197,10 +197,10 @@ def test_a_waiting_request_is_cancelled_at_once_and_not_timed(poor: CogServer) -
     kept, left = poor.submit(SHORT, "kept"), poor.submit(SHORT, "left")
     wait_for(lambda: "queue (1 before this one)" in poor.log)
     assert poor.cancel("left") == 200
-    assert left.result(timeout=60)["status"] == "canceled"
+    assert left.result(timeout=LIMIT_S)["status"] == "canceled"
     assert not first.done() or "longer than the limit" in sentence(first.result())
-    assert "longer than the limit of 5 s" in sentence(first.result(timeout=60))
-    assert output(kept.result(timeout=60)) == expected
+    assert "longer than the limit of 5 s" in sentence(first.result(timeout=LIMIT_S))
+    assert output(kept.result(timeout=LIMIT_S)) == expected
     # Absent models and wrong inputs are refused before the wait.
     again = poor.submit(long, "again")
     wait_for(lambda: "generate" in (poor.state("again") or {"logs": ""})["logs"])
@@ -224,9 +224,9 @@ def test_sigterm_during_a_request_leaves_no_process_and_no_file(poor: CogServer)
     pids, folder = [*descendants(poor.process.pid), poor.process.pid], temporary_folder(poor)
     future = poor.submit(SHORT | {"duration": 400}, "open")
     poor.process.send_signal(signal.SIGTERM)
-    poor.process.wait(timeout=60)
+    poor.process.wait(timeout=LIMIT_S)
     with contextlib.suppress(requests.ConnectionError):  # closed: just as good
-        assert future.result(timeout=60)["status"] in ("canceled", "failed")
+        assert future.result(timeout=LIMIT_S)["status"] in ("canceled", "failed")
     assert not folder.exists()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids[:-1]))
 

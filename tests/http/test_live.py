@@ -16,7 +16,7 @@ import pytest
 import soundfile
 from bodies import LONG, SHORT
 from events import Event, audio, chunks, events
-from processes import wait_for
+from processes import LIMIT_S, wait_for
 from receiver import receiver
 from replies import clip, output, samples
 from server import ROOT, CogServer, Json
@@ -73,7 +73,7 @@ def test_hanging_up_in_mid_stream_cancels_the_prediction_and_frees_its_slot(four
             next(event for event in seen if event.chunk)
         wait_for(lambda id=id: four.state(id) is None)  # type: ignore[misc]
     for future in [four.submit(SHORT | {"seed": n}, f"after-{n}") for n in range(4)]:
-        output(future.result(timeout=60))
+        output(future.result(timeout=LIMIT_S))
 
 
 def test_four_hear_their_own_audio_at_once(four: CogServer, alone: dict[str, npt.NDArray[np.int16]]) -> None:
@@ -158,7 +158,8 @@ def command(
     """Runs `scripts/predict --live` against a server."""
     return subprocess.run(
         [sys.executable, "-P", "-m", "musicgen_svc.cli.predict", "--live", "--url", server.url, *arguments],
-        cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, timeout=120,
+        cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True,
+        timeout=LIMIT_S,
     )  # fmt: skip
 
 
@@ -207,7 +208,7 @@ def test_an_interrupted_command_cancels_its_prediction(four: CogServer, tmp_path
     )  # fmt: skip
     assert process.stdout and process.stdout.read(44)[:4] == b"RIFF"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130 and b"may still run" not in err
     wait_for(lambda: four.log.count("Prediction cancelled") > before)
     assert not list(tmp_path.iterdir())

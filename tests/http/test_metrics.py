@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import requests
 from bodies import LONG, SHORT
-from processes import needs_proc, wait_for, worker
+from processes import LIMIT_S, needs_proc, wait_for, worker
 from prometheus_client.parser import text_string_to_metric_families
 from replies import clip, output
 from server import ROOT, CogServer, free_port
@@ -23,7 +23,7 @@ def scrape(port: int) -> Samples:
     """All samples of a scrape, by name and labels."""
     with requests.Session() as session:
         session.trust_env = False
-        answer = session.get(f"http://127.0.0.1:{port}/metrics", timeout=60)
+        answer = session.get(f"http://127.0.0.1:{port}/metrics", timeout=LIMIT_S)
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/plain")
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -104,8 +104,8 @@ def test_slots_and_the_queue_are_told_while_requests_wait(measured: CogServer, p
     wait_for(lambda: value(port, "queue_length") == 1)
     assert value(port, "slots_in_use") == 2
     assert [measured.cancel(f"holds-{number}") for number in range(2)] == [200, 200]
-    assert {future.result(60)["status"] for future in running} == {"canceled"}
-    output(waiting.result(60))
+    assert {future.result(LIMIT_S)["status"] for future in running} == {"canceled"}
+    output(waiting.result(LIMIT_S))
     wait_for(lambda: value(port, "slots_in_use") == value(port, "queue_length") == 0)
 
 
@@ -115,7 +115,7 @@ def test_a_cancelled_request_is_counted(measured: CogServer, port: int) -> None:
     running = measured.submit(LONG, "to-cancel")
     wait_for(lambda: value(port, "slots_in_use") == 1)
     measured.cancel("to-cancel")
-    assert running.result(60)["status"] == "canceled"
+    assert running.result(LIMIT_S)["status"] == "canceled"
     wait_for(lambda: value(port, "requests_total", **labels) == before + 1)
     wait_for(lambda: value(port, "slots_in_use") == 0)
 

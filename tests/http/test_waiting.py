@@ -69,7 +69,7 @@ def test_the_clips_of_waiting_requests_are_not_in_the_workers_memory(four: CogSe
     blocker = [four.submit(LONG | {"seed": n}, f"blocker-{n}") for n in range(SLOTS)]
     before = memory_bytes(worker(four))
     replies: dict[str, Json] = {}
-    bodies = {f"clip-{n}": fields for n in range(40)}
+    bodies = {f"clip-{n}": fields for n in range(20)}
     sending = threading.Thread(target=lambda: replies.update(send_all(four, bodies)))
     sending.start()
     wait_for(lambda: len(set(re.findall(r"\[(clip-\d+)\] .* before this one", four.log))) == len(bodies))

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from processes import needs_proc, processes_with, wait_for
+from processes import LIMIT_S, needs_proc, processes_with, wait_for
 from replies import output
 from server import CogServer
 
@@ -61,8 +61,8 @@ def test_what_runs_is_answered_and_what_is_new_is_refused(
         state = server.state("begun")
         assert state and state["status"] == "processing", "a client may still ask how its prediction is"
         release.touch()
-        assert output(running.result(60)) == b"RIFF" + until(release)["prompt"].encode()
-        assert server.process.wait(60) == 0
+        assert output(running.result(LIMIT_S)) == b"RIFF" + until(release)["prompt"].encode()
+        assert server.process.wait(LIMIT_S) == 0
         assert processes_with(str(temporary)) == []
         assert list(temporary.iterdir()) == []
 
@@ -72,9 +72,9 @@ def test_what_runs_beyond_the_grace_is_cut(checkout: Path, temporary: Path, rele
         running = server.submit(until(release), id="begun")
         begun(temporary)
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(60) == 0
+        assert server.process.wait(LIMIT_S) == 0
         with pytest.raises(requests.ConnectionError):
-            running.result(60)
+            running.result(LIMIT_S)
         assert list(temporary.iterdir()) == []
 
 
@@ -109,7 +109,7 @@ def test_the_webhook_of_what_ran_is_sent(checkout: Path, temporary: Path, releas
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: "Stopping" in server.log)
         release.touch()
-        assert server.process.wait(60) == 0
+        assert server.process.wait(LIMIT_S) == 0
         receiver.shutdown()
     assert [told["status"] for told in received] == ["succeeded", "succeeded"]
 
@@ -130,4 +130,4 @@ def test_a_client_that_does_not_read_its_answer_does_not_keep_the_server_from_en
             server.process.send_signal(signal.SIGTERM)
             wait_for(lambda: "Stopping" in server.log)
             release.touch()
-            assert server.process.wait(60) == 0
+            assert server.process.wait(LIMIT_S) == 0

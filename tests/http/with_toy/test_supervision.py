@@ -21,7 +21,7 @@ import pytest
 import requests
 import toy
 from bodies import LONG
-from processes import cog, needs_proc, processes_with, variable, wait_for, worker
+from processes import LIMIT_S, cog, needs_proc, processes_with, variable, wait_for, worker
 from replies import clip
 from server import ROOT, CogServer
 
@@ -61,7 +61,7 @@ def good(number: int) -> dict[str, object]:
     return {"prompt": f"ode to joy on a harp {number}", "duration": 1, "seed": number}
 
 
-def check_that_it_serves(server: CogServer, right: list[str], within_s: float = 60) -> None:
+def check_that_it_serves(server: CogServer, right: list[str], within_s: float = LIMIT_S) -> None:
     """Checks that a request gets its right output in time, and so do as many at once as there are places."""
     deadline = time.monotonic() + within_s
     while True:
@@ -71,7 +71,7 @@ def check_that_it_serves(server: CogServer, right: list[str], within_s: float = 
         assert time.monotonic() < deadline, server.log
         time.sleep(0.2)
     answers = [server.submit(good(number), f"good-{number}") for number in range(SLOTS)]
-    assert [answer.result(60).get("output") for answer in answers] == right
+    assert [answer.result(LIMIT_S).get("output") for answer in answers] == right
 
 
 def await_restart(server: CogServer, before: int) -> None:
@@ -92,7 +92,7 @@ def message(method: str, target: str, body: object) -> bytes:
 def send(server: CogServer, content: bytes) -> socket.socket:
     """Opens a connection to the server and sends this."""
     address = urlsplit(server.url)
-    client = socket.create_connection((address.hostname or "", address.port or 0), timeout=60)
+    client = socket.create_connection((address.hostname or "", address.port or 0), timeout=LIMIT_S)
     client.sendall(content)
     return client
 
@@ -134,7 +134,7 @@ def test_lost_places_are_restored_when_most_are_lost_and_nothing_runs(
     wait_for(lambda: "of its 4 places for predictions are lost" in server.log)
     assert server.log.count("Ready after") == before
     server.cancel("runs-on")
-    assert running.result(60)["status"] == "canceled"
+    assert running.result(LIMIT_S)["status"] == "canceled"
     await_restart(server, before)
     check_that_it_serves(server, right)
 
