@@ -15,11 +15,15 @@ from musicgen_svc.runtime.ticks import Tick, no_tick
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """The input of `generate`: the windows with their conditions, and known tokens."""
+    """The input of `generate`: the windows with their conditions, and the tokens of a clip.
+
+    Known tokens are given and not generated. A prompt is a text, except in the engine: it knows no text, and
+    calls the known tokens of a window its prompt, as audiocraft does.
+    """
 
     kept: torch.Tensor | None
     """[K, F] tokens of the piece's beginning, before the first window; None: there are none."""
-    prompt: torch.Tensor | None
+    known: torch.Tensor | None
     """[K, F] tokens that the first window continues; None: it starts from nothing."""
     windows: list[tuple[windows.Window, Conditions]]
 
@@ -44,12 +48,12 @@ def prepare(
         InputError: the prompt has too many tokens.
     """
     stride = windows.stride_frames(model.window, model.codec.frame_rate)
-    kept, context = None, clip_tokens
+    kept, known = None, clip_tokens
     if clip_tokens is not None and clip_tokens.shape[1] >= model.window:
         seen = model.window - stride
-        kept, context = clip_tokens[:, :-seen], clip_tokens[:, -seen:]
-    known = 0 if context is None else context.shape[1]
-    planned = list(windows.plan(known + frames, known, model.window, stride))
+        kept, known = clip_tokens[:, :-seen], clip_tokens[:, -seen:]
+    known_frames = 0 if known is None else known.shape[1]
+    planned = list(windows.plan(known_frames + frames, known_frames, model.window, stride))
 
     text = model.conditioner.text(prompt, lambda *_: tick(0, 1))
     conditioned: list[tuple[windows.Window, Conditions]] = []
@@ -68,7 +72,7 @@ def prepare(
             with random.pinned():
                 conditions = text | model.conditioner.melody(part, tick_window)
         conditioned.append((window, conditions))
-    return GenerationPlan(kept, context, conditioned)
+    return GenerationPlan(kept, known, conditioned)
 
 
 def generate(
@@ -93,21 +97,19 @@ def generate(
     Returns:
         The tokens of the whole piece, [K, F], known ones included, and the number of steps.
     """
-    pieces = [] if plan.kept is None else [plan.kept]
-    if plan.prompt is not None:
-        pieces.append(plan.prompt)
+    parts = [tokens for tokens in (plan.kept, plan.known) if tokens is not None]
     if on_frames is not None:
-        for piece in pieces:
-            if piece.shape[1]:
-                on_frames(piece)
-    total = sum(window.length - window.prompt for window, _ in plan.windows)
+        for part in parts:
+            if part.shape[1]:
+                on_frames(part)
+    total = sum(window.length - window.known for window, _ in plan.windows)
     done = steps = 0
-    tokens: torch.Tensor | None = plan.prompt
+    tokens: torch.Tensor | None = plan.known
     previous: windows.Window | None = None
     for window, conditions in plan.windows:
         known = tokens if previous is None or tokens is None else tokens[:, window.start - previous.start :]
-        assert (0 if known is None else known.shape[1]) == window.prompt
-        fresh = window.length - window.prompt
+        assert (0 if known is None else known.shape[1]) == window.known
+        fresh = window.length - window.known
         counted = 0
 
         def tick_window(step: int, of: int, fresh: int = fresh, done: int = done) -> None:
@@ -124,6 +126,6 @@ def generate(
             tick=tick_window,
             on_frames=on_frames,
         )
-        pieces.append(tokens[:, window.prompt :])
+        parts.append(tokens[:, window.known :])
         done, steps, previous = done + fresh, steps + counted, window
-    return torch.cat(pieces, dim=1), steps
+    return torch.cat(parts, dim=1), steps

@@ -54,7 +54,7 @@ class LiveAudio:
         """
         self._waiting.append(tokens)
         missing = self._stream.missing
-        if missing is not None and sum(part.shape[1] for part in self._waiting) >= missing:
+        if missing is not None and sum(frames.shape[1] for frames in self._waiting) >= missing:
             self._send_all(self._decoded())
 
     def finish(self, samples: int | None = None) -> None:
@@ -70,7 +70,7 @@ class LiveAudio:
 
     def _decoded(self) -> Iterator[Tensor]:
         """Yields the pieces [C, T] that the waiting tokens complete."""
-        tokens, self._waiting = torch.cat([part.cpu() for part in self._waiting], 1), []
+        tokens, self._waiting = torch.cat([frames.cpu() for frames in self._waiting], 1), []
         yield from self._stream.push(tokens, self._check)
 
     def _check(self) -> None:

@@ -64,6 +64,63 @@ class Sound:
     """How many steps the engine took."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """One request while it runs, with what all of its stages need."""
+
+    request: Request
+    progress: Progress
+    random: GlobalRandom
+    """The request's streams, for code that draws from the global generators."""
+    device_queue: FairQueue
+    send_chunk: SendChunk | None
+    """Sends the audio to a client that hears it while it is generated; None: no client does."""
+
+    @contextmanager
+    def stage_on_device(self, name: str) -> Iterator[Tick]:
+        """Context manager of a stage all of which uses the device. Yields the tick of `on_device`."""
+        with self.progress.stage(name) as tick, self.on_device(tick) as device_tick:
+            yield device_tick
+
+    @contextmanager
+    def on_device(self, tick: Tick) -> Iterator[Tick]:
+        """Context manager that holds the device, and yields a tick for the work that uses it.
+
+        At this tick the device is yielded, as its turn is over, to other requests that wait for it.
+
+        Args:
+            tick: of the stage; is called by the tick that is yielded.
+        """
+        with self.device_queue.acquire(self.progress.check) as turn:
+
+            def device_tick(done: int, total: int) -> None:
+                tick(done, total)
+                if turn.over:
+                    with self.random.unpinned():
+                        turn.yield_turn(self.progress.check)
+
+            yield device_tick
+
+    def read_clip(self, codec: Codec, tick: Tick) -> torch.Tensor | None:
+        """Reads the selected part of `input_audio`: [C, T] at the codec's sample rate. None: no file."""
+        if self.request.input_audio is None:
+            return None
+        return read_clip(
+            self.request.input_audio,
+            sample_rate=codec.sample_rate,
+            channels=codec.channels,
+            start_s=self.request.start_s,
+            end_s=self.request.end_s,
+            tick=tick,
+        )
+
+    def preview(self, codec: Codec) -> LiveAudio | None:
+        """Returns the preview that the client hears, or None if no client does."""
+        if self.send_chunk is None:
+            return None
+        return LiveAudio(codec, lambda: self.on_device(lambda *_: self.progress.check()), self.send_chunk)
+
+
 class Pipeline:
     """Runs requests. Its `run` may be called from several threads at once."""
 
@@ -116,40 +173,42 @@ class Pipeline:
             Stopped: the client cancelled.
         """
         use_threads(self._loader.threads.most)  # until the model is known
-        make = self._encode_decode if request.mode is Mode.ENCODE_DECODE else self._generate
-        return _write(request, make(request, progress, send_chunk), progress, folder)
-
-    def _generate(self, request: Request, progress: Progress, send_chunk: SendChunk | None) -> Sound:
-        """Runs a request that generates: text, melody or continuation."""
         random = GlobalRandom(request.seed, self._loader.device)
-        with progress.stage("load") as tick, self._device_held(progress, random, tick):
+        run = Run(request, progress, random, self._device_queue, send_chunk)
+        sound = self._encode_decode(run) if request.mode is Mode.ENCODE_DECODE else self._generate(run)
+        return _write(run, sound, folder)
+
+    def _generate(self, run: Run) -> Sound:
+        """Runs a request that generates: text, melody or continuation."""
+        request = run.request
+        with run.stage_on_device("load"):
             model = self._loader.model(request.model)
             use_threads(model.threads)
             if request.multi_band_diffusion:  # checked now, so that no work is lost
                 self._loader.diffusion_weights(model.path, model.codec)
         codec = model.codec
-        with progress.stage("condition") as tick:
-            clip = _read_clip(request, codec, tick)
+        with run.progress.stage("condition") as tick:
+            clip = run.read_clip(codec, tick)
             continued = clip is not None and request.mode is Mode.CONTINUATION
             melody = clip.mean(0, keepdim=True) if clip is not None and not continued else None
-            with self._device_held(progress, random, tick) as device_tick:
+            with run.on_device(tick) as device_tick:
                 plan = prepare(
                     model,
                     prompt=request.prompt,
                     frames=int(request.duration_s * codec.frame_rate),
                     melody=melody,
                     clip_tokens=codec.encode(clip, device_tick) if clip is not None and continued else None,
-                    random=random,
+                    random=run.random,
                     tick=device_tick,
                 )
-        with progress.stage("generate") as tick:
+        with run.progress.stage("generate") as tick:
             generator = torch.Generator().manual_seed(request.seed)
-            live = self._live(codec, progress, random, send_chunk)
-            on_frames = live.push if live else None
+            preview = run.preview(codec)
+            on_frames = preview.push if preview else None
             tokens, steps = generate(model, plan, request.sampling, generator, tick, on_frames)
-            if live is not None:
-                live.finish()
-        samples = self._decode(request, model.path, codec, tokens, random, progress)
+            if preview is not None:
+                preview.finish()
+        samples = self._decode(run, model.path, codec, tokens)
         provenance = {
             "model_sha256": model.content_hash,
             "model_format": model.format,
@@ -158,73 +217,37 @@ class Pipeline:
         }
         return Sound(samples, codec.sample_rate, self._tags(request, provenance), steps)
 
-    def _encode_decode(self, request: Request, progress: Progress, send_chunk: SendChunk | None) -> Sound:
+    def _encode_decode(self, run: Run) -> Sound:
         """Runs a request that encodes the clip to tokens and decodes them again, without a language model."""
-        random = GlobalRandom(request.seed, self._loader.device)
-        with progress.stage("load") as tick, self._device_held(progress, random, tick):
+        with run.stage_on_device("load"):
             checkpoint, codec = self._loader.codec()
             use_threads(self._loader.threads.for_model(codec.parameter_count))
             provenance = {"codebooks_sha256": codec.fingerprint()}
-            if request.multi_band_diffusion:
+            if run.request.multi_band_diffusion:
                 self._loader.diffusion_weights(checkpoint, codec)
-        with progress.stage("condition") as tick:
-            clip = _read_clip(request, codec, tick)
+        with run.progress.stage("condition") as tick:
+            clip = run.read_clip(codec, tick)
             assert clip is not None
-            with self._device_held(progress, random, tick) as device_tick:
+            with run.on_device(tick) as device_tick:
                 tokens = codec.encode(clip, device_tick)
-        live = self._live(codec, progress, random, send_chunk)
-        if live is not None:
-            with progress.stage("generate"):  # without a preview this stage is empty
-                live.push(tokens)
-                live.finish(clip.shape[1])
-        samples = self._decode(request, checkpoint, codec, tokens, random, progress)[:, : clip.shape[1]]
-        return Sound(samples, codec.sample_rate, self._tags(request, provenance), 0)
+        preview = run.preview(codec)
+        if preview is not None:
+            with run.progress.stage("generate"):  # without a preview this stage is empty
+                preview.push(tokens)
+                preview.finish(clip.shape[1])
+        samples = self._decode(run, checkpoint, codec, tokens)[:, : clip.shape[1]]
+        return Sound(samples, codec.sample_rate, self._tags(run.request, provenance), 0)
 
-    def _decode(
-        self, request: Request, checkpoint: Path, codec: Codec, tokens: torch.Tensor,
-        random: GlobalRandom, progress: Progress,
-    ) -> torch.Tensor:  # fmt: skip
+    def _decode(self, run: Run, checkpoint: Path, codec: Codec, tokens: torch.Tensor) -> torch.Tensor:
         """Decodes tokens [K, F] to samples [C, F * hop] on the CPU, with EnCodec or MultiBand Diffusion."""
-        if not request.multi_band_diffusion:
-            with progress.stage("decode") as tick, self._device_held(progress, random, tick) as device_tick:
-                return codec.decode(tokens, device_tick).float().cpu()
-        with self._diffusion_held(progress):
-            with progress.stage("load") as tick, self._device_held(progress, random, tick):
+        if not run.request.multi_band_diffusion:
+            with run.stage_on_device("decode") as tick:
+                return codec.decode(tokens, tick).float().cpu()
+        with self._diffusion_held(run.progress):
+            with run.stage_on_device("load"):
                 diffusion = self._loader.diffusion(checkpoint, codec)
-            with (
-                progress.stage("decode") as tick,
-                self._device_held(progress, random, tick) as device_tick,
-                random.pinned(),
-            ):
-                return diffusion.decode(tokens, device_tick).float().cpu()
-
-    def _live(
-        self, codec: Codec, progress: Progress, random: GlobalRandom, send_chunk: SendChunk | None
-    ) -> LiveAudio | None:
-        """Returns the preview of a request whose client hears it while it is generated, or else None."""
-        if send_chunk is None:
-            return None
-
-        def tick(done: int, total: int) -> None:
-            progress.check()
-
-        return LiveAudio(codec, lambda: self._device_held(progress, random, tick), send_chunk)
-
-    @contextmanager
-    def _device_held(self, progress: Progress, random: GlobalRandom, tick: Tick) -> Iterator[Tick]:
-        """Context manager that holds the device, and yields a tick for the work that uses it.
-
-        At this tick the device is yielded, as its turn is over, to other requests that wait for it.
-        """
-        with self._device_queue.acquire(progress.check) as turn:
-
-            def device_tick(done: int, total: int) -> None:
-                tick(done, total)
-                if turn.over:
-                    with random.unpinned():
-                        turn.yield_turn(progress.check)
-
-            yield device_tick
+            with run.stage_on_device("decode") as tick, run.random.pinned():
+                return diffusion.decode(tokens, tick).float().cpu()
 
     @contextmanager
     def _diffusion_held(self, progress: Progress) -> Iterator[None]:
@@ -256,27 +279,14 @@ class Pipeline:
         return {"title": f"MusicGen {request.model} {request.seed}", "comment": json.dumps(comment)}
 
 
-def _read_clip(request: Request, codec: Codec, tick: Tick) -> torch.Tensor | None:
-    """Reads the selected part of `input_audio`: [C, T] at the codec's sample rate; None without a file."""
-    if request.input_audio is None:
-        return None
-    return read_clip(
-        request.input_audio,
-        sample_rate=codec.sample_rate,
-        channels=codec.channels,
-        start_s=request.start_s,
-        end_s=request.end_s,
-        tick=tick,
-    )
-
-
-def _write(request: Request, sound: Sound, progress: Progress, folder: Path) -> Result:
+def _write(run: Run, sound: Sound, folder: Path) -> Result:
     """Sets the level of the audio and writes it to a file with a unique name."""
-    with progress.stage("write") as tick:
+    request = run.request
+    with run.progress.stage("write") as tick:
         samples = normalize(sound.samples, sound.sample_rate, request.normalization, tick=tick)
         name = f"musicgen-{request.model}-{request.seed}-{uuid.uuid4().hex[:8]}.{request.output_format}"
         write_audio(samples, sound.sample_rate, folder / name, sound.tags, tick=tick)
-    return Result(folder / name, samples.shape[1] / sound.sample_rate, sound.steps, progress.seconds)
+    return Result(folder / name, samples.shape[1] / sound.sample_rate, sound.steps, run.progress.seconds)
 
 
 def stage_shares(request: Request) -> dict[str, float]:

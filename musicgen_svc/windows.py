@@ -1,7 +1,8 @@
 """Plans the windows that generate a piece of a given length. Pure arithmetic, no tensors.
 
 A piece longer than the model's training window (30 s) is generated window by window, as in audiocraft's
-`MusicGen`: each window starts `stride` frames after the previous one, and its prompt is the overlap.
+`MusicGen`: each window starts `stride` frames after the previous one, so the frames of the overlap are
+known. audiocraft calls them the window's prompt; here a prompt is a text.
 """
 
 from collections.abc import Iterator
@@ -17,24 +18,24 @@ class Window:
 
     start: int
     """The position of the window's first frame in the piece."""
-    prompt: int
+    known: int
     """How many of the window's first frames are already known."""
     length: int
-    """The length of the window, including the prompt."""
+    """The length of the window, including the known frames."""
 
 
-def plan(total: int, prompt: int, window: int, stride: int) -> Iterator[Window]:
-    """Yields the windows that extend `prompt` known frames to `total` frames.
+def plan(total: int, known: int, window: int, stride: int) -> Iterator[Window]:
+    """Yields the windows that extend `known` frames to `total` frames.
 
     Args:
-        total: frames of the finished piece, including the prompt.
-        prompt: frames known at the start; fewer than `window`.
+        total: frames of the finished piece, including the known ones.
+        known: frames known at the start; fewer than `window`.
         window: frames of the longest window.
         stride: frames from the start of one window to the start of the next; less than `window`.
     """
-    assert 0 <= prompt < min(window, total), (prompt, window, total)
+    assert 0 <= known < min(window, total), (known, window, total)
     assert 0 < stride < window, (stride, window)
-    start, known = 0, prompt
+    start = 0
     while start + known < total:
         length = min(total - start, window)
         yield Window(start, known, length)

@@ -24,7 +24,7 @@ from musicgen_svc.loading.opener import Opener
 from musicgen_svc.loading.parts import codec_spec, text_spec
 from musicgen_svc.models.conditioners import MELODY, TEXT
 from musicgen_svc.models.diffusion_bands import Band, load_bands
-from musicgen_svc.models.encodec import CHUNK_FRAMES, Codec
+from musicgen_svc.models.encodec import LONGEST_PIECE, Codec
 from musicgen_svc.models.multiband_diffusion import MultiBandDiffusion
 from musicgen_svc.models.t5 import T5Encoder
 from musicgen_svc.pipeline import Pipeline, stage_shares
@@ -70,8 +70,8 @@ def parts_of(weights: Path, name: str, device: torch.device) -> tuple[Compressio
     return codec_spec(*given).build(), text_spec(*given).build().encoder
 
 
-def codec_of(weights: Path, name: str, device: torch.device, chunk_frames: int = CHUNK_FRAMES) -> Codec:
-    return Codec(parts_of(weights, name, device)[0], chunk_frames)
+def codec_of(weights: Path, name: str, device: torch.device, longest_piece: int = LONGEST_PIECE) -> Codec:
+    return Codec(parts_of(weights, name, device)[0], longest_piece)
 
 
 def tokens_of(codec: Codec, frames: int) -> Tensor:
@@ -132,7 +132,7 @@ def test_conditions_are_those_of_a_cpu(gpu: PretendGpu, weights: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["hf-codec", "stereo"])
-def test_a_codec_waits_once_per_chunk_only(gpu: PretendGpu, weights: Path, name: str) -> None:
+def test_a_codec_waits_once_per_piece_only(gpu: PretendGpu, weights: Path, name: str) -> None:
     here, there = (codec_of(weights, name, device) for device in (CPU, GPU))
     wav = torch.from_numpy(noise(2.0, RATE_HZ, channels=here.channels))
     tokens = there.encode(wav)
@@ -140,10 +140,10 @@ def test_a_codec_waits_once_per_chunk_only(gpu: PretendGpu, weights: Path, name:
     samples, expected = there.decode(tokens), here.decode(tokens.cpu())
     assert samples.device == DEVICE
     torch.testing.assert_close(samples.cpu(), expected, atol=1e-4, rtol=1e-4)
-    on_gpu, in_chunks = wav.to(GPU), codec_of(weights, name, GPU, chunk_frames=34)
+    on_gpu, in_pieces = wav.to(GPU), codec_of(weights, name, GPU, longest_piece=34)
     with waits_counted(gpu) as looked_up:  # it waits to see whether all tokens are in the codebooks
         there.latents(tokens)
-    for codec, waits in ((there, Counter[str]()), (in_chunks, Counter(synchronize=3))):
+    for codec, waits in ((there, Counter[str]()), (in_pieces, Counter(synchronize=3))):
         with waits_counted(gpu) as encoding:
             codec.encode(on_gpu)
         with waits_counted(gpu) as decoding:

@@ -29,7 +29,7 @@ class NumberingEngine:
 
 
 @pytest.mark.parametrize(
-    ("kept", "prompt", "frames"),
+    ("kept", "known", "frames"),
     [
         (None, None, 20),
         (None, None, 100),
@@ -41,18 +41,18 @@ class NumberingEngine:
     ],
 )
 def test_the_reported_frames_joined_are_the_whole_piece(
-    kept: int | None, prompt: int | None, frames: int
+    kept: int | None, known: int | None, frames: int
 ) -> None:
-    known = prompt or 0
+    known_frames = known or 0
     plan = GenerationPlan(
         None if kept is None else torch.arange(kept).repeat(4, 1),
-        None if prompt is None else torch.arange(500, 500 + prompt).repeat(4, 1),
-        [(window, {}) for window in windows.plan(known + frames, known, 50, 30)],
+        None if known is None else torch.arange(500, 500 + known).repeat(4, 1),
+        [(window, {}) for window in windows.plan(known_frames + frames, known_frames, 50, 30)],
     )
     model: Any = SimpleNamespace(engine=NumberingEngine())
     seen: list[Tensor] = []
     tokens, _ = generate(model, plan, SamplingParams(), torch.Generator(), no_tick, seen.append)
-    assert tokens.shape == (4, (kept or 0) + known + frames)
+    assert tokens.shape == (4, (kept or 0) + known_frames + frames)
     assert torch.equal(torch.cat(seen, 1), tokens)
     assert all(part.shape[1] for part in seen)
 

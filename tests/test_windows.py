@@ -25,28 +25,28 @@ lengths = st.tuples(st.integers(2, 1600), st.integers(0, 1500), st.integers(1, 4
 def test_windows_cover_the_piece_without_gap_or_repetition(
     drawn: tuple[int, int, int, st.DataObject],
 ) -> None:
-    window, prompt, fresh, data = drawn
-    prompt = min(prompt, window - 1)
+    window, known, fresh, data = drawn
+    known = min(known, window - 1)
     stride = data.draw(st.integers(1, window - 1))
-    total = prompt + fresh
-    known = prompt
+    total = known + fresh
+    reached = known
     previous = None
-    for w in plan(total, prompt, window, stride):
-        assert w.start + w.prompt == known, "a window's prompt must end where the known frames end"
-        assert w.prompt < w.length <= window
+    for w in plan(total, known, window, stride):
+        assert w.start + w.known == reached, "a window's known frames must end where the frames so far end"
+        assert w.known < w.length <= window
         if previous is not None:
             assert w.start == previous.start + stride
-        known, previous = w.start + w.length, w
-    assert known == total
+        reached, previous = w.start + w.length, w
+    assert reached == total
 
 
 @given(lengths)
 def test_windows_equal_audiocrafts(drawn: tuple[int, int, int, st.DataObject]) -> None:
-    window, prompt, fresh, data = drawn
-    prompt = min(prompt, window - 1)
+    window, known, fresh, data = drawn
+    known = min(known, window - 1)
     stride = data.draw(st.integers(1, window - 1))
-    ours = [(w.start, w.prompt, w.length) for w in plan(prompt + fresh, prompt, window, stride)]
-    assert ours == audiocraft_windows(prompt + fresh, prompt, window, stride)
+    ours = [(w.start, w.known, w.length) for w in plan(known + fresh, known, window, stride)]
+    assert ours == audiocraft_windows(known + fresh, known, window, stride)
 
 
 def test_the_windows_of_the_released_models() -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from musicgen_svc.errors import GenerationError
-from musicgen_svc.runtime.ticks import Tick
+from musicgen_svc.runtime.ticks import CHECK_S, Tick
 
 with warnings.catch_warnings():
     # pydub looks for ffmpeg, uses a module that Python 3.13 drops (the service runs on 3.12), and was written
@@ -40,7 +40,6 @@ with warnings.catch_warnings():
 BITRATE_KBPS = 320
 RATES_HZ = (32_000, 44_100, 48_000)  # those of MPEG-1, the only ones with 320 kbit/s
 WAV_HEADER_BYTES = 44
-POLL_S = 0.1
 
 
 class FfmpegError(Exception):
@@ -69,10 +68,10 @@ def encode_mp3(pcm: npt.NDArray[np.int16], sample_rate: int, path: Path, tick: T
     with ThreadPoolExecutor(1, "mp3") as pool:
         job = pool.submit(_export, segment, path)
         try:
-            while not wait([job], POLL_S).done:
+            while not wait([job], CHECK_S).done:
                 tick(0, 1)
         except BaseException:
-            while not wait([job], POLL_S / 10).done:
+            while not wait([job], CHECK_S / 10).done:
                 _truncate_files(path.parent)
             raise
         job.result()

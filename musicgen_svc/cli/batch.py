@@ -21,12 +21,12 @@ from musicgen_svc.cli.predict import own_schema
 from musicgen_svc.cli.schema_fields import fields, parsed
 from musicgen_svc.cli.terminal import note
 from musicgen_svc.errors import ServiceError
+from musicgen_svc.runtime.json_object import Json
 from musicgen_svc.settings import Settings
 
 if TYPE_CHECKING:
     from musicgen_svc.batch.cluster import Cluster
 
-Json = dict[str, Any]
 
 MOST_FAILED = 100
 CANNOT_RUN, USAGE, INTERRUPTED = 101, 102, 130

@@ -10,24 +10,25 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import requests
 
 from musicgen_svc.cli.cog_log import sentence
 from musicgen_svc.cli.schema_fields import impossible_input
+from musicgen_svc.runtime.json_object import Json
 
-Json = dict[str, Any]
 OnProgress = Callable[[int, str], None]
 """Called with the percentage reached and the name of the stage."""
 
 CONNECT_S = 10.0
 BUSY_FIRST_S, BUSY_LAST_S = 1.0, 15.0
 """How long to wait before asking a busy server again: the first value, doubled each time up to the second."""
-POLL_S = 0.3
+PROGRESS_S = 0.3
+"""How often progress is asked for."""
 CANCEL_S, CANCEL_AGAIN_S = 10.0, 0.1
-"""How long a cancel is repeated, and how often. Cog ignores one that arrives while a prediction starts."""
+"""How long a cancel is repeated, and how often."""
 
 OURS = re.compile(r"(Service|Input|Audio|Weights|Generation)Error: ")
 """The service's own errors, of musicgen_svc/errors.py. Their sentence holds the cause."""
@@ -67,14 +68,46 @@ class Client:
 
     def call(self, method: str, path: str, body: Json | None = None, timeout_s: float | None = 10.0) -> Any:
         """Sends a request, and returns the response whatever its status is."""
+        with self.session() as session:
+            return session.request(method, self.url + path, json=body, timeout=(CONNECT_S, timeout_s))
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[requests.Session]:
+        """Context manager of an HTTP session, in which an answer that does not come is a FailedError."""
         try:
             with requests.Session() as session:
                 session.trust_env = not self.direct
-                return session.request(method, self.url + path, json=body, timeout=(CONNECT_S, timeout_s))
+                yield session
         except requests.RequestException as error:
             raise FailedError(
                 f"The server at {self.url} does not answer: {cause(error)}.", in_log=True
             ) from None
+
+    @contextlib.contextmanager
+    def cancelling(self, path: str, ended: Callable[[int], bool]) -> Iterator[None]:
+        """Context manager in which an interrupt, or any error but a FailedError, cancels a prediction.
+
+        The cancel is repeated until the prediction has ended, because Cog ignores one that arrives while the
+        prediction starts. If that takes too long, the error gets a note that the prediction may still run.
+
+        Args:
+            path: of the prediction.
+            ended: whether it has ended, given the HTTP status of the last cancel; 0: there is none.
+        """
+        try:
+            yield
+        except FailedError:
+            raise
+        except BaseException as error:
+            deadline_s, status = time.monotonic() + CANCEL_S, 0
+            while not ended(status):
+                if time.monotonic() >= deadline_s:
+                    error.add_note(f"The server did not say that it has cancelled {path}: it may still run.")
+                    break
+                with contextlib.suppress(FailedError):
+                    status = self.call("POST", f"{path}/cancel", {}, timeout_s=2.0).status_code
+                time.sleep(CANCEL_AGAIN_S)
+            raise
 
     def health(self) -> Json:
         """Returns the health check's answer."""
@@ -156,24 +189,11 @@ class Client:
 
         sender = threading.Thread(target=send, daemon=True)
         sender.start()
-        try:
+        with self.cancelling(path, lambda status: not sender.is_alive()):
             self._follow(sender, path, impossible_input(schema), on_progress)
-        except BaseException as error:
-            if not self._cancel(sender, path):
-                error.add_note(f"The server did not say that it has cancelled {path}: it may still run.")
-            raise
         if isinstance(answers[0], FailedError):
             raise answers[0]
         return answers[0]
-
-    def _cancel(self, sender: threading.Thread, path: str) -> bool:
-        """Repeats a cancel until the request that `sender` sent is answered. Returns whether it was."""
-        deadline_s = time.monotonic() + CANCEL_S
-        while sender.is_alive() and time.monotonic() < deadline_s:
-            with contextlib.suppress(FailedError):
-                self.call("POST", f"{path}/cancel", {}, timeout_s=2.0)
-            sender.join(CANCEL_AGAIN_S)
-        return not sender.is_alive()
 
     def _follow(
         self, sender: threading.Thread, path: str, question: Json | None, on_progress: OnProgress
@@ -181,7 +201,7 @@ class Client:
         """Reports progress until the request is answered. A failed poll is ignored."""
         reached, pause_until_s = (0, ""), 0.0
         while True:
-            sender.join(POLL_S)
+            sender.join(PROGRESS_S)
             if not sender.is_alive():
                 return
             start_s = time.monotonic()

@@ -10,11 +10,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from musicgen_svc.cli.cog_log import CogLog, Console
 from musicgen_svc.cli.prediction_folders import PredictionFolders
 from musicgen_svc.cli.reaper import Reaper, end_group
+from musicgen_svc.runtime.json_object import Json
 from musicgen_svc.runtime.machine import memory_bytes
 from musicgen_svc.runtime.output_files import WorkFolder
 from musicgen_svc.runtime.slots import slots_on_cpu, slots_on_gpu
@@ -33,8 +33,6 @@ CANCEL_AGAIN_S = 1.0
 """How long a cancelled prediction may take to end before it is cancelled again."""
 HEALTH_S = 12.0
 """How long a health check may take. Cog gives its worker 10 s."""
-
-Json = dict[str, Any]
 
 
 class CogServer:

@@ -15,7 +15,8 @@ from musicgen_svc.errors import ServiceError
 from musicgen_svc.runtime.output_files import request_runs
 from musicgen_svc.settings import Settings
 
-POLL_S = 0.25
+LOOK_S = 0.25
+"""How often it looks whether a request runs."""
 SETTLE_S = 1.0
 """How long no request must have run.
 Cog sends the answer and the webhook when the service has ended a request."""
@@ -42,7 +43,7 @@ def drain(file: Path, port: int, work_dir: Path, grace_s: float) -> bool:
     while (now := time.monotonic()) - idle_since < SETTLE_S:
         if now > deadline:
             return False
-        time.sleep(POLL_S)
+        time.sleep(LOOK_S)
         if request_runs(work_dir):
             if probe.fault("alive", probe.health(port), work_dir) is not None:
                 return True

@@ -9,8 +9,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from musicgen_svc.cli.schema_fields import expectation, fields, fits, is_file, parsed
-
-Json = dict[str, Any]
+from musicgen_svc.runtime.json_object import Json
 
 MAX_FILE_BYTES = 75 * 2**20
 """The largest file that fits into a request: Cog accepts a body of 100 MiB, and base64 adds a third."""

@@ -4,30 +4,24 @@ docs/live.md describes the events. Their format is that of the HTML standard, of
 and `data` are used; Cog sends each event's data as one line of JSON.
 """
 
-import contextlib
 import json
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
-from typing import Any
 
 import requests
 
 from musicgen_svc.cli.client import (
-    CANCEL_AGAIN_S,
-    CANCEL_S,
     CONNECT_S,
     Client,
     FailedError,
     OnProgress,
-    cause,
     progress,
     result,
     succeeded,
 )
+from musicgen_svc.runtime.json_object import Json
 
-Json = dict[str, Any]
 OnChunk = Callable[[Json], None]
 """Called with each chunk of audio, as `musicgen_svc/live.py` describes it."""
 
@@ -57,28 +51,16 @@ def predict_live(
     """
     path = f"/predictions/{uuid.uuid4().hex[:16]}"
     body = {"input": values, "context": {"live": "1"}}
-    with requests.Session() as session:
-        session.trust_env = not client.direct
+    # The end of the session hangs up, but Cog ignores a hang-up in the first milliseconds: hence the cancel.
+    with client.cancelling(path, lambda status: status == HTTPStatus.NOT_FOUND), client.session() as session:
         session.headers["Accept"] = "text/event-stream"
 
         def send() -> requests.Response:
             return session.put(client.url + path, json=body, stream=True, timeout=(CONNECT_S, EVENT_S))
 
-        try:
-            response = client.until_not_busy(send, on_busy)
-            if response.headers.get("content-type", "").startswith("text/event-stream"):
-                return succeeded(_follow(response, on_progress, on_chunk))
-        except requests.RequestException as error:
-            raise FailedError(
-                f"The server at {client.url} does not answer: {cause(error)}.", in_log=True
-            ) from None
-        except FailedError:
-            raise
-        except BaseException as error:
-            session.close()
-            if not _cancelled(client, path):  # Cog ignores a hang-up in the first milliseconds
-                error.add_note(f"The server did not say that it has cancelled {path}: it may still run.")
-            raise
+        response = client.until_not_busy(send, on_busy)
+        if response.headers.get("content-type", "").startswith("text/event-stream"):
+            return succeeded(_follow(response, on_progress, on_chunk))
     if response.status_code == HTTPStatus.NOT_ACCEPTABLE:
         raise FailedError("The server sends no live audio, because its schema has no x-cog-streaming.")
     return result(response)
@@ -98,18 +80,6 @@ def _follow(response: requests.Response, on_progress: OnProgress, on_chunk: OnCh
             logs = (logs + data["data"])[-LOG_TAIL:]
             on_progress(*progress(logs))
     raise FailedError("The server closed the connection before the prediction ended.", in_log=True)
-
-
-def _cancelled(client: Client, path: str) -> bool:
-    """Repeats a cancel until the prediction does not run. Returns whether this was reached."""
-    deadline_s = time.monotonic() + CANCEL_S
-    while time.monotonic() < deadline_s:
-        with contextlib.suppress(FailedError):
-            answer = client.call("POST", f"{path}/cancel", {}, timeout_s=2.0)
-            if answer.status_code == HTTPStatus.NOT_FOUND:
-                return True
-        time.sleep(CANCEL_AGAIN_S)
-    return False
 
 
 def events(response: requests.Response) -> Iterator[tuple[str, Json]]:

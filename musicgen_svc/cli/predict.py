@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -23,9 +22,8 @@ from musicgen_svc.cli.schema_fields import described, fields
 from musicgen_svc.cli.terminal import Progress, note
 from musicgen_svc.errors import InputError, ServiceError
 from musicgen_svc.request import Request
+from musicgen_svc.runtime.json_object import Json
 from musicgen_svc.settings import Settings
-
-Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "openapi_schema.json"

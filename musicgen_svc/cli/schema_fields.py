@@ -4,7 +4,7 @@ import math
 import textwrap
 from typing import Any
 
-Json = dict[str, Any]
+from musicgen_svc.runtime.json_object import Json
 
 
 def fields(schema: Json | None) -> dict[str, Json] | None:

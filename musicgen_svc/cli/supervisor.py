@@ -5,17 +5,19 @@ import time
 from collections.abc import Awaitable
 
 from musicgen_svc.cli.cog_log import Console, sentence
-from musicgen_svc.cli.cog_server import CogServer, Json
+from musicgen_svc.cli.cog_server import CogServer
 from musicgen_svc.cli.gate import Gate
 from musicgen_svc.cli.watch import Fault, Observation, Restarts, Watch
+from musicgen_svc.runtime.json_object import Json
 
 ANSWERS_S = 5.0
 """How long Cog may take to send its answers when the server is stopped and no prediction runs any more."""
 SETTLE_S = 1.0
 """How long Cog keeps running after the last prediction has ended, so that it can send the webhook."""
-DRAIN_S = 60.0
-"""How long running requests may take to end before a restart that waits for them."""
-SET_UP_POLL_S, POLL_S = 0.1, 1.0
+RESTART_GRACE_S = 60.0
+"""How long running predictions may take to end before a restart that waits for them."""
+SET_UP_WATCH_S, WATCH_S = 0.1, 1.0
+"""How often a server is looked at, during set-up and after it."""
 SET_UP = ("READY", "BUSY", "UNHEALTHY", "DEFUNCT")
 """Health of a server that has been set up, whether it works or not."""
 
@@ -140,7 +142,7 @@ class Supervisor:
                 seen = Observation(health, server.places, len(server.log.lost), server.log.running)
                 if (fault := watch.fault(time.monotonic(), seen)) is not None:
                     return fault
-            await asyncio.sleep(POLL_S if server.was_ready else SET_UP_POLL_S)
+            await asyncio.sleep(WATCH_S if server.was_ready else SET_UP_WATCH_S)
 
     async def _failed_set_up(self, health: Json, first: bool) -> Fault:
         """Reports why set-up failed. Waits for ever after the first set-up; otherwise returns a fault."""
@@ -156,7 +158,7 @@ class Supervisor:
         delay_s = self._restarts.delay_s(time.monotonic(), fault)
         when = f" in {delay_s:.0f} s" if delay_s >= 1 else ""
         self._console.say(f"Cog's server is restarted{when}: {fault.reason}.")
-        if fault.drain:
+        if fault.serves:
             worse = asyncio.create_task(self._worse(server))
             await _first(asyncio.sleep(delay_s), worse, server.wait(), self._stop.asked.wait())
             if not worse.cancelled():  # `_first` cancels those that have not ended
@@ -165,9 +167,9 @@ class Supervisor:
             self._gate.close()
             await _first(asyncio.sleep(delay_s), self._stop.asked.wait())
         self._gate.close()
-        if fault.drain:
+        if fault.serves:
             idle = server.log.idle.wait()
-            await _first(idle, asyncio.sleep(DRAIN_S), server.wait(), self._stop.asked.wait())
+            await _first(idle, asyncio.sleep(RESTART_GRACE_S), server.wait(), self._stop.asked.wait())
 
     async def _worse(self, server: CogServer) -> Fault:
         """Returns the first fault beside lost places, without which the server still serves."""
@@ -177,7 +179,7 @@ class Supervisor:
             if (fault := watch.fault(time.monotonic(), seen)) is not None:
                 self._console.say(f"Cog's server is restarted now: {fault.reason}.")
                 return fault
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(WATCH_S)
 
 
 async def _first(*awaitables: Awaitable[object]) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from musicgen_svc.runtime.json_object import Json
 
 SILENT_S = 15.0
 """How long a server or its worker may give no answer. A busy machine needs less."""
@@ -25,8 +26,6 @@ LONGEST_RATION_S = 3600.0
 """Least time between restarts for lost places, doubled each time up to LONGEST_RATION_S. There is a limit
 because a client can make Cog lose places on purpose."""
 
-Json = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -34,8 +33,8 @@ class Fault:
 
     reason: str
     """One sentence without a full stop."""
-    drain: bool = False
-    """Whether predictions still run, so that the restart waits for them."""
+    serves: bool = False
+    """Whether the server still serves, so that the restart waits for the predictions that run."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Watch:
             (
                 # The end of a worker loses the places of all that ran; the health tells it a moment later.
                 "lost", not unhealthy and seen.places - seen.lost < (seen.places + 1) // 2, LOST_S,
-                Fault(f"{seen.lost} of its {seen.places} places for predictions are lost", drain=True),
+                Fault(f"{seen.lost} of its {seen.places} places for predictions are lost", serves=True),
             ),
         )  # fmt: skip
         for name, holds, limit_s, fault in conditions:
@@ -107,7 +106,7 @@ class Restarts:
 
     def delay_s(self, now_s: float, fault: Fault) -> float:
         """Returns the seconds from `now_s` until the restart for this fault, and counts it as done."""
-        if fault.drain:
+        if fault.serves:
             if now_s > self._allowed_s + LONGEST_RATION_S:
                 self._ration_s = RATION_S
             start_s = max(now_s, self._allowed_s)

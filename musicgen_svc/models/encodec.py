@@ -1,4 +1,4 @@
-"""EnCodec: encodes audio to tokens and decodes tokens to audio, with working memory for one chunk.
+"""EnCodec: encodes audio to tokens and decodes tokens to audio, with working memory for one piece.
 
 The model is that of Défossez et al., "High Fidelity Neural Audio Compression" (2022, arXiv:2210.13438).
 """
@@ -17,21 +17,21 @@ from musicgen_svc.audiocraft_compat import (
     InterleaveStereoCompressionModel,
 )
 from musicgen_svc.errors import WeightsError
-from musicgen_svc.models.encodec_chunks import ChunkedStack
+from musicgen_svc.models.encodec_pieces import PiecewiseStack
 from musicgen_svc.models.encodec_stream import CodecStream, stream_pieces
 from musicgen_svc.runtime.ticks import Tick, no_tick
 
-CHUNK_FRAMES = 1500
-"""30 s at 50 Hz: a whole window of the language model. MusicGen's codec needs 1.1 to 1.4 GB for it."""
+LONGEST_PIECE = 1500
+"""Frames: 30 s at 50 Hz, one window of the language model. MusicGen's codec takes 1.1 to 1.4 GB for it."""
 
 
 class Codec:
-    """An EnCodec that processes long audio in chunks.
+    """An EnCodec that processes long audio in pieces.
 
-    Audio of at most one chunk is encoded in one pass, whose tokens on a CPU are those of audiocraft to the
+    Audio of at most one piece is encoded in one pass, whose tokens on a CPU are those of audiocraft to the
     last bit. Longer audio, and on a CPU every decoded audio, gives the result of one pass up to rounding,
-    because the convolutions of each chunk have their full receptive field and the LSTM's state continues from
-    chunk to chunk. On a CPU `decode` has the chunks of `stream`, so both give the same samples, to the last
+    because the convolutions of each piece have their full receptive field and the LSTM's state continues from
+    piece to piece. On a CPU `decode` has the pieces of `stream`, so both give the same samples, to the last
     bit.
 
     The codec computes in the weights' own precision; results are on the weights' device.
@@ -51,18 +51,18 @@ class Codec:
     parameter_count: int
     """The number of its weights."""
 
-    def __init__(self, model: CompressionModel, chunk_frames: int = CHUNK_FRAMES) -> None:
+    def __init__(self, model: CompressionModel, longest_piece: int = LONGEST_PIECE) -> None:
         """Makes a codec of audiocraft's model.
 
         Args:
             model: audiocraft's EncodecModel or HFEncodecCompressionModel, or either of them inside an
                 InterleaveStereoCompressionModel, which codes left and right separately.
-            chunk_frames: the longest audio that is encoded, and on a GPU decoded, in one pass. Memory grows
-                with this number.
+            longest_piece: the frames of the longest audio that is encoded, and on a GPU decoded, in one pass.
+                Memory grows with this number.
 
         Raises:
             WeightsError: MusicGen cannot use the codec, because audio is more than its tokens, or the
-                receptive field is too large for chunks.
+                receptive field is too large for pieces.
         """
         self._rows = 1
         """R, the number of signals that are coded separately: 2 if interleaved, else 1."""
@@ -71,13 +71,16 @@ class Codec:
             model, self._rows = model.model, 2
         self._mono = model
         self._parts = _parts(model)
-        self._encoder, self._decoder = ChunkedStack(self._parts.encoder), ChunkedStack(self._parts.decoder)
-        if 2 * (self._decoder.context + 1) > CHUNK_FRAMES // 2:  # a GPU decodes two half chunks at once
+        self._encoder, self._decoder = (
+            PiecewiseStack(self._parts.encoder),
+            PiecewiseStack(self._parts.decoder),
+        )
+        if 2 * (self._decoder.context + 1) > LONGEST_PIECE // 2:  # a GPU decodes two half pieces at once
             raise WeightsError(
                 f"The codec's decoder looks at {self._decoder.context} frames to either side, which is more "
-                "than a chunk has."
+                "than a piece has."
             )
-        self._chunk_frames = chunk_frames
+        self._longest_piece = longest_piece
         self.hop = self._encoder.rate_in
         assert self._decoder.rate_out == self.hop, (self.hop, self._decoder.rate_out)
         self.sample_rate = int(model.sample_rate)
@@ -93,7 +96,7 @@ class Codec:
 
         Args:
             wav: [C, T], T > 0, at the codec's sample rate.
-            tick: called after each layer of each chunk, and on a CPU within long layers.
+            tick: called after each layer of each piece, and on a CPU within long layers.
 
         Returns:
             [K, ceil(T / hop)] int64.
@@ -101,7 +104,7 @@ class Codec:
         assert wav.ndim == 2 and wav.shape[0] == self.channels and wav.shape[1] > 0, wav.shape
         like = next(self._mono.parameters())
         rows = wav.to(like.device, like.dtype).reshape(self._rows, -1, wav.shape[1])  # [R, C / R, T]
-        lengths = _equal(-(-wav.shape[1] // self.hop), self._chunk_frames)
+        lengths = _equal(-(-wav.shape[1] // self.hop), self._longest_piece)
         codes = []
         for i in range(self._rows):  # one by one, so that the tokens are exactly audiocraft's
             pieces = self._encoder.run(rows[i : i + 1], lengths, _share(tick, i, self._rows))
@@ -114,7 +117,7 @@ class Codec:
 
         Args:
             tokens: [K, F], F > 0, each in [0, cardinality).
-            tick: called after each layer of each chunk, and on a CPU within long layers.
+            tick: called after each layer of each piece, and on a CPU within long layers.
 
         Returns:
             [C, F * hop] at the codec's sample rate.
@@ -124,8 +127,8 @@ class Codec:
         at_once = self._rows_at_once(z.device)
         for i in range(0, self._rows, at_once):
             share, done = _share(tick, i // at_once, self._rows // at_once), 0
-            # A chunk is shorter by the size of the batch, so it takes the same memory.
-            lengths = _equal(z.shape[-1], self._chunk_frames // at_once) if z.is_cuda else stream_pieces()
+            # A piece is shorter by the size of the batch, so it takes the same memory.
+            lengths = _equal(z.shape[-1], self._longest_piece // at_once) if z.is_cuda else stream_pieces()
             for piece in self._decoder.run(z[i : i + at_once], lengths, share):
                 wav[i : i + at_once, :, done : done + piece.shape[-1]] = piece
                 done += piece.shape[-1]
@@ -223,6 +226,6 @@ def _unsuitable(setting: str) -> WeightsError:
     )
 
 
-def _share(tick: Tick, index: int, parts: int) -> Tick:
-    """Returns a tick for part `index` of `parts` equal parts of the work."""
-    return lambda done, total: tick(index * total + done, parts * total)
+def _share(tick: Tick, index: int, count: int) -> Tick:
+    """Returns a tick for share `index` of `count` equal shares of the work."""
+    return lambda done, total: tick(index * total + done, count * total)

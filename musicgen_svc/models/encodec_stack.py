@@ -1,6 +1,6 @@
 """The parts of a SEANet stack that a piece of a signal passes: convolutions with their context, and an LSTM.
 
-`encodec_chunks.py` decides which pieces there are, and has the unit of all positions.
+`encodec_pieces.py` decides which pieces there are, and has the unit of all positions.
 """
 
 import math
@@ -34,7 +34,7 @@ class Recent:
 
     def append(self, x: Tensor) -> None:
         """Adds [B, C, T] to the end."""
-        assert self._x is None or self._x.shape[-1] % self._rate == 0, "a part of a frame in mid-signal"
+        assert self._x is None or self._x.shape[-1] % self._rate == 0, "an incomplete frame in mid-signal"
         self._x = x if self._x is None else torch.cat([self._x, x], -1)
 
     def between(self, start: int, stop: int) -> Tensor:

@@ -9,7 +9,7 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
-from musicgen_svc.models.encodec_chunks import StackStream
+from musicgen_svc.models.encodec_pieces import StackStream
 from musicgen_svc.models.encodec_stack import Work
 from musicgen_svc.runtime.ticks import Check, no_check
 
@@ -52,9 +52,9 @@ class CodecStream:
             [C, m * hop], m > 0.
         """
         with torch.no_grad():
-            parts = torch.split(self._latents(tokens), self._at_once)
+            batches = torch.split(self._latents(tokens), self._at_once)
         work = Work(lambda *_: check(), 1)
-        return _joined([stream.push(z, work) for stream, z in zip(self._streams, parts, strict=True)])
+        return _joined([stream.push(z, work) for stream, z in zip(self._streams, batches, strict=True)])
 
     def finish(self, check: Check = no_check) -> Iterator[Tensor]:
         """Yields the pieces that remain when there are no more tokens."""
@@ -67,13 +67,13 @@ def stream_pieces() -> Iterator[int]:
     return chain(PIECE_FRAMES, repeat(PIECE_FRAMES[-1]))
 
 
-def _joined(rows: list[Iterator[Tensor]]) -> Iterator[Tensor]:
-    """Yields the pieces [R', C / R, T] of all rows joined to pieces [C, T]."""
+def _joined(batches: list[Iterator[Tensor]]) -> Iterator[Tensor]:
+    """Yields the pieces [R', C / R, T] of all batches joined to pieces [C, T]."""
     while True:
         with torch.no_grad():  # not around a `yield`, which would leave it on in the caller
-            pieces = [next(row, None) for row in rows]
+            pieces = [next(batch, None) for batch in batches]
         present = [piece for piece in pieces if piece is not None]
         if not present:
             return
-        assert len(present) == len(rows)
+        assert len(present) == len(batches)
         yield torch.cat(present).flatten(0, 1)

@@ -7,6 +7,8 @@ Tick = Callable[[int, int], None]
 Check = Callable[[], None]
 """Called at least every 0.25 s of work or of waiting that has no progress to report; may raise to end the
 request."""
+CHECK_S = 0.1
+"""How often a thread that only waits calls its check or tick."""
 
 
 def no_tick(done: int, total: int) -> None:

@@ -4,15 +4,14 @@ import base64
 import json
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 from jsonschema import Draft7Validator
 
+from musicgen_svc.runtime.json_object import Json
 from tests.cli.repository import SCHEMA
 
 WAV = "data:audio/wav;base64," + base64.b64encode(b"RIFF....").decode()
 
-Json = dict[str, Any]
 Answer = tuple[int, Json]
 """HTTP status and body."""
 

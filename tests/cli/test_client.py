@@ -133,7 +133,7 @@ def test_a_server_without_a_worker_is_not_taken_for_busy(cog: FakeCog, client: C
 @pytest.fixture
 def slow(cog: FakeCog, monkeypatch: pytest.MonkeyPatch) -> FakeCog:
     """A prediction that goes on until the test takes it out of `running`."""
-    monkeypatch.setattr(client_module, "POLL_S", 0.01)
+    monkeypatch.setattr(client_module, "PROGRESS_S", 0.01)
 
     def outcome(id: str, values: Json) -> Answer:
         cog.running[id] = " 10%|#         | condition [00:00<00:09]"

@@ -11,9 +11,8 @@ import pytest
 from jsonschema import Draft7Validator
 
 from musicgen_svc.cli.inputs import MAX_FILE_BYTES, UsageError, checked_url, request_input
+from musicgen_svc.runtime.json_object import Json
 from tests.cli.repository import SCHEMA
-
-Json = dict[str, Any]
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,17 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from jsonschema import Draft7Validator
 
 from musicgen_svc.cli import schema
+from musicgen_svc.runtime.json_object import Json
 from tests.cli.repository import ROOT, SCHEMA
 
 SCHEMAS = SCHEMA["components"]["schemas"]
 INPUT = Draft7Validator({"$ref": "#/components/schemas/Input", **SCHEMA})
 
-Json = dict[str, Any]
 
 # As Cog 0.23.1 writes them, without the descriptions.
 FIELDS: Json = {

@@ -8,7 +8,10 @@ import pytest
 
 from tests.cli.repository import ROOT
 
-FILES = ["tests/test_a.py", "tests/test_b.py", "tests/http/test_c.py", "tests/deep/down/test_d.py"]
+FILES = [
+    "tests/test_a.py", "tests/test_b.py", "tests/http/test_c.py", "tests/deep/down/test_d.py",
+    "tests/models/test_e.py", "tests/parity/test_f.py",
+]  # fmt: skip
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>runs
 echo "report of $*"
@@ -47,6 +50,11 @@ def test_every_file_is_run_once_and_every_report_is_shown(checkout: Path) -> Non
     assert all(called.startswith("-m pytest ") for called in runs)
     assert sorted(file for called in runs for file in called.split()[2:]) == sorted(FILES)
     assert all(f"report of {called}\n" in shown for called in runs)
+
+
+def test_folders_with_the_same_imports_share_a_process(checkout: Path) -> None:
+    together = [called for called in run(checkout)[1] if "tests/models/test_e.py" in called]
+    assert together == ["-m pytest tests/models/test_e.py tests/parity/test_f.py"]
 
 
 @pytest.mark.parametrize("folder", ["tests", "tests/http", "tests/deep", "tests/deep/down"])

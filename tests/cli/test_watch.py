@@ -73,7 +73,7 @@ def test_a_dead_worker_with_which_all_places_are_lost_is_no_matter_of_places() -
     assert watch.fault(0.0, seen(READY, lost=4, a=True)) is None  # Cog has not noticed the death yet
     assert watch.fault(1.0, seen(DEAD, lost=4, a=True)) is None
     fault = watch.fault(1.0 + UNHEALTHY_S, seen(DEAD, lost=4, a=True))
-    assert fault is not None and not fault.drain and "UNHEALTHY" in fault.reason
+    assert fault is not None and not fault.serves and "UNHEALTHY" in fault.reason
 
 
 def test_a_crash_is_restarted_at_once_and_one_after_the_other_ever_later() -> None:
@@ -87,7 +87,7 @@ def test_a_crash_is_restarted_at_once_and_one_after_the_other_ever_later() -> No
 
 def test_lost_places_restart_at_most_so_often() -> None:
     """Otherwise a client that makes Cog lose places on purpose could restart the server at any time."""
-    restarts, now_s, lost = Restarts(), 10_000.0, Fault("places are lost", drain=True)
+    restarts, now_s, lost = Restarts(), 10_000.0, Fault("places are lost", serves=True)
     gaps = []
     for _ in range(6):
         gaps.append(restarts.delay_s(now_s, lost))

@@ -1,10 +1,9 @@
-"""Servers that tests share: the service with tiny checkpoints, and a toy service."""
+"""The service with tiny checkpoints, on servers that tests share."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import toy
 from server import CogServer
 
 
@@ -22,13 +21,15 @@ def server(weights: Path) -> Iterator[CogServer]:
 
 
 @pytest.fixture(scope="session")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout whose service is a toy."""
-    return toy.checkout(tmp_path_factory.mktemp("checkout"))
-
-
-@pytest.fixture(scope="module")
-def toy_server(checkout: Path) -> Iterator[CogServer]:
-    """A server of the toy service."""
-    with CogServer(root=checkout) as running:
+def four(weights: Path) -> Iterator[CogServer]:
+    """The same with four slots, and room for 200 requests that wait for one."""
+    with CogServer(
+        COG_WEIGHTS=str(weights / "melody"),
+        MUSICGEN_WEIGHTS_DIR=str(weights),
+        OMP_NUM_THREADS="1",
+        COG_MAX_CONCURRENCY="",
+        MUSICGEN_SLOTS="4",
+        MUSICGEN_WAITING="200",
+    ) as running:
+        assert running.health()["status"] == "READY", running.log
         yield running

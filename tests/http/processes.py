@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from server import CogServer, descendants
 
+LIMIT_S = 200.0
+"""How long whatever a test waits for may take before the test fails. pytest's own limit is 300 s."""
+
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 
 
@@ -62,7 +65,7 @@ def memory_bytes(pid: int) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 
 
-def wait_for(condition: Callable[[], object], limit_s: float = 60.0) -> None:
+def wait_for(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
     """Returns when the condition holds, and fails if it does not within the limit."""
     deadline = time.monotonic() + limit_s
     while not condition():

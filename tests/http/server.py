@@ -19,15 +19,15 @@ from typing import Any
 
 import requests
 
+from musicgen_svc.runtime.json_object import Json
+
 ROOT = Path(__file__).resolve().parents[2]
 STACKS = Path(__file__).with_name("stacks")
 ANSWER_S = 120.0
 """How long an answer may take before the test fails: many times the slowest request."""
-FREED_S = 10.0
+FREED_S = 60.0
 """How long Cog may take to free the slot of a prediction that it has answered."""
 SETTLED = ("READY", "SETUP_FAILED")
-
-Json = dict[str, Any]
 
 
 class CogServer:
@@ -196,7 +196,7 @@ class CogServer:
         """Cancels a prediction. Returns the HTTP status: 200, or 404 if it does not run."""
         return self.request("POST", f"/predictions/{id}/cancel").status_code
 
-    def stop(self, timeout_s: float = 40.0) -> int:
+    def stop(self, timeout_s: float = 60.0) -> int:
         """Stops the server if it still runs. Returns its exit status. Idempotent."""
         self.process.terminate()
         try:

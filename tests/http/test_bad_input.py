@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes import wait_for
+from processes import LIMIT_S, wait_for
 from replies import clip, data_uri, output, sentence
 from server import CogServer
 from sounds import encode, noise, png, tone, wav_that_lies, wav_without_samples, written
@@ -153,14 +153,14 @@ def test_a_url_that_refuses_the_connection(server: CogServer) -> None:
 def test_a_url_that_hangs_can_be_cancelled(server: CogServer) -> None:
     """Cog fetches URLs itself, before `run()`, and has no time limit of its own for the body."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent.settimeout(60)
+        silent.settimeout(LIMIT_S)
         fields = text(input_audio=f"http://127.0.0.1:{silent.getsockname()[1]}/clip.wav")
         hanging = server.submit(fields, "hangs")
         asking, _ = silent.accept()  # a cancel before this would cost Cog a thread and a slot
         assert server.cancel("hangs") == 200
         silent.close()
         asking.close()
-        assert hanging.result(timeout=60)["status"] in ("canceled", "failed")
+        assert hanging.result(timeout=LIMIT_S)["status"] in ("canceled", "failed")
     output(server.predict(text(seed=1)))
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import LIMIT_S
 from replies import output
 from server import ROOT, CogServer
 
@@ -33,7 +34,7 @@ def block(page: str, language: str, holding: str) -> str:
 def test_the_curl_example(server: CogServer, tmp_path: Path, page: str) -> None:
     example = block(page, "bash", "curl").replace(ADDRESS, server.url)
     shown = subprocess.run(
-        ["bash", "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
+        ["bash", "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=LIMIT_S
     )
     output(json.loads(shown.stdout))
 
@@ -41,7 +42,12 @@ def test_the_curl_example(server: CogServer, tmp_path: Path, page: str) -> None:
 def test_the_python_example(server: CogServer, tmp_path: Path) -> None:
     example = block(HTTP, "python", ADDRESS).replace(ADDRESS, server.url)
     shown = subprocess.run(
-        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", example],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=LIMIT_S,
     )
     assert (tmp_path / "output.wav").read_bytes()[:4] == b"RIFF"
     assert "'seed': 7" in shown.stdout
@@ -52,7 +58,7 @@ def test_the_live_example(server: CogServer, tmp_path: Path) -> None:
     assert len([line for line in example.splitlines() if line]) <= 15
     shown = subprocess.run(
         [sys.executable, "-c", example.replace(ADDRESS, server.url)],
-        cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, check=True, timeout=LIMIT_S,
     )  # fmt: skip
     assert (tmp_path / "output.wav").read_bytes()[:4] == b"RIFF"
     lengths = [tuple(map(int, line.split())) for line in shown.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""The codec: one pass gives audiocraft's tokens, chunks give the result of one pass, memory is bounded."""
+"""The codec: one pass gives audiocraft's tokens, pieces give the result of one pass, memory is bounded."""
 
 import math
 import multiprocessing
@@ -20,9 +20,9 @@ from musicgen_svc.audiocraft_compat import (
     InterleaveStereoCompressionModel,
 )
 from musicgen_svc.errors import Stopped, WeightsError
-from musicgen_svc.models import encodec_chunks as chunked_encodec
+from musicgen_svc.models import encodec_pieces
 from musicgen_svc.models.encodec import Codec
-from musicgen_svc.models.encodec_chunks import ChunkedStack
+from musicgen_svc.models.encodec_pieces import PiecewiseStack
 from musicgen_svc.models.encodec_stream import PIECE_FRAMES
 
 HOP = 640  # samples per frame
@@ -52,7 +52,7 @@ def rms_db(difference: Tensor, reference: Tensor) -> float:
 
 
 @pytest.mark.parametrize("samples", [1, 639, 640, 641, 100_000])
-def test_up_to_a_chunk_the_tokens_are_audiocrafts_to_the_bit_and_the_samples_up_to_rounding(
+def test_up_to_a_piece_the_tokens_are_audiocrafts_to_the_bit_and_the_samples_up_to_rounding(
     model: CompressionModel, samples: int
 ) -> None:
     codec = Codec(model)
@@ -67,28 +67,28 @@ def test_up_to_a_chunk_the_tokens_are_audiocrafts_to_the_bit_and_the_samples_up_
         assert torch.equal(decoded, samples_back)
 
 
-def test_chunks_together_are_one_pass(model: CompressionModel) -> None:
+def test_pieces_together_are_one_pass(model: CompressionModel) -> None:
     """Tested on a minute of mono, or on 20 s of stereo, whose channels each take the time of mono."""
     channels = Codec(model).channels
     wav = noise(60.0 / (1 if channels == 1 else 3) + 0.0071, channels)
     tokens, samples = one_pass(model, wav)
     assert tokens.unique().numel() > 50
-    for chunk_frames in (1500, 333) if channels == 1 else (333,):
-        codec = Codec(model, chunk_frames)
+    for longest_piece in (1500, 333) if channels == 1 else (333,):
+        codec = Codec(model, longest_piece)
         ours = codec.encode(wav)
         assert ours.shape == tokens.shape
         assert (ours == tokens).float().mean() >= 0.999
         assert rms_db(codec.decode(tokens) - samples, samples) < -60
 
 
-def test_chunks_need_the_state_of_the_lstm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proves that the test above would fail if the LSTM started without a state in each chunk."""
-    run_lstm = chunked_encodec.run_lstm
-    monkeypatch.setattr(chunked_encodec, "run_lstm", lambda layer, x, state: run_lstm(layer, x, None))
+def test_pieces_need_the_state_of_the_lstm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that the test above would fail if the LSTM started without a state in each piece."""
+    run_lstm = encodec_pieces.run_lstm
+    monkeypatch.setattr(encodec_pieces, "run_lstm", lambda layer, x, state: run_lstm(layer, x, None))
     model = encodec()
     wav = noise(20.0)
     tokens, samples = one_pass(model, wav)
-    codec = Codec(model, chunk_frames=500)
+    codec = Codec(model, longest_piece=500)
     assert (codec.encode(wav) == tokens).float().mean() < 0.6
     assert rms_db(codec.decode(tokens) - samples, samples) > -45
 
@@ -107,17 +107,17 @@ def test_chunks_need_the_state_of_the_lstm(monkeypatch: pytest.MonkeyPatch) -> N
     ids=str,
 )
 @torch.no_grad()
-def test_every_chunk_has_its_full_receptive_field(seanet: dict[str, Any]) -> None:
+def test_every_piece_has_its_full_receptive_field(seanet: dict[str, Any]) -> None:
     """The result is that of one pass up to rounding, for any SEANet and any length."""
     model = encodec(**seanet)
     for net, channels in [(model.encoder, 1), (model.decoder, 8)]:
-        stack = ChunkedStack(net.model)
+        stack = PiecewiseStack(net.model)
         x = noise(3.0, channels)[None, :, : 150 * stack.rate_in - stack.rate_in // 8]
         whole = net(x)
-        for chunk in (70, 50, 1):
-            pieces = list(stack.run(x, repeat(chunk)))
-            assert len(pieces) == -(-150 // chunk)
-            assert all(piece.shape[-1] <= chunk * stack.rate_out for piece in pieces)
+        for frames in (70, 50, 1):
+            pieces = list(stack.run(x, repeat(frames)))
+            assert len(pieces) == -(-150 // frames)
+            assert all(piece.shape[-1] <= frames * stack.rate_out for piece in pieces)
             together = torch.cat(pieces, -1)
             assert together.shape == whole.shape
             assert (together - whole).abs().max() < 1e-5 * whole.abs().max()
@@ -127,7 +127,7 @@ def test_a_stack_with_unknown_layers_takes_one_pass() -> None:
     model = encodec(norm="time_group_norm")
     wav = noise(3.0)
     tokens, samples = one_pass(model, wav)
-    codec = Codec(model, chunk_frames=40)
+    codec = Codec(model, longest_piece=40)
     assert torch.equal(codec.encode(wav), tokens)
     assert torch.equal(codec.decode(tokens), samples)
 
@@ -135,7 +135,7 @@ def test_a_stack_with_unknown_layers_takes_one_pass() -> None:
 @torch.no_grad()
 def test_two_lstms_or_one_that_also_runs_backwards_take_one_pass() -> None:
     def pieces(layers: list[nn.Module]) -> int:
-        return len(list(ChunkedStack(layers).run(noise(3.0)[None], repeat(50))))
+        return len(list(PiecewiseStack(layers).run(noise(3.0)[None], repeat(50))))
 
     layers = list(encodec().encoder.model)
     assert pieces(layers) == 3
@@ -156,7 +156,7 @@ def test_latents_are_those_of_the_quantizer_for_each_channel(model: CompressionM
 
 
 def test_both_channels_in_one_batch_give_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = Codec(InterleaveStereoCompressionModel(encodec()), chunk_frames=100)
+    codec = Codec(InterleaveStereoCompressionModel(encodec()), longest_piece=100)
     tokens = codec.encode(noise(3.0, channels=2))
     one_by_one = codec.decode(tokens)
     monkeypatch.setattr(Codec, "_rows_at_once", lambda self, device: 2)
@@ -165,8 +165,8 @@ def test_both_channels_in_one_batch_give_the_same_samples(monkeypatch: pytest.Mo
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_chunks_together_are_one_pass_on_a_gpu() -> None:
-    """Tested in full fp32: TF32 would round one pass and chunks differently."""
+def test_pieces_together_are_one_pass_on_a_gpu() -> None:
+    """Tested in full fp32: TF32 would round one pass and pieces differently."""
     model = InterleaveStereoCompressionModel(encodec()).to("cuda")
     codec = Codec(model)
     wav = noise(60.0, channels=2)
@@ -203,8 +203,8 @@ def test_the_same_codebooks_have_the_same_fingerprint_in_either_library() -> Non
     assert Codec(one).fingerprint() not in prints
 
 
-def test_every_layer_of_every_chunk_ticks_and_the_last_tick_is_the_total(model: CompressionModel) -> None:
-    codec = Codec(model, chunk_frames=40)
+def test_every_layer_of_every_piece_ticks_and_the_last_tick_is_the_total(model: CompressionModel) -> None:
+    codec = Codec(model, longest_piece=40)
     seen: list[tuple[int, int]] = []
     tokens = codec.encode(noise(3.0, codec.channels), lambda *args: seen.append(args))
     ticks_of_encode, seen = seen, []
@@ -213,12 +213,12 @@ def test_every_layer_of_every_chunk_ticks_and_the_last_tick_is_the_total(model: 
         total = ticks[-1][1]
         assert [done for done, _ in ticks] == list(range(1, total + 1))
         assert {t for _, t in ticks} == {total}
-        assert total >= 4 * codec.channels * 3  # chunks, channels, and several layers
+        assert total >= 4 * codec.channels * 3  # pieces, channels, and several layers
 
 
 @pytest.mark.parametrize("at", [1, 20])
 def test_a_tick_that_raises_ends_the_work_and_the_codec_stays_usable(at: int) -> None:
-    codec = Codec(encodec(), chunk_frames=40)
+    codec = Codec(encodec(), longest_piece=40)
     wav = noise(3.0)
     tokens = codec.encode(wav)
     samples = codec.decode(tokens)
@@ -268,19 +268,19 @@ def grown_mb(codec: Codec, seconds: float) -> float:
 
 
 def growths_mb() -> tuple[float, float, float]:
-    """Returns the growth for one and for six minutes with a small codec, and for a chunk with a wider one."""
+    """Returns the growth for one and three minutes with a small codec, and for a piece with a wider one."""
     small, wide = Codec(encodec(n_filters=2)), Codec(encodec(n_filters=16))
     grown_mb(small, 60), grown_mb(wide, 30)  # torch and the allocator keep some memory of a first run
-    return grown_mb(small, 60), grown_mb(small, 360), grown_mb(wide, 30)
+    return grown_mb(small, 60), grown_mb(small, 180), grown_mb(wide, 30)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' memory peak")
-def test_memory_is_that_of_a_chunk_however_long_the_audio() -> None:
-    """Six minutes need as much as one, plus the samples; 15 minutes at full size need less than 2 GB."""
+def test_memory_is_that_of_a_piece_however_long_the_audio() -> None:
+    """Three minutes need as much as one, plus the samples; 15 minutes at full size need less than 2 GB."""
     # In another process, because this one would first reuse memory that other tests have freed.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        minute, six, chunk = process.submit(growths_mb).result()
+        minute, three, piece = process.submit(growths_mb).result()
     samples_a_second = RATE_HZ * 4 / 1e6
-    assert six < minute + 360 * samples_a_second + 40, (minute, six)
+    assert three < minute + 180 * samples_a_second + 40, (minute, three)
     # Activations are proportional to the filters, of which MusicGen's codec has 64.
-    assert chunk * 64 / 16 + 900 * samples_a_second < 2_000, chunk
+    assert piece * 64 / 16 + 900 * samples_a_second < 2_000, piece

@@ -103,7 +103,7 @@ def test_the_stream_needs_the_state_of_the_lstm(monkeypatch: pytest.MonkeyPatch)
     tokens = random_tokens(codec, 100)
     whole = codec.decode(tokens)
     run_lstm = encodec_stack.run_lstm
-    monkeypatch.setattr("musicgen_svc.models.encodec_chunks.run_lstm", lambda a, x, _: run_lstm(a, x, None))
+    monkeypatch.setattr("musicgen_svc.models.encodec_pieces.run_lstm", lambda a, x, _: run_lstm(a, x, None))
     assert not torch.allclose(torch.cat(streamed(codec, tokens, [50]), 1), whole, atol=1e-3)
 
 

@@ -175,7 +175,7 @@ def test_an_error_while_waiting_after_a_yield_is_raised_inside_the_next_turn() -
         try:
             turn.yield_turn(give_up)
         finally:
-            assert turn.acquired.is_set() and came == ["one"], "before two, and in a turn"
+            assert turn._entry.acquired.is_set() and came == ["one"], "before two, and in a turn"
     two.enters()
     two.leaves()
     two.has_left()

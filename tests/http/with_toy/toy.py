@@ -13,8 +13,8 @@ from server import ROOT
 SERVICE = Path(__file__).with_name("toy_service.py")
 KEPT = (
     "__init__.py", "errors.py", "request.py", "settings.py", "engine/__init__.py",
-    "engine/sampling_params.py", "runtime/__init__.py", "runtime/machine.py", "runtime/output_files.py",
-    "runtime/slots.py",
+    "engine/sampling_params.py", "runtime/__init__.py", "runtime/json_object.py", "runtime/machine.py",
+    "runtime/output_files.py", "runtime/slots.py",
 )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import requests
-from processes import needs_proc, processes_with, wait_for
+from bodies import SHORT
+from processes import LIMIT_S, needs_proc, processes_with, wait_for
 from server import CogServer
 
 from musicgen_svc.cli.prediction_folders import COG_FOLDER
@@ -79,7 +80,7 @@ def test_a_taken_port_is_one_sentence(checkout: Path) -> None:
             env={**os.environ, "PYTHONPATH": str(checkout), "PORT": str(port)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=LIMIT_S,
         )
     assert ended.returncode == 1
     assert ended.stderr == (
@@ -105,7 +106,7 @@ def test_nothing_stays_behind_when_stopped_during_a_request(checkout: Path, tmp_
         assert list(tmp_path.iterdir()) == []
         assert not (COG_FOLDER / "slow-request").exists()
         with pytest.raises(requests.ConnectionError):
-            answer.result(timeout=30)
+            answer.result(timeout=LIMIT_S)
 
 
 @needs_proc
@@ -119,7 +120,7 @@ def test_a_second_signal_does_not_wait_for_running_predictions(
         server.process.send_signal(number)
         wait_for(lambda: "Stopping" in server.log)
         server.process.send_signal(number)
-        assert server.process.wait(60) == 0
+        assert server.process.wait(LIMIT_S) == 0
         assert processes_with(str(tmp_path)) == []
 
 
@@ -128,7 +129,7 @@ def test_it_stops_when_whoever_started_it_is_gone(checkout: Path, tmp_path: Path
     with CogServer(root=checkout, TMPDIR=str(tmp_path)) as server:
         assert server.process.stdin
         server.process.stdin.close()
-        assert server.process.wait(60) == 0
+        assert server.process.wait(LIMIT_S) == 0
         assert processes_with(str(tmp_path)) == []
         assert list(tmp_path.iterdir()) == []
 
@@ -148,6 +149,17 @@ def test_a_server_that_hangs_is_shown_thread_by_thread_and_stopped(checkout: Pat
             AssertionError, match=r'(?s)No answer to POST.*/service\.py", line \d+ in predict'
         ):
             server.predict({"prompt": "deadlock"})
-        assert server.process.wait(60) == 0
+        assert server.process.wait(LIMIT_S) == 0
         with pytest.raises(requests.ConnectionError):
             server.health()
+
+
+def test_by_default_64_wait_and_the_next_is_refused(checkout: Path) -> None:
+    held = {f"held-{n}": {"prompt": "a waltz", "duration": 600} for n in range(2 + 64)}
+    with CogServer(root=checkout, COG_MAX_CONCURRENCY="", MUSICGEN_SLOTS="2") as server:
+        futures = {id: server.submit(fields, id) for id, fields in held.items()}
+        assert server.request("POST", "/predictions", {"input": SHORT}).status_code == 409
+        assert {server.cancel(id) for id in held} == {200}
+        assert {future.result(timeout=LIMIT_S)["status"] for future in futures.values()} == {"canceled"}
+        wait_for(lambda: server.health()["status"] != "BUSY")
+        assert server.predict(SHORT)["status"] == "succeeded"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import toy
 from events import EVENT_STREAM, events
-from processes import wait_for
+from processes import LIMIT_S, wait_for
 from receiver import receiver
 from replies import data_uri
 from server import ROOT, CogServer
@@ -128,4 +128,4 @@ def test_who_joins_after_more_than_1024_events_gets_an_error_instead_of_them(toy
             )
         assert names[-1] == last, names[-3:]
         assert toy_server.cancel(id) == 200
-        running.result(timeout=20)
+        running.result(timeout=LIMIT_S)

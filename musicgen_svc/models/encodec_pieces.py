@@ -1,5 +1,7 @@
 """Runs a SEANet encoder or decoder over a signal of any length in pieces, as the signal comes.
 
+A piece is a number of consecutive frames of the output, which are computed together.
+
 EnCodec's encoder and its decoder each consist of convolutions, an LSTM, and convolutions again; some have no
 LSTM. A convolution depends on a bounded neighbourhood, so each piece is computed with enough context on both
 sides, and the outputs that depend on the padding at inner edges are cut off. The LSTM's state continues from
@@ -12,6 +14,7 @@ rounding only, because oneDNN chooses its order of summation by the length of a 
 
 Positions are counted in frames, the unit that samples, LSTM and tokens have in common (20 ms in MusicGen's
 codec). This module does not know what the signals mean.
+The parts of a stack are in `encodec_stack.py`: the layers before the LSTM, the LSTM, and those after it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +27,7 @@ from musicgen_svc.models.encodec_stack import Convs, Recent, StackParts, Work, r
 from musicgen_svc.runtime.ticks import Tick, no_tick
 
 
-class ChunkedStack:
+class PiecewiseStack:
     """The layers of a SEANet encoder or decoder, applied one after the other."""
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
@@ -64,12 +67,12 @@ class ChunkedStack:
 
 
 class StackStream:
-    """A signal that passes a stack while it comes: `push` each part of it, and at its end `finish`."""
+    """A signal that passes a stack while it comes: `push` its frames in order, and at its end `finish`."""
 
     def __init__(
         self, layers: list[nn.Module], parts: StackParts | None, rate_in: int, lengths: Iterable[int]
     ) -> None:
-        """Makes the state of a signal that has not begun. `ChunkedStack.stream` knows the arguments."""
+        """Makes the state of a signal that has not begun. `PiecewiseStack.stream` knows the arguments."""
         self._layers, self._parts, self._lengths = layers, parts, iter(lengths)
         self._input = Recent(rate_in)
         # The input of the layers after the LSTM; without an LSTM the input of the stack.
@@ -86,14 +89,14 @@ class StackStream:
         return self._stop + self._parts.lookahead - self._input.end
 
     def push(self, x: Tensor, work: Work) -> Iterator[Tensor]:
-        """Takes the next part of the signal, and yields each piece whose context is then known.
+        """Takes the next frames of the signal, and yields each piece whose context is then known.
 
         Args:
-            x: [B, C, T], whole frames unless it is the last part, T > 0.
+            x: [B, C, T], T > 0; whole frames unless the signal ends with it.
             work: runs the layers.
 
         Yields:
-            [B, C', n * rate_out], as `ChunkedStack.run`.
+            [B, C', n * rate_out], as `PiecewiseStack.run`.
         """
         self._input.append(x)
         parts = self._parts

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import needs_proc, processes_with, wait_for
+from processes import LIMIT_S, needs_proc, processes_with, wait_for
 from server import CogServer
 
 
@@ -49,7 +49,7 @@ def test_one_command_starts_a_server_and_leaves_a_file_and_nothing_else(
         "seed=0",
         TMPDIR=str(temporary),
     )
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, err
     assert out == "output.wav\n  8.00 s of audio, seed 0\n  load 0.50 s, generate 1.25 s\n"
     assert (tmp_path / "output.wav").read_bytes() == b"ID3 of the user's"
@@ -60,7 +60,7 @@ def test_one_command_starts_a_server_and_leaves_a_file_and_nothing_else(
 
 def test_a_failed_set_up_is_its_sentence_and_status_1(checkout: Path, tmp_path: Path) -> None:
     process = start(checkout, tmp_path, "-i", "prompt=x", COG_WEIGHTS="broken")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, out) == (1, "")
     assert err.splitlines()[-1] == "Setup failed: COG_WEIGHTS is 'broken', where there is no state_dict.bin."
 
@@ -69,7 +69,7 @@ def test_the_log_is_kept_where_it_alone_holds_the_cause(
     checkout: Path, tmp_path: Path, temporary: Path
 ) -> None:
     process = start(checkout, tmp_path, "-i", "prompt=crash", TMPDIR=str(temporary))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1
     said, named = err.splitlines()[-2:]
     assert said == "Worker crashed"
@@ -78,7 +78,7 @@ def test_the_log_is_kept_where_it_alone_holds_the_cause(
     assert "prediction" in log.read_text().lower()
 
     process = start(checkout, tmp_path, "-i", "prompt=refused", TMPDIR=str(temporary))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert err.splitlines()[-1] == "prompt is 'refused'; it must be another."
     assert [path.name for path in temporary.iterdir()] == [log.parent.name]
 
@@ -86,15 +86,15 @@ def test_the_log_is_kept_where_it_alone_holds_the_cause(
 def test_a_server_that_runs_is_used_and_left_running(checkout: Path, tmp_path: Path) -> None:
     with CogServer(root=checkout) as server:
         process = start(checkout, tmp_path, "--url", server.url, "-i", "prompt=refused")
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=LIMIT_S)
         assert (process.returncode, out) == (1, "")
         assert err.splitlines()[-1] == "prompt is 'refused'; it must be another."
         process = start(checkout, tmp_path, "--url", server.url, "-i", "duration=601")
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=LIMIT_S)
         assert (process.returncode, out) == (2, "")
         assert err == "duration is '601'; it must be a whole number from 1 to 600.\n"
         process = start(checkout, tmp_path, "--url", server.url, "-i", "prompt=crash")
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=LIMIT_S)
         assert (process.returncode, out) == (1, "")
         assert err.splitlines()[-1] == "Worker crashed"
         assert server.health()["status"] == "UNHEALTHY"
@@ -118,7 +118,7 @@ def test_progress_is_shown_and_ctrl_c_ends_everything(
         assert process.poll() is None, shown
         shown += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "Interrupted."
     assert sorted(path.name for path in tmp_path.iterdir()) == ["temporary"]
@@ -131,5 +131,5 @@ def test_a_killed_command_leaves_no_server(checkout: Path, tmp_path: Path, tempo
     process = start(checkout, tmp_path, "-i", "prompt=slow", TMPDIR=str(temporary))
     wait_for(lambda: list(temporary.rglob("half-written")))
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=LIMIT_S)
     wait_for(lambda: not processes_with(str(temporary)))
