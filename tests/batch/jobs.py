@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,15 @@ def start(weights: Path, *arguments: object, **variables: str) -> "subprocess.Po
 def run(weights: Path, *arguments: object, **variables: str) -> tuple[int, str, str]:
     """Runs the command. Returns its exit status, standard output and standard error."""
     process = start(weights, *arguments, **variables)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate()
     return process.returncode, out, err
+
+
+def wait_until(reached: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    """Waits until a command has reached something. Fails with what it printed, if it has ended before."""
+    while not reached():
+        assert process.poll() is None, "\n".join(process.communicate())
+        time.sleep(0.01)
 
 
 def results(folder: Path) -> list[Json]:

@@ -4,14 +4,13 @@ import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
 
-from tests.batch.jobs import content, mixed_rows, results, run, start, write_clips, write_job
+from tests.batch.jobs import content, mixed_rows, results, run, start, wait_until, write_clips, write_job
 
 
 @pytest.fixture
@@ -51,11 +50,9 @@ def test_a_job_that_is_killed_again_and_again_gives_the_folder_of_an_undisturbed
     job = write_job(tmp_path / "jobs.jsonl", mixed_rows(40))
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     for number in range(2):
-        before = lines_in(out)
+        wanted = lines_in(out) + 5
         process = start(weights, job, "--out", out)
-        while lines_in(out) < before + 5:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
+        wait_until(lambda wanted=wanted: lines_in(out) >= wanted, process)
         process.kill()
         process.communicate()
         if number == 1:  # as if the line was written in part
@@ -79,11 +76,9 @@ def test_a_worker_that_is_killed_costs_no_row(weights: Path, tmp_path: Path) -> 
     job = write_job(tmp_path / "jobs.jsonl", mixed_rows(30))
     out = tmp_path / "out"
     process = start(weights, job, "--out", out, "--workers", 2)
-    while lines_in(out) < 5:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_until(lambda: lines_in(out) >= 5, process)
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate()
     assert process.returncode == 0, err
     assert len({line["id"] for line in results(out)}) == 30
 
@@ -191,12 +186,10 @@ def test_an_interrupted_job_says_how_to_go_on(weights: Path, tmp_path: Path) -> 
         [{"id": "long", "prompt": "a waltz", "duration": 600, "model_version": "small"}],
     )
     process = start(weights, job, "--out", tmp_path / "out")
-    while not (tmp_path / "out" / "job.json").exists():  # a model is loaded
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_until((tmp_path / "out" / "job.json").exists, process)  # a model is loaded
     worker = workers_of(process.pid)[0]
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 130
     assert err.endswith("Interrupted. The same command resumes the job.\n")
     assert not Path(f"/proc/{worker}").exists()

@@ -1,4 +1,4 @@
-"""A worker for Ray's processes that makes nothing, and ends its process when a prompt says so."""
+"""What the tests run in Ray's processes: a task, and a worker that makes nothing and may end."""
 
 import os
 import time
@@ -25,3 +25,8 @@ class DyingWorker(ClusterWorker):
         if task["fields"]["prompt"] == "die":
             os._exit(1)
         return {"error": None}
+
+
+def process_id() -> int:
+    """The process in which a task runs."""
+    return os.getpid()
