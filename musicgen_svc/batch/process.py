@@ -1,5 +1,6 @@
 """A worker process of the embedded runner: reads rows from standard input, and answers on standard output.
 
+    <- {"check": {...}}                     -> {"id": "...", "unchanged": true}
     <- {"prepare": "finetuned"}             -> {"capacity": {...}}
     <- {"row": {...}}                       -> {"id": "...", "outcome": {...}}
                                             -> {"fault": "..."}, and the process ends: nothing can be run here
@@ -12,10 +13,13 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from musicgen_svc.batch.work import CHECKS
 from musicgen_svc.batch.worker import Worker
 from musicgen_svc.errors import ServiceError
 
@@ -51,10 +55,12 @@ def main(unfinished: Path, slots: int, threads: int) -> None:
     except ServiceError as exc:
         answers.send({"fault": str(exc)})
         return
-    pool = ThreadPoolExecutor(1)
+    pool = ThreadPoolExecutor(CHECKS)
     for line in sys.stdin:
         message = json.loads(line)
-        if "prepare" in message:  # nothing runs
+        if "check" in message:
+            pool.submit(_check, answers, worker, message["check"], unfinished)
+        elif "prepare" in message:  # nothing runs
             capacity = worker.prepare(message["prepare"])
             pool.shutdown()
             # No more threads than rows: what a thread has allocated stays with it.
@@ -65,10 +71,23 @@ def main(unfinished: Path, slots: int, threads: int) -> None:
     os._exit(0)  # without waiting for rows whose outcome nobody reads
 
 
+def _check(answers: _Answers, worker: Worker, row: Json, unfinished: Path) -> None:
+    """Finds out whether a row is unchanged, and sends the answer."""
+    with _ending_the_process():
+        answers.send({"id": row["id"], "unchanged": worker.unchanged(row, unfinished)})
+
+
 def _run(answers: _Answers, worker: Worker, row: Json, unfinished: Path) -> None:
-    """Runs a row, and sends its outcome. If that raises, which no row's error does, the process ends."""
-    try:
+    """Makes a row, and sends its outcome."""
+    with _ending_the_process():
         answers.send({"id": row["id"], "outcome": worker.run(row, unfinished)})
+
+
+@contextmanager
+def _ending_the_process() -> Iterator[None]:
+    """Context manager that ends the process at any error. What is wrong with a row raises none here."""
+    try:
+        yield
     except BaseException:
         sys.excepthook(*sys.exc_info())
         os._exit(1)

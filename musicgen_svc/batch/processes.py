@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import IO
 
 from musicgen_svc.batch.work import (
+    CHECKS,
     MAX_DEATHS,
     Capacity,
     Json,
@@ -128,9 +129,11 @@ class Fleet:
         Raises:
             RunnerError: no worker can run anything.
         """
-        queue = TaskQueue(tasks)
-        self._most = self._plan.workers or len(queue)
+        tasks = list(tasks)
         try:
+            changed = self._changed([task for task in tasks if task.known], settle)
+            queue = TaskQueue(task for task in tasks if not task.known or task.row.id in changed)
+            self._most = self._plan.workers or len(queue)
             while len(queue) or self._suspects or any(worker.running for worker in self._workers.values()):
                 if not self._workers:
                     self._start(0)
@@ -144,6 +147,32 @@ class Fleet:
         finally:
             for worker in self._workers.values():
                 worker.end()
+
+    def _changed(self, tasks: list[Task], settle: Settle) -> set[str]:
+        """Settles the rows that are unchanged, without loading a model. Returns the ids of the other rows."""
+        waiting, changed = deque(tasks), set[str]()
+        while waiting or (self._workers and self._workers[0].running):
+            if not self._workers:
+                self._start(0)
+            worker = self._workers[0]
+            while waiting and len(worker.running) < CHECKS:
+                task = waiting.popleft()
+                worker.running[task.row.id] = task
+                worker.send({"check": task.message()})
+            worker, message = self._events.get()
+            if message is None:  # whatever has ended it, making these rows will show it
+                changed |= worker.running.keys()
+                worker.running.clear()
+                self._ended(worker, settle)
+            elif "fault" in message:
+                raise RunnerError(message["fault"])
+            else:
+                task = worker.running.pop(message["id"])
+                if message["unchanged"]:
+                    settle(task.row, {"error": None, "unchanged": True}, None)
+                else:
+                    changed.add(task.row.id)
+        return changed
 
     def _start(self, number: int) -> None:
         """Starts the worker with this number, or starts it again."""

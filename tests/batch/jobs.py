@@ -32,7 +32,7 @@ def write_clips(folder: Path) -> None:
 
 
 def mixed_rows(count: int, text_model: str = "small") -> list[Json]:
-    """Returns rows of every mode. Every tenth has no seed, and every eleventh no id.
+    """Returns rows of every mode. Every tenth has no seed, every eleventh no id; two of 100 have diffusion.
 
     Args:
         count: of rows.
@@ -48,6 +48,8 @@ def mixed_rows(count: int, text_model: str = "small") -> list[Json]:
     rows = []
     for number in range(count):
         row = {"id": f"row{number:03}", "duration": 1, "seed": number, **modes[number % len(modes)]}
+        if number % 100 in (7, 53):
+            row["multi_band_diffusion"] = True
         if number % 10 == 5:
             del row["seed"]
         if number % 11 == 5:

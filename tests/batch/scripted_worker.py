@@ -1,8 +1,8 @@
 """A worker process that does what the prompts say, for tests of the fleet: it loads nothing.
 
 A prompt is `make`, `die` (always), `die once`, or `wait` (until another such row was sent). The model
-`broken` ends the process whenever it is to be loaded, and `large` does not load. Every process appends what
-it is sent to a file.
+`broken` ends the process whenever it is to be loaded, and `large` does not load. A row is unchanged if the
+known hash of its model is `same`. Every process appends what it is sent to a file.
 """
 
 import json
@@ -21,6 +21,10 @@ def main(folder: Path) -> None:
         message = json.loads(text)
         with (folder / "sent").open("a") as log:
             log.write(json.dumps({"pid": os.getpid(), **message}) + "\n")
+        if "check" in message:
+            unchanged = message["check"]["known"]["model_sha256"] == "same"
+            answer({"id": message["check"]["id"], "unchanged": unchanged})
+            continue
         if "prepare" in message:
             if message["prepare"] == "broken":
                 os._exit(1)

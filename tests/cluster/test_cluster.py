@@ -1,20 +1,25 @@
 """`scripts/batch --ray` on a real cluster of two workers. Without Ray, these tests fail."""
 
+import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pyarrow.parquet
 import pytest
 import ray
 
 from musicgen_svc.batch.cluster import Cluster, _connect
+from musicgen_svc.batch.cluster_workers import ClusterWorker
 from musicgen_svc.batch.rows import Row
-from musicgen_svc.batch.work import Plan, RunnerError, Task
+from musicgen_svc.batch.work import MADE_OF, Plan, RunnerError, Task
+from musicgen_svc.batch.worker import Worker
 from tests.batch.jobs import content, mixed_rows, results, run, start, wait_until, write_clips, write_job
 from tests.cluster.conftest import VARIABLES, processes_with
 from tests.cluster.workers import DyingWorker
+from tests.fields import FIELDS
 
 Json = dict[str, Any]
 
@@ -65,6 +70,23 @@ def test_a_row_that_always_ends_its_worker_fails_alone(cluster: int, tmp_path: P
     assert decided == [Plan(0, 1, 1)]
     assert {row for row, error in errors.items() if error is None} == set("0123567")
     assert errors["4"] == "The worker process ended 3 times while it made this row; Ray's log has the cause."
+
+
+def test_a_worker_on_a_cluster_loads_no_model_for_rows_that_are_unchanged(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MUSICGEN_WEIGHTS_DIR", str(weights))
+    monkeypatch.setenv("MUSICGEN_DEVICE", "cpu")
+    task = {"id": "a", "fields": FIELDS | {"model_version": "small"}, "clip": None}
+    made = Worker(slots=1, threads=1).run(task, tmp_path)
+    worker = ClusterWorker(Plan(0, 1, 1), "small", None)
+    known = {name: made[name] for name in MADE_OF}
+    answer = worker(pyarrow.table({"task": [json.dumps(task | {"known": known})]}))
+    assert json.loads(answer["message"][0].as_py()) == {
+        "id": "a",
+        "outcome": {"error": None, "unchanged": True},
+    }
+    assert worker.capacity is None and not worker._worker._backend.loader.in_memory("small")
 
 
 def test_parquet_jobs_are_read_and_refused_with_their_column(weights: Path, tmp_path: Path) -> None:

@@ -17,7 +17,11 @@ class DyingWorker(ClusterWorker):
         """Loads nothing."""
         self.fault = None
         self._attempts = attempts
-        self._places = Places(2)
+        self._two = Places(2)
+
+    def prepare(self) -> Places:
+        """Loads nothing."""
+        return self._two
 
     def _run(self, task: Json) -> Json:
         """Makes nothing."""
