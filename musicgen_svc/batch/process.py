@@ -1,5 +1,6 @@
 """A worker process of the embedded runner: reads rows from standard input, and answers on standard output.
 
+    <- {"slots": 0, "threads": 0}           the first message, see `Worker`
     <- {"check": {...}}                     -> {"id": "...", "unchanged": true}
     <- {"prepare": "finetuned"}             -> {"capacity": {...}}
     <- {"row": {...}}                       -> {"id": "...", "outcome": {...}}
@@ -40,18 +41,15 @@ class _Answers:
             self._file.flush()
 
 
-def main(unfinished: Path, slots: int, threads: int) -> None:
-    """Serves until standard input ends.
-
-    Args:
-        unfinished: the folder for files that are being made.
-        slots: of the engine; 0: what the device holds.
-        threads: the number of threads for a row's computations; 0: what the model wants.
-    """
+def main(unfinished: Path) -> None:
+    """Serves until standard input ends. `unfinished`: the folder for files that are being made."""
     answers = _Answers(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)
+    first = sys.stdin.readline()
+    if not first:
+        return  # no worker is needed
     try:
-        worker = Worker(slots, threads)
+        worker = Worker(**json.loads(first))
     except ServiceError as exc:
         answers.send({"fault": str(exc)})
         return
@@ -94,4 +92,4 @@ def _ending_the_process() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]))

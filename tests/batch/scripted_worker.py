@@ -2,12 +2,14 @@
 
 A prompt is `make`, `die` (always), `die once`, or `wait` (until another such row was sent). The model
 `broken` ends the process whenever it is to be loaded, and `large` does not load. A row is unchanged if the
-known hash of its model is `same`. Every process appends what it is sent to a file.
+known hash of its model is `same`. The model `patient` loads when two processes have started. Every process
+appends what it is sent to a file.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ Json = dict[str, Any]
 def main(folder: Path) -> None:
     """Serves until standard input ends. `folder`: the fleet's folder for unfinished files."""
     waiting: list[Json] = []
+    (folder / f"started {os.getpid()}").touch()
+    if not sys.stdin.readline():
+        return
     for text in sys.stdin:
         message = json.loads(text)
         with (folder / "sent").open("a") as log:
@@ -28,6 +33,8 @@ def main(folder: Path) -> None:
         if "prepare" in message:
             if message["prepare"] == "broken":
                 os._exit(1)
+            while message["prepare"] == "patient" and len(list(folder.glob("started *"))) < 2:
+                time.sleep(0.01)
             numbers = {"device": "cpu", "threads": 3, "rows": 2, "workers": 2}
             answer({"capacity": None if message["prepare"] == "large" else numbers})
             continue

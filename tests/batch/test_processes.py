@@ -58,6 +58,15 @@ def test_the_first_worker_decides_how_many_there_are_and_with_how_many_threads(t
     assert set(run.errors.values()) == {None}
 
 
+def test_a_second_process_starts_while_the_first_one_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("musicgen_svc.batch.processes.cores", lambda: 2)
+    run = Run(tmp_path, *[("make", "patient")] * 40)
+    assert len(list(tmp_path.glob("started *"))) == 2
+    assert len({message["pid"] for message in run.sent}) == 2
+
+
 def test_the_user_decides_how_many_workers_there_are(tmp_path: Path) -> None:
     run = Run(tmp_path, *[("make", "small")] * 40, workers=1)
     assert len({message["pid"] for message in run.sent}) == 1
