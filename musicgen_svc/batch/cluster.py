@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,11 @@ from musicgen_svc.batch.work import Plan, RunnerError, Settle, Task, TaskQueue
 from musicgen_svc.errors import first_line
 
 CONNECT_S = 10.0
+"""How long to wait until something answers at an address."""
+START_S = 180.0
+"""For how long a connection that a cluster refuses is tried again."""
+RETRY_S = 1.0
+"""How long to wait before the connection is tried again."""
 
 
 class Cluster:
@@ -67,15 +73,7 @@ class Cluster:
             if name.startswith("MUSICGEN_") or name in ("COG_WEIGHTS", "OMP_NUM_THREADS")
         }
         _check_reachable(self._address)
-        try:
-            ray.init(
-                self._address,
-                runtime_env={"env_vars": settings},
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except (ConnectionError, ValueError, RuntimeError) as exc:
-            raise _no_cluster(self._address, _first_line(exc)) from exc
+        _connect(self._address, settings)
         try:
             yield
         finally:
@@ -133,6 +131,39 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except (OSError, ValueError, OverflowError) as exc:
         raise _no_cluster(address, _first_line(exc)) from exc
+
+
+def _connect(address: str, settings: dict[str, str]) -> None:
+    """Connects this process to a cluster. A connection that the cluster refuses is tried again for `START_S`.
+
+    For each connection by ray://, the cluster forks a process. It refuses the connection if that process has
+    ended, or has not answered within 30 s. Some of these processes end at once by a fault in gRPC's fork
+    handlers, which scripts/ray switches off; but the cluster may have been started in another way.
+
+    Args:
+        address: `auto`, or the URL of a cluster.
+        settings: the environment variables of the workers.
+
+    Raises:
+        RunnerError: there is no such cluster, or it has refused all connections.
+    """
+    options = {"runtime_env": {"env_vars": settings}, "log_to_driver": False, "logging_level": logging.ERROR}
+    deadline_s, refusal = time.monotonic() + START_S, None
+    while refusal is None or time.monotonic() < deadline_s:
+        try:
+            ray.init(address, **options)
+        except ConnectionAbortedError as exc:
+            refusal = exc
+            time.sleep(RETRY_S)
+        except (ConnectionError, ValueError, RuntimeError) as exc:
+            raise _no_cluster(address, _first_line(exc)) from exc
+        else:
+            return
+    reason = str(refusal).strip().splitlines()[-1].rstrip(".")  # the last line of a traceback
+    raise RunnerError(
+        f"--ray is {address!r}, where a cluster has refused each connection for {START_S:g} s ({reason}); "
+        "Ray's logs there have the cause."
+    ) from refusal
 
 
 def _no_cluster(address: str, reason: str) -> RunnerError:

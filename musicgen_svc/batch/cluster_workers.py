@@ -63,7 +63,7 @@ class ClusterWorker:
     """A worker in one of Ray's processes. Ray Data calls it from several threads, each with one row."""
 
     def __init__(self, plan: Plan, model: str, attempts: Any) -> None:
-        """Makes the worker, and loads the model.
+        """Makes the worker. The model is loaded when a row must be made.
 
         Args:
             plan: slots and threads.
@@ -75,6 +75,9 @@ class ClusterWorker:
         errors = importlib.import_module("musicgen_svc.errors")
         self._fatal = importlib.import_module("musicgen_svc.backend").DeviceError
         self._attempts = attempts
+        self._model = model
+        self._preparing = threading.Lock()
+        self._places: Places | None = None
         self.fault: str | None = None
         self.capacity: Json | None = None
         try:
@@ -82,19 +85,30 @@ class ClusterWorker:
         except errors.ServiceError as exc:
             self.fault = str(exc)
             return
-        self.capacity = self._worker.prepare(model)
         self._folder = Path(tempfile.mkdtemp(prefix="musicgen-batch-"))
-        self._places = Places(self.capacity["rows"] if self.capacity else 1)
+
+    def prepare(self) -> Places:
+        """Loads the model once, and returns the places for its rows."""
+        with self._preparing:
+            if self._places is None:
+                self.capacity = self._worker.prepare(self._model)
+                self._places = Places(self.capacity["rows"] if self.capacity else 1)
+            return self._places
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
-        """Runs a row. A row with which a worker was lost before runs alone, and fails after some attempts."""
+        """Makes a row that has changed. A row with which a worker was lost before is made alone.
+
+        It fails after some attempts.
+        """
         if self.fault is not None:
             return _table({"fault": self.fault}, b"")
         task = json.loads(batch["task"][0].as_py())
+        if task["known"] and self._worker.unchanged(task, self._folder):
+            return _table({"id": task["id"], "outcome": {"error": None, "unchanged": True}}, b"")
         earlier = ray.get(self._attempts.earlier.remote(task["id"]))
         if earlier >= MAX_DEATHS:
             return _table({"id": task["id"], "outcome": {"error": died_sentence("Ray's log")}}, b"")
-        with self._places.held(alone=earlier > 0):
+        with self.prepare().held(alone=earlier > 0):
             ray.get(self._attempts.begin.remote(task["id"]))
             outcome = self._run(task)
         audio = b""
@@ -125,6 +139,7 @@ def probe(plan: Plan, models: list[str]) -> Json:
         worker = ClusterWorker(plan, model, None)
         if worker.fault is not None:
             return {"fault": worker.fault}
+        worker.prepare()
         if worker.capacity:
             return {"threads": worker.capacity["threads"]}
     return {"threads": 1}

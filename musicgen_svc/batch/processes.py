@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import IO
 
 from musicgen_svc.batch.work import (
+    CHECKS,
     MAX_DEATHS,
     Capacity,
     Json,
@@ -29,6 +30,7 @@ from musicgen_svc.batch.work import (
     TaskQueue,
     died_sentence,
 )
+from musicgen_svc.runtime.machine import cores
 
 WORKER_MODULE = "musicgen_svc.batch.process"
 _Event = tuple["_Worker", Json | None]
@@ -38,13 +40,12 @@ _Event = tuple["_Worker", Json | None]
 class _Worker:
     """One worker process, as `process.py` runs it, and what it does now."""
 
-    def __init__(self, number: int, device: str | None, plan: Plan, unfinished: Path, log: IO[str]) -> None:
-        """Starts the process.
+    def __init__(self, number: int, device: str | None, unfinished: Path, log: IO[str]) -> None:
+        """Starts the process, which imports its modules and then waits for `begin`.
 
         Args:
             number: from 0.
             device: the GPU to use; None: as the settings say.
-            plan: slots and threads.
             unfinished: the folder for files that are being made.
             log: where the process's standard error goes.
         """
@@ -53,13 +54,11 @@ class _Worker:
         self.preparing: Task | None = None
         self.running: dict[str, Task] = {}
         self.rows = 0
+        self._reader: threading.Thread | None = None
         self.alone = False
         """Whether it runs a row that may end it, and so no other."""
         self._process = subprocess.Popen(
-            [
-                sys.executable, "-P", "-m", WORKER_MODULE, unfinished,
-                str(plan.slots), str(plan.threads),
-            ],
+            [sys.executable, "-P", "-m", WORKER_MODULE, unfinished],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8",
             env=os.environ | ({"MUSICGEN_DEVICE": device} if device else {}),
             process_group=0,  # Ctrl-C is for the parent, which ends the workers
@@ -74,13 +73,17 @@ class _Worker:
         except OSError:
             return
 
-    def forward_to(self, events: "SimpleQueue[_Event]") -> None:
-        """Starts to put every message of the process into a queue, and None when it has ended."""
+    def begin(self, plan: Plan, events: "SimpleQueue[_Event]") -> None:
+        """Makes it a worker with the plan's numbers of slots and threads.
+
+        From now on every message of the process is put into a queue, and None when it has ended.
+        """
+        self.send({"slots": plan.slots, "threads": plan.threads})
         self._reader = threading.Thread(target=self._forward, args=[events], daemon=True)
         self._reader.start()
 
     def _forward(self, events: "SimpleQueue[_Event]") -> None:
-        """Does the work of `forward_to`."""
+        """Puts the messages of the process into a queue."""
         assert self._process.stdout
         for line in self._process.stdout:
             if line.endswith("\n"):  # else it was killed while it wrote
@@ -92,7 +95,8 @@ class _Worker:
         """Ends the process at once."""
         self._process.kill()
         self._process.wait()
-        self._reader.join()
+        if self._reader:
+            self._reader.join()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe:
                 with contextlib.suppress(OSError):  # a message that the process did not read
@@ -117,6 +121,8 @@ class Fleet:
         self._unfinished, self._log = unfinished, log
         self._events: SimpleQueue[_Event] = SimpleQueue()
         self._workers: dict[int, _Worker] = {}
+        self._second: _Worker | None = None
+        """A process that imports its modules while the first one loads a model."""
         self._deaths: Counter[str] = Counter()
         self._failed_starts = 0
         self._grown = False
@@ -128,9 +134,13 @@ class Fleet:
         Raises:
             RunnerError: no worker can run anything.
         """
-        queue = TaskQueue(tasks)
-        self._most = self._plan.workers or len(queue)
+        tasks = list(tasks)
         try:
+            changed = self._changed([task for task in tasks if task.known], settle)
+            queue = TaskQueue(task for task in tasks if not task.known or task.row.id in changed)
+            self._most = self._plan.workers or len(queue)
+            if min(self._most, cores()) > 1:
+                self._second = self._process(1, None)
             while len(queue) or self._suspects or any(worker.running for worker in self._workers.values()):
                 if not self._workers:
                     self._start(0)
@@ -142,15 +152,45 @@ class Fleet:
                 else:
                     self._received(worker, message, settle)
         finally:
-            for worker in self._workers.values():
+            for worker in (*self._workers.values(), *filter(None, [self._second])):
                 worker.end()
+
+    def _changed(self, tasks: list[Task], settle: Settle) -> set[str]:
+        """Settles the rows that are unchanged, without loading a model. Returns the ids of the other rows."""
+        waiting, changed = deque(tasks), set[str]()
+        while waiting or (self._workers and self._workers[0].running):
+            if not self._workers:
+                self._start(0)
+            worker = self._workers[0]
+            while waiting and len(worker.running) < CHECKS:
+                task = waiting.popleft()
+                worker.running[task.row.id] = task
+                worker.send({"check": task.message()})
+            worker, message = self._events.get()
+            if message is None:  # whatever has ended it, making these rows will show it
+                changed |= worker.running.keys()
+                worker.running.clear()
+                self._ended(worker, settle)
+            elif "fault" in message:
+                raise RunnerError(message["fault"])
+            else:
+                task = worker.running.pop(message["id"])
+                if message["unchanged"]:
+                    settle(task.row, {"error": None, "unchanged": True}, None)
+                else:
+                    changed.add(task.row.id)
+        return changed
 
     def _start(self, number: int) -> None:
         """Starts the worker with this number, or starts it again."""
         device = f"cuda:{number}" if self._device.startswith("cuda") and number else None
+        self._workers[number] = self._process(number, device)
+        self._workers[number].begin(self._plan, self._events)
+
+    def _process(self, number: int, device: str | None) -> _Worker:
+        """Starts a process. `device`: the GPU to use; None: as the settings say."""
         with self._log.open("a") as log:
-            worker = self._workers[number] = _Worker(number, device, self._plan, self._unfinished, log)
-        worker.forward_to(self._events)
+            return _Worker(number, device, self._unfinished, log)
 
     def _feed(self, worker: _Worker, queue: TaskQueue) -> None:
         """Sends a worker as many tasks as it can run now."""
@@ -196,6 +236,9 @@ class Fleet:
         workers = self._plan.workers or capacity.workers
         self._plan = Plan(self._plan.slots, capacity.threads, workers)
         self._decided(self._plan)
+        if self._second and workers > 1 and self._device == "cpu":  # else a GPU's number must be given to it
+            self._workers[1], self._second = self._second, None
+            self._workers[1].begin(self._plan, self._events)
         for number in range(1, min(workers, self._most)):
             if number not in self._workers:
                 self._start(number)

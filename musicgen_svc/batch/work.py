@@ -13,11 +13,15 @@ Json = dict[str, Any]
 ENCODE_DECODE = "encode-decode"
 STAGES = ("queue", "load", "condition", "generate", "decode", "write")
 """The stages of a row whose seconds are recorded."""
+MADE_OF = ("model_sha256", "parts_sha256", "clip_sha256")
+"""The hashes of what a row's file is made of beside its inputs."""
 MEASURED = (
-    "model_sha256", "clip_sha256", "device", "threads", "precision", "audio_s", "loudness_lufs",
+    *MADE_OF, "device", "threads", "precision", "audio_s", "loudness_lufs",
     *(f"{stage}_s" for stage in STAGES),
 )  # fmt: skip
 """What a row's line has beside its id, inputs, path and error; null if the row has failed."""
+CHECKS = 8
+"""How many rows at once are checked whether they have changed. Most of the time goes into fetching clips."""
 MAX_DEATHS = 3
 """How often a worker may end while it runs the same row, before the row counts as failed."""
 
@@ -60,7 +64,7 @@ class Task:
 
     def message(self) -> Json:
         """Returns the task as JSON."""
-        known = self.known and {name: self.known[name] for name in ("model_sha256", "clip_sha256")}
+        known = self.known and {name: self.known.get(name) for name in MADE_OF}
         return {"id": self.row.id, "fields": self.row.fields, "clip": self.row.clip, "known": known}
 
 

@@ -5,6 +5,8 @@ import os
 import resource
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from musicgen_svc.backend import Backend, DeviceError
 from musicgen_svc.batch.clips import clip_hash, local_clip
 from musicgen_svc.batch.work import ENCODE_DECODE, STAGES, Capacity
 from musicgen_svc.errors import ServiceError
+from musicgen_svc.loading.contents import CODEC, DECODER, SEPARATOR, TEXT
 from musicgen_svc.pipeline import stage_shares
 from musicgen_svc.request import Mode, Request
 from musicgen_svc.runtime.device import use_device
@@ -102,15 +105,29 @@ class Worker:
         own_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return max(1, min(cores() // self._threads, int(memory_bytes() / (GROWTH * own_bytes))))
 
+    def unchanged(self, task: Json, folder: Path) -> bool:
+        """Returns whether a row's file, which an earlier run has made, would become the same. Loads no model.
+
+        Args:
+            task: as `Task.message` makes it. What the row was made of then is its `known`.
+            folder: where a clip is fetched to.
+        """
+        use_device(self._backend.device)
+        try:
+            with self._opened(task, folder) as request:
+                return bool(task["known"] == self._made_of(request))
+        except ServiceError:
+            return False  # making the row will fail, too, and report it
+
     def run(self, task: Json, folder: Path) -> Json:
-        """Runs one row.
+        """Makes the file of one row.
 
         Args:
             task: as `Task.message` makes it.
             folder: where files go.
 
         Returns:
-            The outcome: `error`, and if that is None either `unchanged`, or `file` and what was measured.
+            The outcome: `error`, and if that is None also `file` and what was measured.
 
         Raises:
             DeviceError: this process can run nothing any more.
@@ -118,8 +135,9 @@ class Worker:
         use_device(self._backend.device)
         use_threads(self._backend.loader.threads.most)
         try:
-            with tempfile.TemporaryDirectory(dir=folder) as own:
-                return self._run(task, folder, Path(own))
+            with self._opened(task, folder) as request:
+                self._backend.pipeline.check(request)
+                return self._made_of(request) | self._made(request, folder)
         except ServiceError as exc:
             if exc.__cause__ is not None:
                 traceback.print_exception(exc)
@@ -133,14 +151,19 @@ class Worker:
         finally:
             self._freed_memory.give_back()  # thousands of rows would otherwise spread it over many heaps
 
-    def _run(self, task: Json, folder: Path, own: Path) -> Json:
-        """Does the work of `run`. `own`: an empty folder for this row."""
-        clip = local_clip(task["clip"], own) if task["clip"] else None
-        request = Request.from_fields(task["fields"] | {"input_audio": clip}, self._settings.max_duration_s)
-        made_of = {"model_sha256": self._model_hash(request), "clip_sha256": clip and clip_hash(clip)}
-        if task["known"] == made_of:
-            return {"error": None, "unchanged": True}
-        self._backend.pipeline.check(request)
+    @contextmanager
+    def _opened(self, task: Json, folder: Path) -> Iterator[Request]:
+        """Context manager that gives the request of a row, whose clip is a file meanwhile.
+
+        Raises:
+            InputError: the clip cannot be fetched, or the row is no request.
+        """
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            clip = local_clip(task["clip"], Path(own)) if task["clip"] else None
+            yield Request.from_fields(task["fields"] | {"input_audio": clip}, self._settings.max_duration_s)
+
+    def _made(self, request: Request, folder: Path) -> Json:
+        """Makes the file of a request. Returns the outcome without what it is made of."""
         with Progress(stage_shares(request), StopFlag(math.inf), "none") as progress:
             result = self._backend.pipeline.run(request, progress, folder)
         measured = {f"{stage}_s": result.stage_seconds[stage] for stage in STAGES}
@@ -152,17 +175,31 @@ class Worker:
             "precision": self._settings.precision,
             "audio_s": result.audio_seconds,
             "loudness_lufs": _loudness(result.path),
-            **made_of,
             **measured,
         }
 
-    def _model_hash(self, request: Request) -> str:
-        """Returns the hash of what the request's model or codec was loaded from."""
+    def _made_of(self, request: Request) -> Json:
+        """Returns the hashes of a request's clip, and of the files that its model and parts are loaded from.
+
+        Raises:
+            WeightsError: some of them are missing or damaged.
+        """
+        loader, generates = self._backend.loader, request.mode is not Mode.ENCODE_DECODE
+        needed = [CODEC, *([TEXT] if generates else [])]
+        if request.mode is Mode.MELODY:
+            needed.append(SEPARATOR)
+        if request.multi_band_diffusion:
+            needed.append(DECODER)
         with self._backend.device_queue.acquire_next():
-            if request.mode is Mode.ENCODE_DECODE:
-                return self._backend.loader.codec()[1].fingerprint()
-            model = self._backend.loader.model(request.model)
-        return model.content_hash
+            model, parts = loader.contents.files(
+                request.model if generates else loader.codec_model(), tuple(needed)
+            )
+        contents = loader.contents
+        return {
+            "model_sha256": contents.sha256(model) if generates else None,
+            "parts_sha256": contents.sha256(parts),
+            "clip_sha256": clip_hash(request.input_audio) if request.input_audio else None,
+        }
 
 
 def _loudness(path: Path) -> float | None:

@@ -57,18 +57,20 @@ def states_of(paths: Iterable[Path]) -> tuple[FileState, ...]:
 
 
 class Hashes:
-    """Computes the sha256 of files, and remembers them."""
+    """Computes the sha256 of files, and remembers them. Several threads may ask at once."""
 
     def __init__(self) -> None:
         self._known: dict[FileState, str] = {}
+        self._lock = threading.Lock()  # held while a file is read, so that no other thread reads it too
 
     def sha256(self, file: FileState) -> str | None:
         """Returns the sha256 of a file; None if the file has changed since that state."""
-        if file not in self._known:
-            if not file.unchanged:
-                return None
-            self._known[file] = sha256_of(file.path)
-        return self._known[file]
+        with self._lock:
+            if file not in self._known:
+                if not file.unchanged:
+                    return None
+                self._known[file] = sha256_of(file.path)
+            return self._known[file]
 
     def equal(self, some: Sequence[FileState], others: Sequence[FileState]) -> bool:
         """Returns whether both sequences hold the same bytes, file by file.

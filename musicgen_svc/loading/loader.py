@@ -19,6 +19,7 @@ from musicgen_svc.engine.projections import Precision
 from musicgen_svc.errors import InputError, WeightsError
 from musicgen_svc.loading import memory_budget, parts
 from musicgen_svc.loading.cache import Entry, ModelCache, Spec
+from musicgen_svc.loading.contents import DIFFUSION, Contents
 from musicgen_svc.loading.file_hashes import FileState
 from musicgen_svc.loading.model import Model
 from musicgen_svc.loading.opener import Opener
@@ -41,7 +42,6 @@ from musicgen_svc.settings import Settings
 from musicgen_svc.weights.catalog import DIFFUSION_FILE
 from musicgen_svc.weights.paths import FINETUNED, Weights
 
-DIFFUSION = "multiband-diffusion"
 WITH_DIFFUSION = "MultiBand Diffusion together with the model or codec whose tokens it decodes"
 
 
@@ -73,6 +73,7 @@ class Loader:
         self._device_queue = device_queue
         self._opener = Opener(weights, settings.lora_strength)
         self._cache = ModelCache(memory_budget.budget(device, settings.memory_budget_gb), device)
+        self.contents = Contents(weights, self._opener, self._cache.hashes)
         self._models: dict[str, Entry[Model]] = {}
         self._name_in_use = ""
         self._encode_decode: tuple[Entry[CompressionModel], weakref.ref[Codec]] | None = None
@@ -126,15 +127,17 @@ class Loader:
         own = [FINETUNED] if self._weights.finetuned and self.takes_melody(FINETUNED) else []
         return base + own
 
+    def codec_model(self) -> str:
+        """Returns the model whose codec is that of encode-decode: the first base model, else `finetuned`."""
+        return next(iter(self._weights.base_models()), FINETUNED)
+
     def codec(self) -> tuple[Path, Codec]:
         """Returns the codec for encode-decode, and the path of its checkpoint.
 
-        It is the codec of the first base model that is present, else of `finetuned`.
-
         Raises:
-            WeightsError: neither is present, or the codec does not load.
+            WeightsError: no model is present, or the codec does not load.
         """
-        with self._opener.loading(next(iter(self._weights.base_models()), FINETUNED)) as opened:
+        with self._opener.loading(self.codec_model()) as opened:
             config = opened.config()
             entry = self._cache.entry(parts.codec_spec(self._weights, opened, config, self.device))
             # Requests may be generating with the model in use. It is evicted only if nothing else is left.

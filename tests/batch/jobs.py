@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def write_clips(folder: Path) -> None:
 
 
 def mixed_rows(count: int, text_model: str = "small") -> list[Json]:
-    """Returns rows of every mode. Every tenth has no seed, and every eleventh no id.
+    """Returns rows of every mode. Every tenth has no seed, every eleventh no id; two of 100 have diffusion.
 
     Args:
         count: of rows.
@@ -46,6 +48,8 @@ def mixed_rows(count: int, text_model: str = "small") -> list[Json]:
     rows = []
     for number in range(count):
         row = {"id": f"row{number:03}", "duration": 1, "seed": number, **modes[number % len(modes)]}
+        if number % 100 in (7, 53):
+            row["multi_band_diffusion"] = True
         if number % 10 == 5:
             del row["seed"]
         if number % 11 == 5:
@@ -76,8 +80,15 @@ def start(weights: Path, *arguments: object, **variables: str) -> "subprocess.Po
 def run(weights: Path, *arguments: object, **variables: str) -> tuple[int, str, str]:
     """Runs the command. Returns its exit status, standard output and standard error."""
     process = start(weights, *arguments, **variables)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate()
     return process.returncode, out, err
+
+
+def wait_until(reached: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    """Waits until a command has reached something. Fails with what it printed, if it has ended before."""
+    while not reached():
+        assert process.poll() is None, "\n".join(process.communicate())
+        time.sleep(0.01)
 
 
 def results(folder: Path) -> list[Json]:

@@ -22,19 +22,25 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 class Run:
     """One run of a fleet, and what it did."""
 
-    def __init__(self, folder: Path, *rows: tuple[str, str], workers: int = 0) -> None:
-        """Runs rows of (prompt, model)."""
+    def __init__(self, folder: Path, *rows: tuple[str, ...], workers: int = 0) -> None:
+        """Runs rows of (prompt, model), or (prompt, model, model hash of an earlier run)."""
         self.errors: dict[str, str | None] = {}
+        self.unchanged: set[str] = set()
         self.decided: list[Plan] = []
         self.folder = folder
         tasks = [
-            Task(Row(str(number), {"prompt": prompt, "model_version": model}, None, None), None)
-            for number, (prompt, model) in enumerate(rows)
+            Task(
+                Row(str(number), {"prompt": prompt, "model_version": model}, None, None),
+                {"model_sha256": known[0]} if known else None,
+            )
+            for number, (prompt, model, *known) in enumerate(rows)
         ]
 
         def settle(row: Row, outcome: Json, file: Path | None) -> None:
             assert row.id not in self.errors, "settled twice"
             self.errors[row.id] = outcome["error"]
+            if outcome.get("unchanged"):
+                self.unchanged.add(row.id)
 
         Fleet(Plan(0, 0, workers), folder, folder / "log.txt", self.decided.append).run(tasks, settle)
         assert len(self.errors) == len(rows)
@@ -50,6 +56,15 @@ def test_the_first_worker_decides_how_many_there_are_and_with_how_many_threads(t
     assert run.decided == [Plan(0, 3, 2)]
     assert len({message["pid"] for message in run.sent}) == 2
     assert set(run.errors.values()) == {None}
+
+
+def test_a_second_process_starts_while_the_first_one_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("musicgen_svc.batch.processes.cores", lambda: 2)
+    run = Run(tmp_path, *[("make", "patient")] * 40)
+    assert len(list(tmp_path.glob("started *"))) == 2
+    assert len({message["pid"] for message in run.sent}) == 2
 
 
 def test_the_user_decides_how_many_workers_there_are(tmp_path: Path) -> None:
@@ -68,6 +83,15 @@ def test_a_worker_finishes_one_model_before_the_next_and_each_is_loaded_once(tmp
     assert [message["prepare"] for message in run.sent if "prepare" in message] == ["small", "melody"]
     order = [message["row"]["fields"]["model_version"] for message in run.sent if "row" in message]
     assert [model for model in order if model != "encode-decode"] == ["small"] * 5 + ["melody"] * 5
+
+
+def test_a_resumed_job_loads_only_the_models_of_rows_that_have_changed(tmp_path: Path) -> None:
+    """The model `broken` would end the worker."""
+    done, changed = ("make", "broken", "same"), ("make", "small", "another")
+    run = Run(tmp_path, *[done] * 20, changed, ("make", "small"), workers=1)
+    assert [message["prepare"] for message in run.sent if "prepare" in message] == ["small"]
+    assert run.unchanged == {str(number) for number in range(20)}
+    assert [message["row"]["id"] for message in run.sent if "row" in message] == ["20", "21"]
 
 
 def test_rows_of_a_worker_that_ended_are_run_again_one_at_a_time(tmp_path: Path) -> None:

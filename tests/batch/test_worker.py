@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from sounds import encode, tone
 
 from musicgen_svc.backend import DeviceError
+from musicgen_svc.batch.work import MADE_OF
 from musicgen_svc.batch.worker import Worker
 from musicgen_svc.pipeline import Pipeline
 from tests.fields import FIELDS
@@ -26,13 +28,39 @@ def task(known: Json | None = None, **changes: Any) -> Json:
     return {"id": "a", "fields": FIELDS | {"model_version": "small"} | changes, "clip": None, "known": known}
 
 
-def test_a_row_is_made_once_for_the_same_model_and_clip(worker: Worker, tmp_path: Path) -> None:
-    first = worker.run(task(), tmp_path)
-    assert first["error"] is None and Path(first["file"]).parent == tmp_path
-    assert first["audio_s"] == 1.0 and first["generate_s"] > 0
-    known = {"model_sha256": first["model_sha256"], "clip_sha256": None}
-    assert worker.run(task(known), tmp_path) == {"error": None, "unchanged": True}
-    assert "file" in worker.run(task(known | {"model_sha256": "another"}), tmp_path)
+def test_a_row_is_unchanged_for_the_same_model_parts_and_clip_and_no_model_is_loaded_to_see_it(
+    worker: Worker, tmp_path: Path
+) -> None:
+    made = worker.run(task(), tmp_path)
+    assert made["error"] is None and Path(made["file"]).parent == tmp_path
+    assert made["audio_s"] == 1.0 and made["generate_s"] > 0
+    known = {name: made[name] for name in MADE_OF}
+    assert known["clip_sha256"] is None
+
+    later = Worker(slots=2, threads=0)
+    assert later.unchanged(task(known), tmp_path)
+    for name in MADE_OF:
+        assert not later.unchanged(task(known | {name: "another"}), tmp_path)
+    assert not later.unchanged(task(known, model_version="large"), tmp_path), "it has no weights"
+    assert not later._backend.loader.in_memory("small")
+
+
+def test_the_parts_that_a_row_needs_are_hashed_with_it(worker: Worker, tmp_path: Path) -> None:
+    """MultiBand Diffusion and Demucs belong to the rows that use them."""
+    (tmp_path / "clip.wav").write_bytes(encode(tone(220.0, 1.5, 32_000), 32_000, "wav16"))
+    clip = str(tmp_path / "clip.wav")
+    text = {"model_version": "melody"}
+    hashes = {
+        worker.run(task() | {"clip": clip, "fields": FIELDS | fields}, tmp_path)["parts_sha256"]
+        for fields in (
+            text | {"continuation": True},
+            text | {"continuation": True, "multi_band_diffusion": True},
+            text,
+            {"model_version": "encode-decode"},
+            {"model_version": "encode-decode", "multi_band_diffusion": True},
+        )
+    }
+    assert len(hashes) == 5
 
 
 @pytest.mark.parametrize(("packed", "rows"), [(True, 3), (False, 1)])

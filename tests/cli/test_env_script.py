@@ -43,12 +43,14 @@ def test_gpu_check_runs_with_the_machines_own_python(
     assert ended.stderr == f"{tmp_path}/{chosen} {ROOT}:/brought\n"
 
 
-@pytest.mark.parametrize("name", ["THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY"])
+@pytest.mark.parametrize(
+    "name", ["THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"]
+)
 @pytest.mark.parametrize("wanted", [None, "another"])
 def test_variables_of_libraries_are_those_of_the_image_unless_the_user_set_them(
     name: str, wanted: str | None
 ) -> None:
-    """Large pages for tensors, and threads that sleep while they wait."""
+    """Large pages for tensors, threads that sleep while they wait, and a bounded cache of operations."""
     script = f'source "$0"; environment; echo "${name}"'
     said = subprocess.run(
         ["bash", "-euc", script, ROOT / "scripts" / "_env"],

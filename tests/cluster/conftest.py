@@ -12,11 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
+from musicgen_svc.batch.cluster import _connect
 from tests.batch.jobs import environment
 from tests.cli.repository import ROOT
+from tests.cluster.workers import process_id
 
 VARIABLES = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+THIS_PYTHON = {"MUSICGEN_NO_VENV": "1", "MUSICGEN_PYTHON": sys.executable}
+"""Makes scripts/ray use the packages of the tests."""
 
 
 def free_port() -> int:
@@ -28,25 +34,26 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port at which ray:// reaches the cluster."""
+    """The port at which ray:// reaches the cluster, which has run a task for a client before."""
     # A socket's path has at most 107 bytes.
     folder, gcs, client = Path(f"/tmp/ray-{os.getpid()}"), free_port(), free_port()
     log = tmp_path_factory.mktemp("ray") / "log"
     with log.open("w") as out:
         process = subprocess.Popen(
             [
-                sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block",
+                ROOT / "scripts" / "ray", "start", "--head", "--block",
                 "--num-cpus", "2", "--temp-dir", folder,
                 "--port", str(gcs), "--ray-client-server-port", str(client), "--include-dashboard", "false",
                 "--object-store-memory", "200000000", "--disable-usage-stats",
             ],
-            env=environment(ROOT / "weights", **VARIABLES),
+            env=environment(ROOT / "weights", **VARIABLES, **THIS_PYTHON),
             stdout=out, stderr=subprocess.STDOUT, process_group=0,
         )  # fmt: skip
     try:
         while not reachable(client):
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
+        serve_once(client)
         yield client
     finally:
         below = descendants(process.pid)  # some of them overwrite what would tell whose they are
@@ -59,6 +66,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
             below = []
             time.sleep(0.1)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def serve_once(port: int) -> None:
+    """Runs one task as a client. Ray's processes read their modules meanwhile, which can take minutes."""
+    _connect(f"ray://127.0.0.1:{port}", {})
+    try:
+        assert ray.get(ray.remote(process_id).remote()) != os.getpid()
+    finally:
+        ray.shutdown()
 
 
 def reachable(port: int) -> bool:

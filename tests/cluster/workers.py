@@ -1,4 +1,4 @@
-"""A worker for Ray's processes that makes nothing, and ends its process when a prompt says so."""
+"""What the tests run in Ray's processes: a task, and a worker that makes nothing and may end."""
 
 import os
 import time
@@ -17,7 +17,11 @@ class DyingWorker(ClusterWorker):
         """Loads nothing."""
         self.fault = None
         self._attempts = attempts
-        self._places = Places(2)
+        self._two = Places(2)
+
+    def prepare(self) -> Places:
+        """Loads nothing."""
+        return self._two
 
     def _run(self, task: Json) -> Json:
         """Makes nothing."""
@@ -25,3 +29,8 @@ class DyingWorker(ClusterWorker):
         if task["fields"]["prompt"] == "die":
             os._exit(1)
         return {"error": None}
+
+
+def process_id() -> int:
+    """The process in which a task runs."""
+    return os.getpid()
