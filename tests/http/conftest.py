@@ -22,14 +22,18 @@ def server(weights: Path) -> Iterator[CogServer]:
 
 @pytest.fixture(scope="session")
 def four(weights: Path) -> Iterator[CogServer]:
-    """The same with four slots, and room for 200 requests that wait for one."""
+    """The same with four slots, and room for 240 requests that wait for one.
+
+    200 of them are used at once. Cog may have lost some of the others: it can lose a place when a client cancels
+    or hangs up, which several tests do.
+    """
     with CogServer(
         COG_WEIGHTS=str(weights / "melody"),
         MUSICGEN_WEIGHTS_DIR=str(weights),
         OMP_NUM_THREADS="1",
         COG_MAX_CONCURRENCY="",
         MUSICGEN_SLOTS="4",
-        MUSICGEN_WAITING="200",
+        MUSICGEN_WAITING="240",
     ) as running:
         assert running.health()["status"] == "READY", running.log
         yield running

@@ -87,6 +87,7 @@ def test_a_cancelled_request_leaves_the_device_idle(
 def test_a_client_that_hangs_up_cancels(server: CogServer) -> None:
     body = json.dumps({"input": LONG})
     host, port = server.url.removeprefix("http://").split(":")
+    wait_for(lambda: server.health()["status"] == "READY")  # Cog frees a place an instant after its answer
     with socket.create_connection((host, int(port))) as client:
         head = f"POST /predictions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json"
         shown = server.log.count("%|")
