@@ -91,7 +91,7 @@ def language_model(
         heads: attention heads of each layer.
         card: tokens of each codebook.
         dtype: of the layers. As in audiocraft, embeddings, heads and the last norm stay fp32.
-        device: where the weights are.
+        device: where the weights are. On PyTorch's meta device they have no values.
         seed: of the random values.
     """
     with on_meta():
@@ -107,6 +107,8 @@ def language_model(
     empty = {name: torch.empty(x.shape, dtype=x.dtype, device=device) for name, x in lm.state_dict().items()}
     lm.load_state_dict(empty, assign=True)
     lm = lm.eval().requires_grad_(False)
+    if torch.device(device).type == "meta":
+        return lm
     draw = torch.Generator(device).manual_seed(seed)
     for name, parameter in lm.named_parameters():
         if "norm" in name:

@@ -34,6 +34,17 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(HUB), "HF_HUB_CACHE": str(H
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Kernels are checked in a selection of cases, because all of them take most of an hour."""
+    parser.addoption("--all-kernels", action="store_true", help="check the kernels of a step in every case")
+
+
+@pytest.fixture(scope="session")
+def all_kernels(pytestconfig: pytest.Config) -> bool:
+    """Whether kernels are checked in every case."""
+    return bool(pytestconfig.getoption("all_kernels"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """torch's check for waits, which tests on a GPU switch on, warns that it may miss some."""
     config.addinivalue_line("filterwarnings", "ignore:Synchronization debug mode is a prototype")

@@ -22,8 +22,12 @@ from musicgen_svc.errors import GenerationError, first_line
 
 FRAMES = 12
 """How many frames the self-test of graphs decodes."""
-LENGTH, TEXT, COLUMNS = 301, 48, 4
+LENGTH, TEXT, COLUMNS = 301, 80, 4
 """Positions, text tokens and columns of the slot with which kernels are tested."""
+SEED = 2**40 + 9
+"""The seed of the draws with which kernels are tested, both of whose 32-bit words count."""
+UNWRITTEN = 100.0
+"""What the cache holds at the position of the new key and value, until a step stores them."""
 SAMPLED = (
     SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.9), SamplingParams(top_k=0)
 )  # fmt: skip
@@ -114,21 +118,33 @@ def disagreements(step: Step, plain: Step, decoder: Decoder) -> list[str]:
     for buffer in (state.keys, state.values, state.text_keys, state.text_values):
         if buffer is not None:
             buffer.copy_(torch.randn(buffer.shape, generator=source))
-    state.prefix_length.fill_(LENGTH - 1)
+    state.columns.copy_(torch.randint(decoder.card, state.columns.shape, generator=source))
+    state.filled.fill_(COLUMNS - 1)
+    state.prefix_length.fill_(LENGTH - (COLUMNS - 1))
     state.end.fill_(COLUMNS)
     state.text_length[0] = TEXT - 7 if decoder.has_text else 0
     extent = ActiveExtent(1, LENGTH + COLUMNS, TEXT)
-    logits = plain.logits(state, extent).clone()
-    found = step.logits(state, extent).float()
+    expected, found = (_logits(each, state, extent) for each in (plain, step))
     differences = []
-    error = (found - logits.float()).norm() / logits.float().norm()
-    if not error < TOLERANCE:  # also if it is NaN
-        differences.append(f"the logits of the kernels differ by {float(error):.2g}")
+    for what, one, other in zip(("logits", "keys", "values"), expected, found, strict=True):
+        error = (other.float() - one.float()).norm() / one.float().norm()
+        if not error < TOLERANCE:  # also if it is NaN
+            differences.append(f"the {what} of the kernels differ by {float(error):.2g}")
 
-    expected, drawn = (_draws(each, state, logits) for each in (plain, step))
-    if (drawn != expected).sum() > len(expected) // 10 + 1:  # a rounding error may change one of them
+    logits = (2 * torch.randn(expected[0].shape, generator=source)).to(expected[0])
+    tokens, drawn = (_draws(each, state, logits) for each in (plain, step))
+    if (drawn != tokens).sum() > len(tokens) // 10 + 1:  # a rounding error may change one of them
         differences.append("the kernels draw other tokens")
     return differences
+
+
+def _logits(step: Step, state: DeviceState, extent: ActiveExtent) -> tuple[Tensor, ...]:
+    """Computes the logits of the only slot, and returns them with the new keys and the new values."""
+    newest = [cache[:, :, :, LENGTH - 1] for cache in (state.keys, state.values)]
+    for cells in newest:
+        cells.fill_(UNWRITTEN)
+    logits = step.logits(state, extent).clone()
+    return logits, *(cells.clone() for cells in newest)
 
 
 def _draws(step: Step, state: DeviceState, logits: Tensor) -> Tensor:
@@ -137,7 +153,7 @@ def _draws(step: Step, state: DeviceState, logits: Tensor) -> Tensor:
     for sampling in SAMPLED:
         state.columns.fill_(UNKNOWN)
         state.filled.fill_(0)
-        state.set_sampling(0, sampling, seed=9)
+        state.set_sampling(0, sampling, SEED)
         step.draw(state, logits, slice(1))
         drawn += [state.columns[0, :, 0].clone(), state.filled.clone()]
     return torch.cat(drawn)

@@ -254,10 +254,12 @@ def test_threads_replay_the_graphs_that_another_thread_recorded() -> None:
 
 @pytest.mark.cuda
 @needs_gpu
-def test_a_step_never_waits_for_the_device() -> None:
-    batch = batch_for(model("text", "cuda"))
+@pytest.mark.parametrize("graphs", ["on", "off"])
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_a_step_never_waits_for_the_device(graphs: Switch, kernels: Switch) -> None:
+    batch = batch_for(model("text", "cuda"), graphs=graphs, kernels=kernels)
     slot = opened(batch, given_for("text", device="cuda"), DRAWN)
-    batch.step()  # records
+    batch.step()  # records or compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(20):

@@ -1,15 +1,15 @@
 """How the products and the attention of a step are divided among the programs of a GPU: one table for each.
 
 Measured on: nothing yet. The numbers follow from these considerations for an H200 (132 processors, each with
-    228 KB
-of shared memory) and hold for smaller GPUs, whose programs may have 99 KB:
+228 KB of shared memory) and hold for smaller GPUs, whose programs may have 99 KB:
 
 - A program multiplies 16 rows of the weight, the height of a tensor core's tile. Fewer would leave tensor
   cores idle, more would leave processors idle: a `small` model's smallest product has 64 programs.
 - The first tile of the weight is loaded before the program waits for the one in front of it. So with few rows
   a tile holds whole rows of the weight up to 2,048 inputs, and a program has one warp for each 256 inputs.
 - With many rows the tile of the inputs is the larger one, and each program loads all of it. A tile then holds
-  512 inputs, and the products with the most outputs have 32 rows of the weight a program.
+  512 inputs, and the products with the most outputs have 32 rows of the weight a program. These have 256
+  inputs from 17 rows on, and twice as many warps, because four warps would spill registers.
 """
 
 from typing import NamedTuple
@@ -80,7 +80,7 @@ def product_tile(inputs: int, outputs: int, rows: int) -> Tile:
         own = 32 if outputs >= MANY_OUTPUTS else 16
         room = 16 * 16384 // own // triton.next_power_of_2(rows)  # more would not fit the registers
         block = max(min(512, room, triton.next_power_of_2(inputs)), 16)
-        return Tile(own, block, min(4, block // 16))
+        return Tile(own, block, min(4 if room >= 512 else 8, block // 16))
     if (inputs, outputs) in FEW:
         return FEW[inputs, outputs]
     # A model of another size: each warp multiplies 256 inputs, or all there are.
