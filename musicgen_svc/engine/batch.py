@@ -97,10 +97,11 @@ class Batch(Protocol):
         If not, it must be opened when no slot is open. Thread-safe.
         """
 
-    def prepare(self, slots: int) -> None:
-        """Compiles what steps of this many slots need and earlier ones did not, which may take seconds.
+    def prepare(self, slots: int, check: Check = no_check) -> None:
+        """Compiles what steps of up to this many slots need, unless it has been done. It may take seconds.
 
-        Thread-safe: the caller need not hold the device, so that other slots are stepped meanwhile.
+        Thread-safe: the caller need not hold the device, so that other slots are stepped meanwhile. `check`
+        is called now and then, and may raise to give up.
         """
 
     def open(self, request: DecodeRequest, check: Check = no_check) -> Slot:

@@ -101,7 +101,7 @@ class Engine:
         # A unique group: the buffers must grow for this request, so it must be the only slot until they have.
         group = None if self.batch.has_room(request) else object()
         with self._slot_queue.acquire(check, group) as own:
-            self.batch.prepare(min(self._slot_queue.length, self.batch.num_slots))
+            self.batch.prepare(min(self._slot_queue.length, self.batch.num_slots), check)
             slot = self._open(request, check)
             if group is not None:
                 own.join_group(None)

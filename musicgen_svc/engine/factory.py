@@ -98,14 +98,14 @@ def step_for(decoder: Decoder, slots: int, kernels: Switch = "auto") -> tuple[St
         return plain, "there is no GPU"
     try:
         chain = _kernels(decoder, slots)
-        differences = [] if kernels == "on" else disagreements(chain, plain, decoder)
+        differences = disagreements(chain, plain, decoder)
     except Exception as exc:  # the errors of a compiler and a driver have no common class
-        if kernels == "on":
-            raise GenerationError(
-                f"Kernels are on, but cannot be used: {first_line(exc).rstrip('.')}."
-            ) from exc
         differences = [f"{type(exc).__name__}: {first_line(exc).rstrip('.')}"]
-    return (plain, "; ".join(differences)) if differences else (chain, None)
+    if not differences:
+        return chain, None
+    if kernels == "on":
+        raise GenerationError(f"Kernels are on, but cannot be used: {'; '.join(differences)}.")
+    return plain, "; ".join(differences)
 
 
 def _kernels(decoder: Decoder, slots: int) -> Step:

@@ -8,6 +8,7 @@ from musicgen_svc.engine.batch import UNKNOWN
 from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.sampling import SlotParameters, draw_counted, mix
 from musicgen_svc.engine.state import ActiveExtent, DeviceState
+from musicgen_svc.runtime.ticks import Check
 
 PART = 256
 """Into how many positions a cache is divided, if its extent is a multiple of it."""
@@ -36,7 +37,7 @@ class PlainStep:
         logits = self._decoder.logits(last, slot_of_row, StaticAttention(state, extent))
         return logits.view(-1, 2, *logits.shape[1:])
 
-    def compile(self, state: DeviceState, slots: int) -> None:
+    def compile(self, state: DeviceState, slots: int, check: Check) -> None:
         """Does nothing, as nothing is compiled."""
 
     def draw(self, state: DeviceState, logits: Tensor, slots: slice) -> None:

@@ -51,7 +51,7 @@ class RaggedBatch:
         return True
 
     @torch.inference_mode()
-    def prepare(self, slots: int) -> None:
+    def prepare(self, slots: int, check: Check = no_check) -> None:
         """Does nothing, as nothing is compiled."""
 
     def open(self, request: DecodeRequest, check: Check = no_check) -> RaggedSlot:

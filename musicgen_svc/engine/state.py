@@ -17,6 +17,7 @@ from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.kv_cache import RequestCache
 from musicgen_svc.engine.prefill import Prefilled
 from musicgen_svc.engine.sampling_params import SamplingParams
+from musicgen_svc.runtime.ticks import Check
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,11 @@ class Step(Protocol):
         The conditional row of a slot comes first. The new keys and values are stored in the state.
         """
 
-    def compile(self, state: "DeviceState", slots: int) -> None:
-        """Compiles what a step of this many leading slots needs. May be called beside a step."""
+    def compile(self, state: "DeviceState", slots: int, check: Check) -> None:
+        """Compiles what a step of this many leading slots needs. May be called beside a step.
+
+        `check` is called now and then, and may raise to give up.
+        """
 
     def draw(self, state: "DeviceState", logits: Tensor, slots: slice) -> None:
         """Draws the unknown tokens of the next column of some slots, and counts the column.

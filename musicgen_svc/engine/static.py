@@ -5,6 +5,7 @@ columns. Everything else is on the device, see `state.py`. A step computes the l
 one in use.
 """
 
+import logging
 from dataclasses import dataclass
 from threading import Lock
 
@@ -14,9 +15,11 @@ from musicgen_svc.engine.batch import DecodeRequest, Slot
 from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.delays import num_columns
 from musicgen_svc.engine.graphs import Graphed
+from musicgen_svc.engine.plain_step import PlainStep
 from musicgen_svc.engine.prefill import prefill
 from musicgen_svc.engine.state import ActiveExtent, Capacity, DeviceState, Step
-from musicgen_svc.runtime.ticks import Check, no_check
+from musicgen_svc.errors import first_line
+from musicgen_svc.runtime.ticks import CHECK_S, Check, no_check
 
 CHUNK = 16
 """The number of steps that the host enqueues before it waits for the device."""
@@ -69,6 +72,7 @@ class StaticBatch:
         self.state = DeviceState(decoder, capacity)
         self._wanted_capacity = capacity
         self._compiling, self._compiled = Lock(), set[int]()  # numbers of slots
+        self._replaced: dict[int, Step] = {}  # by number of slots, where the step could not be compiled
         self.graphed: Graphed[ActiveExtent] = Graphed(self._compute, decoder.device, enabled=graphs)
 
     def has_room(self, request: DecodeRequest) -> bool:
@@ -76,13 +80,40 @@ class StaticBatch:
         return self.state.capacity.holds(*self._needs(request))
 
     @torch.inference_mode()
-    def prepare(self, slots: int) -> None:
-        """Compiles the steps of a number of slots, as `Batch.prepare`."""
-        extent = self._bucketed(ActiveExtent(slots, 1, 1))
-        with self._compiling:
-            if extent.slots not in self._compiled:
-                self._step.compile(self.state, extent.slots)
-                self._compiled.add(extent.slots)
+    def prepare(self, slots: int, check: Check = no_check) -> None:
+        """Compiles the steps of up to this many slots, as `Batch.prepare`.
+
+        Steps of a number of slots whose kernels cannot be compiled are computed in plain PyTorch.
+        """
+        while not self._compiling.acquire(timeout=CHECK_S):
+            check()
+        try:
+            computed = {self._rounded_up(number) for number in range(1, slots + 1)}
+            for number in sorted(computed - self._compiled):
+                self._compile(number, check)
+        finally:
+            self._compiling.release()
+
+    def _compile(self, slots: int, check: Check) -> None:
+        """Compiles the step of a number of slots, or replaces it."""
+        given_up = False
+
+        def check_and_note() -> None:
+            nonlocal given_up
+            given_up = True
+            check()
+            given_up = False
+
+        try:
+            self._step.compile(self.state, slots, check_and_note)
+        except Exception as exc:  # the errors of a compiler and a driver have no common class
+            if given_up:
+                raise
+            logging.getLogger(__name__).warning(
+                "Decoding %d slots at once without kernels, because %s", slots, first_line(exc)
+            )
+            self._replaced[slots] = PlainStep(self.decoder)
+        self._compiled.add(slots)
 
     @torch.inference_mode()
     def open(self, request: DecodeRequest, check: Check = no_check) -> StaticSlot:
@@ -147,8 +178,16 @@ class StaticBatch:
         Args:
             extent: how much of the buffers is read. It must include every running slot's columns.
         """
-        logits = self._step.logits(self.state, extent)
-        self._step.draw(self.state, logits, slice(extent.slots))
+        step = self._step_of(extent.slots)
+        step.draw(self.state, step.logits(self.state, extent), slice(extent.slots))
+
+    def _step_of(self, slots: int) -> Step:
+        """Returns what computes the steps of a number of slots."""
+        return self._replaced.get(slots, self._step)
+
+    def _rounded_up(self, slots: int) -> int:
+        """Rounds a number of slots up to 1, 2, 4, 8 ... within the capacity."""
+        return min(1 << (slots - 1).bit_length(), self.num_slots)
 
     def _bucketed(self, extent: ActiveExtent) -> ActiveExtent:
         """Rounds an extent up to 1, 2, 4, 8 ... slots and to whole buckets, within the capacity."""
@@ -157,8 +196,8 @@ class StaticBatch:
         def round_up(n: int, bucket: int, limit: int) -> int:
             return min(-(-n // bucket) * bucket, limit)
 
-        slots = min(1 << (extent.slots - 1).bit_length(), capacity.slots)
-        if self._step.reads_lengths:
+        slots = self._rounded_up(extent.slots)
+        if self._step_of(slots).reads_lengths:
             return ActiveExtent(slots, capacity.positions, capacity.text)
         return ActiveExtent(
             slots,

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
 from benchmarks.random_models import MONO, SIZES, STEREO, language_model
+from musicgen_svc.engine.chain import tiles
 from musicgen_svc.engine.chain.chain import Chain
 from musicgen_svc.engine.chain.launches import Launches
 from musicgen_svc.engine.decoder import Decoder
@@ -40,8 +41,8 @@ TYPES = {
 }
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Architectures, and how much shared memory a program may have there."""
-OVERLAPPING = 90
-"""From this architecture on, launches overlap, as in `Launches`."""
+OVERLAPPING = range(*(10 * major + minor for major, minor in tiles.OVERLAPPING))
+"""The architectures on which launches overlap."""
 WAIT = "ACQBULK"
 """The machine instruction of `griddepcontrol.wait`, on every architecture that has it."""
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
@@ -67,7 +68,7 @@ class KernelLaunch:
 
     def compiled(self, architecture: int) -> Any:
         """Compiles it for a compute capability, 90 for 9.0."""
-        constants = dict(self.constants) | {"OVERLAP": architecture >= OVERLAPPING}
+        constants = dict(self.constants) | {"OVERLAP": architecture in OVERLAPPING}
         types = dict(self.types)
         names = self.kernel.arg_names
         signature = {name: types.get(name, "constexpr") for name in names}
@@ -194,7 +195,7 @@ class Build:
             found.append(f"{self.spilled} bytes of registers are spilled")
         if self.shared > SHARED_KB[self.architecture] * 1024:
             found.append(f"{self.shared} bytes of shared memory are more than there are")
-        if self.architecture >= OVERLAPPING:
+        if self.architecture in OVERLAPPING:
             if self.early_bytes < tile_bytes(self.launch):
                 found.append(f"only {self.early_bytes} bytes are loaded before the wait by each thread")
             if len(self.early) > len(self.source_early):
@@ -223,7 +224,7 @@ def build(launch: KernelLaunch, architecture: int) -> Build:
         usage = tool("cuobjdump", "-res-usage", file.name)
         stack, local = re.search(r"STACK:(\d+)", usage), re.search(r"LOCAL:(\d+)", usage)
         assert stack and local, usage
-        code = tool("nvdisasm", "-c", file.name) if architecture >= OVERLAPPING else ""
+        code = tool("nvdisasm", "-c", file.name) if architecture in OVERLAPPING else ""
     source_early, stored = source_accesses(built.asm["ptx"], [name for name, _ in launch.types])
     return Build(
         launch, architecture, int(stack[1]) + int(local[1]), built.metadata.shared, early_loads(code),

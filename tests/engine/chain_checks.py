@@ -182,7 +182,9 @@ def product_of(device: torch.device, dim: int, rows: int, name: str, weights: We
         _, front = norm(stream, None)
     else:
         out = buffers.stream
-        given: Split | Tensor = Split(1, 0, 0) if name == "cross_out" else attention_split(rows, shape.heads)
+        given: Split | Tensor = (
+            Split(1, 0, 0) if name == "cross_out" else attention_split(rows, shape.heads, shape.dim)
+        )
         x = buffers.attended if kind.widths[0] == 1 else buffers.inner
         front = noise(rows, inputs, like=shape, dtype=shape.dtype, seed=4)
         if isinstance(given, Split) and kind.front == "attention" and given.parts > 1:
@@ -290,7 +292,7 @@ def attention_of(device: torch.device, dim: int, lengths: tuple[int, ...], parts
     exact = plain.attend(0, query, key, value)[:, :, 0]  # [rows, heads, head]
     text = [cache.clone() for cache in caches(state)[2:]]
 
-    split = attention_split(rows, shape.heads)._replace(parts=parts)
+    split = attention_split(rows, shape.heads, shape.dim)._replace(parts=parts)
     out = buffers.attended if parts == 1 else buffers.parts
     step._attend(split, rows, out, state.keys[0], state.values[0], own=True)
     if parts == 1:
@@ -463,7 +465,7 @@ def attention_cases(*, every: bool) -> Iterator[Case]:
     for slots in SLOTS:
         for lengths in lengths_for(slots, LENGTHS):
             for dim in HEADS if every else [next(turn)]:
-                for parts in (1, 2, 4) if every else [attention_split(2 * slots, HEADS[dim]).parts]:
+                for parts in (1, 2, 4) if every else [attention_split(2 * slots, HEADS[dim], dim).parts]:
                     yield dim, lengths, parts
 
 

@@ -164,7 +164,7 @@ DAMAGES: list[tuple[ModuleType, str, str, str]] = [
     (sampling, "soften", "difference * tl.load(guidance + slot)", "difference"),
     (sampling, "order", "(ROW - token)", "token"),
     (sampling, "draw", "word ^ (key >> 32).to(tl.uint32)", "word"),
-    (sampling, "draw", "tl.store(filled + slot, column + 1, mask=running)", "pass"),
+    (sampling, "draw", "tl.store(filled + slot, own_column + 1, mask=running & (codebook == 0))", "pass"),
 ]  # fmt: skip
 
 

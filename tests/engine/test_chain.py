@@ -165,7 +165,7 @@ def test_a_decoder_that_the_kernels_cannot_compute_is_decoded_without_them(
         layer.activation = activation
     with pytest.raises(ValueError, match=reason):
         Chain(Decoder(lm), 1)
-    with pytest.raises(GenerationError, match=f"Kernels are on, but cannot be used: {reason}"):
+    with pytest.raises(GenerationError, match=f"Kernels are on, but cannot be used: ValueError: {reason}"):
         batch_for(lm, batch_kind="static", kernels="on")
     with pretend_gpu(monkeypatch), caplog.at_level(logging.INFO):
         batch = batch_for(lm.to("cuda"), graphs="off")

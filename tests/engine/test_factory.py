@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.random_models import conditions, language_model
 from musicgen_svc.audiocraft_compat import LMModel
 from musicgen_svc.engine import factory
-from musicgen_svc.engine.batch import Batch
+from musicgen_svc.engine.batch import Batch, DecodeRequest
 from musicgen_svc.engine.decoder import Decoder
 from musicgen_svc.engine.engine import Engine
 from musicgen_svc.engine.factory import Switch, batch_for, step_for
@@ -24,6 +24,7 @@ from musicgen_svc.engine.state import ActiveExtent, DeviceState, Step
 from musicgen_svc.engine.static import StaticBatch
 from musicgen_svc.errors import GenerationError
 from musicgen_svc.runtime.fair_queue import FairQueue
+from musicgen_svc.runtime.ticks import Check
 from tests.fixtures.pretend_gpu import PretendGpu, pretend_gpu
 
 
@@ -124,7 +125,7 @@ def test_kernels_that_are_switched_on_and_cannot_be_used_end_the_loading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kernels_are(monkeypatch, no_compiler)
-    with pytest.raises(GenerationError, match=r"cannot be used: Failed to find C compiler\.$"):
+    with pytest.raises(GenerationError, match=r"cannot be used: RuntimeError: Failed to find C compiler\.$"):
         batch_for(small_model(), batch_kind="static", kernels="on")
 
 
@@ -150,6 +151,7 @@ def test_with_kernels_all_positions_and_texts_share_one_graph(monkeypatch: pytes
 
         monkeypatch.setattr(PlainStep, "logits", noted)
         batch: Batch = batch_for(lm, slots=2, batch_kind="static", kernels=kernels)
+        seen.clear()  # of the self-test
         for tokens in (5, 70):
             codes.append(
                 Engine(batch).generate(
@@ -173,7 +175,7 @@ def test_steps_of_more_slots_are_compiled_once_and_without_holding_the_device(
     compiling, release = threading.Event(), threading.Event()
 
     class Compiling(PretendKernels):
-        def compile(self, state: DeviceState, slots: int) -> None:
+        def compile(self, state: DeviceState, slots: int, check: Check) -> None:
             compiled.append(slots)
             if slots == 2:
                 compiling.set()
@@ -200,4 +202,57 @@ def test_steps_of_more_slots_are_compiled_once_and_without_holding_the_device(
         release.set()
         second[0].result(60)
     generated(2)
+    assert compiled == [1, 2]
+
+
+def test_steps_that_cannot_be_compiled_are_computed_without_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For this number of slots; the others keep their kernels. It is tried once."""
+    computed: list[tuple[str, int]] = []
+
+    class Failing(PretendKernels):
+        def compile(self, state: DeviceState, slots: int, check: Check) -> None:
+            if slots == 2:
+                raise RuntimeError("out of resource: shared memory\nRequired: 1000000")
+
+    logits = PlainStep.logits
+
+    def noted(step: PlainStep, state: DeviceState, extent: ActiveExtent) -> Tensor:
+        computed.append((step.name, extent.slots))
+        return logits(step, state, extent)
+
+    monkeypatch.setattr(PlainStep, "logits", noted)
+    kernels_are(monkeypatch, Failing)
+    batch = batch_for(small_model(), slots=4, batch_kind="static", kernels="on")
+    batch.prepare(4)
+    batch.prepare(3)
+    request = DecodeRequest({}, None, 9, SamplingParams(), torch.Generator().manual_seed(0))
+    computed.clear()
+    for _ in range(3):
+        batch.open(request)
+        batch.step()
+    assert computed == [("kernels", 1), ("plain", 2), ("kernels", 4)]
+    assert caplog.messages == [
+        "Decoding 2 slots at once without kernels, because out of resource: shared memory"
+    ]
+
+
+def test_a_request_can_be_cancelled_while_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one compiles them."""
+    compiled: list[int] = []
+
+    class Slow(PretendKernels):
+        def compile(self, state: DeviceState, slots: int, check: Check) -> None:
+            check()
+            compiled.append(slots)
+
+    def cancel() -> None:
+        raise InterruptedError
+
+    kernels_are(monkeypatch, Slow)
+    batch = batch_for(small_model(), slots=2, batch_kind="static", kernels="on")
+    with pytest.raises(InterruptedError):
+        batch.prepare(1, cancel)
+    batch.prepare(2)
     assert compiled == [1, 2]

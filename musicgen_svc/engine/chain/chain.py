@@ -20,9 +20,10 @@ from torch import Tensor
 
 from musicgen_svc.engine.batch import UNKNOWN
 from musicgen_svc.engine.chain import attention, embedding, product, sampling
-from musicgen_svc.engine.chain.launches import Launches
+from musicgen_svc.engine.chain.launches import Compilations, Launches
 from musicgen_svc.engine.chain.tiles import (
     FEW_ROWS,
+    LEAST_CAPABILITY,
     TEXT_SPLIT,
     WHOLE,
     Split,
@@ -34,6 +35,7 @@ from musicgen_svc.engine.layers import Norm
 from musicgen_svc.engine.projections import Projection, merged
 from musicgen_svc.engine.sampling_params import GREEDY_BELOW
 from musicgen_svc.engine.state import ActiveExtent, DeviceState
+from musicgen_svc.runtime.ticks import Check
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 EMBEDDED = 256
@@ -55,6 +57,7 @@ class Buffers:
         probabilities, ordered: [slots, K, card] in fp32, by token and in descending order.
         tokens: [slots, K, card] the token of each place in `ordered`.
         most_likely: [slots, K] tokens.
+        column: [slots] the column that is drawn.
     """
 
     def __init__(self, decoder: Decoder, slots: int) -> None:
@@ -64,7 +67,7 @@ class Buffers:
             return torch.zeros(shape, dtype=dtype, device=decoder.device)
 
         rows, dim, heads = 2 * slots, decoder.dim, decoder.heads
-        parts = max(r * attention_split(r, heads).parts for r in range(1, rows + 1))
+        parts = max(r * attention_split(r, heads, dim).parts for r in range(1, rows + 1))
         self.stream = zeros(rows, dim, dtype=torch.float32)
         self.normed, self.attended = zeros(rows, dim), zeros(rows, dim)
         self.parts = zeros(parts, dim, dtype=torch.float32)
@@ -75,6 +78,7 @@ class Buffers:
         self.probabilities, self.ordered = (zeros(*drawn, dtype=torch.float32) for _ in range(2))
         self.tokens = zeros(*drawn, dtype=torch.int32)
         self.most_likely = zeros(*drawn[:2], dtype=torch.int32)
+        self.column = zeros(slots, dtype=torch.long)
 
 
 class Rows(NamedTuple):
@@ -105,6 +109,9 @@ class Chain:
             raise ValueError(f"the attention heads are {head} wide, which is no power of two")
         if decoder.activation is not F.gelu:
             raise ValueError("the activation is not GELU")
+        on_gpu = decoder.device.type == "cuda"
+        if on_gpu and torch.cuda.get_device_capability(decoder.device) < LEAST_CAPABILITY:
+            raise ValueError("the GPU's compute capability is below 8.0")
         self._decoder = decoder
         self._buffers = Buffers(decoder, slots)
         self._embeddings = merged([embedding.weight for embedding in decoder.lm.emb])
@@ -118,9 +125,9 @@ class Chain:
         """Draws the next column of some slots, as `Step.draw`."""
         self._draw(Launches(self._decoder.device), state, logits.contiguous(), slots)
 
-    def compile(self, state: DeviceState, slots: int) -> None:
-        """Compiles what a step of the leading slots launches. May be called beside a step."""
-        launches = Launches(self._decoder.device, compile_only=True)
+    def compile(self, state: DeviceState, slots: int, check: Check) -> None:
+        """Compiles what a step of the leading slots launches, as `Step.compile`."""
+        launches = Compilations(self._decoder.device, check)
         self._forward(launches, state, slots)
         self._draw(launches, state, self._buffers.logits[:slots], slice(slots))
 
@@ -152,9 +159,10 @@ class Chain:
         row = triton.next_power_of_2(card)
         with launches.current():
             launches(
-                sampling.soften, (count, codebooks), logits, state.guidance[slots], state.temperature[slots],
-                buffers.probabilities, buffers.most_likely, GREEDY_BELOW=GREEDY_BELOW, CARD=card, ROW=row,
-                warps=8,
+                sampling.soften, (count, codebooks), logits,
+                *(each[slots] for each in (state.guidance, state.temperature, state.filled)),
+                buffers.probabilities, buffers.most_likely, buffers.column,
+                GREEDY_BELOW=GREEDY_BELOW, CARD=card, ROW=row, warps=8,
             )  # fmt: skip
             launches(
                 sampling.order, (count * codebooks, triton.cdiv(card, SORTED)),
@@ -162,11 +170,12 @@ class Chain:
                 warps=4,
             )  # fmt: skip
             launches(
-                sampling.draw, (count,), buffers.ordered, buffers.tokens, buffers.most_likely,
+                sampling.draw, (count, codebooks),
+                buffers.ordered, buffers.tokens, buffers.most_likely, buffers.column,
                 *(each[slots] for each in (state.temperature, state.top_k, state.top_p, state.seed)),
                 *(each[slots] for each in (state.filled, state.end, state.columns)),
                 state.columns.shape[2] - 1, UNKNOWN=UNKNOWN, GREEDY_BELOW=GREEDY_BELOW, CARD=card, ROW=row,
-                CODEBOOKS=codebooks, PADDED=triton.next_power_of_2(codebooks), warps=8,
+                warps=8,
             )  # fmt: skip
 
 
@@ -241,7 +250,7 @@ class _Launcher:
     def attend(self, layer: int) -> Split:
         """Computes self-attention of both rows of each slot, and returns how it is divided."""
         state = self._state
-        split = attention_split(2 * self._slots, self._decoder.heads)
+        split = attention_split(2 * self._slots, self._decoder.heads, self._decoder.dim)
         out = self._buffers.attended if split.parts == 1 else self._buffers.parts
         self._attend(split, 2 * self._slots, out, state.keys[layer], state.values[layer], own=True)
         return split

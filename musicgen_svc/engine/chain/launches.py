@@ -7,20 +7,21 @@ from typing import Any
 import torch
 
 from musicgen_svc.engine.chain.tiles import OVERLAPPING
+from musicgen_svc.runtime.ticks import Check
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether launches on a device may overlap: GPUs of compute capability 9.0 and later can do it."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OVERLAPPING
+    """Whether launches on a device may overlap."""
+    first, end = OVERLAPPING
+    return device.type == "cuda" and first <= torch.cuda.get_device_capability(device) < end
 
 
 class Launches:
-    """Launches kernels on a device, or only compiles them."""
+    """Launches kernels on a device."""
 
-    def __init__(self, device: torch.device, *, compile_only: bool = False) -> None:
-        """`compile_only`: nothing is launched; the kernels are compiled for the arguments that they get."""
+    def __init__(self, device: torch.device) -> None:
+        """Launches kernels on `device`, where `current` must be active."""
         self._device = device
-        self._compile_only = compile_only
         self._overlap = overlaps(device)
 
     def __call__(
@@ -44,11 +45,15 @@ class Launches:
             constants: its other parameters, without OVERLAP.
         """
         options: dict[str, Any] = {"launch_pdl": True} if self._overlap and not first else {}
-        options |= {"num_warps": warps, "OVERLAP": self._overlap}
-        if self._compile_only:
-            kernel.warmup(*arguments, grid=grid, **constants, **options)
-        else:
-            kernel[grid](*arguments, **constants, **options)
+        self._use(
+            kernel, grid, arguments, constants | options | {"num_warps": warps, "OVERLAP": self._overlap}
+        )
+
+    def _use(
+        self, kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], options: dict[str, Any]
+    ) -> None:
+        """Launches the kernel with these options."""
+        kernel[grid](*arguments, **options)
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -58,3 +63,21 @@ class Launches:
             return
         with torch.cuda.device(self._device):
             yield
+
+
+class Compilations(Launches):
+    """Compiles and loads the kernels that would be launched, and launches nothing."""
+
+    def __init__(self, device: torch.device, check: Check) -> None:
+        """`check` is called before each kernel, and may raise to give up."""
+        super().__init__(device)
+        self._check = check
+
+    def _use(
+        self, kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], options: dict[str, Any]
+    ) -> None:
+        """Compiles the kernel for the types of the arguments, and loads it onto the GPU."""
+        self._check()
+        built = kernel.warmup(*arguments, grid=grid, **options)
+        if self._device.type == "cuda":
+            _ = built.run  # loads it: without this, a kernel too large for the GPU would be found in a step

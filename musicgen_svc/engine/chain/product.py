@@ -87,6 +87,8 @@ def product(
     value = tl.sum(total, axis=0)  # [BLOCK_OUT, COLUMNS]
     if INT8:
         value = value * scale[:, None]
+    if tile.dtype == tl.bfloat16:
+        value = value.to(tl.bfloat16)  # as a product in bfloat16 rounds it
     value = value.to(DTYPE)
     if BEHIND == "add":
         tl.store(targets, before + value.to(tl.float32), mask=stored)

@@ -19,7 +19,7 @@ The kernels are not specialized on their alignment, or Triton would compile one 
 
 @triton.jit(do_not_specialize_on_alignment=PER_SLOT)
 def soften(
-    logits, guidance, temperature, probabilities, most_likely,
+    logits, guidance, temperature, filled, probabilities, most_likely, column,
     GREEDY_BELOW: tl.constexpr, CARD: tl.constexpr, ROW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Computes guidance and softmax, with the rounding of `sampling.mix`, and the most likely token.
@@ -28,9 +28,10 @@ def soften(
 
     Args:
         logits: [slots, 2, codebooks, CARD], the conditional row first.
-        guidance, temperature: [slots].
+        guidance, temperature, filled: [slots].
         probabilities: [slots, codebooks, CARD] in fp32.
         most_likely: [slots, codebooks] tokens.
+        column: [slots] a copy of `filled`, which the programs of `draw` read while one of them counts.
         ROW: a power of two, at least CARD.
     """
     slot, codebook = tl.program_id(0), tl.program_id(1)
@@ -49,6 +50,7 @@ def soften(
     mixed = tl.where(in_range, (null + scaled_difference).to(dtype).to(tl.float32), -float("inf"))
     cell = slot * codebooks + codebook
     tl.store(most_likely + cell, tl.minimum(tl.argmax(mixed, axis=0), CARD - 1))
+    tl.store(column + slot, tl.load(filled + slot), mask=codebook == 0)
 
     divisor = tl.load(temperature + slot)
     divisor = tl.where(divisor < GREEDY_BELOW, 1.0, divisor)
@@ -92,60 +94,56 @@ def order(
 
 @triton.jit(do_not_specialize=["last_column"], do_not_specialize_on_alignment=PER_SLOT)
 def draw(
-    ordered, tokens, most_likely, temperature, top_k, top_p, seed, filled, end, columns, last_column,
+    ordered, tokens, most_likely, column, temperature, top_k, top_p, seed, filled, end, columns, last_column,
     UNKNOWN: tl.constexpr, GREEDY_BELOW: tl.constexpr, CARD: tl.constexpr, ROW: tl.constexpr,
-    CODEBOOKS: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Draws the unknown tokens of each slot's next column, and counts it. There is one program per slot.
+    """Draws the unknown token of each slot and codebook in the slot's next column, and counts the column.
 
-    The argmax of p / e, where e is exponentially distributed, is a draw from p, as in
-    `sampling.draw_counted`.
+    There is one program per slot and codebook. The argmax of p / e, where e is exponentially distributed, is
+    a draw from p, as in `sampling.draw_counted`.
 
     Args:
-        ordered, tokens, most_likely: as `order` and `soften` leave them.
+        ordered, tokens, most_likely, column: as `order` and `soften` leave them.
         temperature, top_k, top_p, seed: [slots].
-        filled: [slots] the column to draw. It is counted if it is below `end`; else nothing is stored.
+        filled: [slots] is increased if the column is below `end`; else nothing is stored.
         end: [slots].
-        columns: [slots, CODEBOOKS, last_column + 1] tokens.
-        PADDED: a power of two, at least CODEBOOKS.
+        columns: [slots, codebooks, last_column + 1] tokens.
         ROW: a power of two, at least CARD.
     """
-    slot = tl.program_id(0)
-    rank = tl.arange(0, ROW)[None, :]
-    codebook = tl.arange(0, PADDED)
-    exists = (codebook < CODEBOOKS)[:, None] & (rank < CARD)
-    cell = slot * CODEBOOKS + codebook
+    slot, codebook = tl.program_id(0), tl.program_id(1)
+    cell = slot * tl.num_programs(1) + codebook
+    rank = tl.arange(0, ROW)
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
-    probability = tl.load(ordered + cell[:, None] * CARD + rank, mask=exists, other=0.0)
-    column = tl.load(filled + slot)
+    probability = tl.load(ordered + cell * CARD + rank, mask=rank < CARD, other=0.0)
+    own_column = tl.load(column + slot)
     p, k = tl.load(top_p + slot), tl.load(top_k + slot)
     if p > 0:
-        allowed = tl.cumsum(probability, axis=1) - probability <= p
+        allowed = tl.cumsum(probability, axis=0) - probability <= p
     else:
         last = tl.minimum(tl.maximum(k, 1), CARD) - 1
-        least = tl.sum(tl.where((rank == last) & (k > 0), probability, 0.0), axis=1)
-        allowed = probability >= least[:, None]  # all tokens if k is 0
+        least = tl.sum(tl.where((rank == last) & (k > 0), probability, 0.0), axis=0)
+        allowed = probability >= least  # all tokens if k is 0
 
     key = tl.load(seed + slot)
     word = mix32(key.to(tl.uint32))
     word = mix32(word ^ (key >> 32).to(tl.uint32))
-    word = mix32(word ^ column.to(tl.uint32))
-    words = mix32(word ^ mix32((codebook[:, None] * CARD + rank).to(tl.uint32)))
+    word = mix32(word ^ own_column.to(tl.uint32))
+    words = mix32(word ^ mix32((codebook * CARD + rank).to(tl.uint32)))
     uniform = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2 ** -23
-    race = tl.where(allowed & exists, probability / -tl.log(uniform), -1.0)
-    winner = tl.minimum(tl.argmax(race, axis=1), CARD - 1)
+    race = tl.where(allowed & (rank < CARD), probability / -tl.log(uniform), -1.0)
+    winner = tl.minimum(tl.argmax(race, axis=0), CARD - 1)
 
-    inside = codebook < CODEBOOKS
-    drawn = tl.load(tokens + cell * CARD + winner, mask=inside, other=0).to(tl.int64)
+    drawn = tl.load(tokens + cell * CARD + winner)
     greedy = tl.load(temperature + slot) < GREEDY_BELOW
-    drawn = tl.where(greedy, tl.load(most_likely + cell, mask=inside, other=0), drawn)
-    running = column < tl.load(end + slot)
-    targets = columns + cell * (last_column + 1) + column
-    given = tl.load(targets, mask=inside & running, other=0)
-    tl.store(targets, drawn, mask=inside & running & (given == UNKNOWN))
-    tl.store(filled + slot, column + 1, mask=running)
+    drawn = tl.where(greedy, tl.load(most_likely + cell), drawn).to(tl.int64)
+    running = own_column < tl.load(end + slot)
+    target = columns + cell * (last_column + 1) + own_column
+    given = tl.load(target, mask=running, other=0)
+    tl.store(target, drawn, mask=running & (given == UNKNOWN))
+    tl.store(filled + slot, own_column + 1, mask=running & (codebook == 0))
 
 
 @triton.jit

@@ -7,6 +7,8 @@ Measured on: nothing yet. The numbers follow from these considerations for an H2
   cores idle, more would leave processors idle: a `small` model's smallest product has 64 programs.
 - The first tile of the weight is loaded before the program waits for the one in front of it. So with few rows
   a tile holds whole rows of the weight up to 2,048 inputs, and a program has one warp for each 256 inputs.
+  Of longer rows a tile holds 1,024 inputs: with 2,048 the program would take so many registers that it could
+  not begin while the one in front of it runs.
 - With many rows the tile of the inputs is the larger one, and each program loads all of it. A tile then holds
   512 inputs, and the products with the most outputs have 32 rows of the weight a program. These have 256
   inputs from 17 rows on, and twice as many warps, because four warps would spill registers.
@@ -16,8 +18,12 @@ from typing import NamedTuple
 
 import triton  # type: ignore[import-untyped]
 
-OVERLAPPING = (9, 0)
-"""The compute capability from which on a launch may start before the one in front of it has ended."""
+OVERLAPPING = (9, 0), (12, 0)
+"""The compute capabilities, from the first to below the second, with which a launch starts before the one in
+front of it has ended. From 12.0 on it could too, but recording such launches was reported to fail there."""
+
+LEAST_CAPABILITY = (8, 0)
+"""Below this compute capability the products would not use tensor cores."""
 
 FEW_ROWS = 8
 """Up to this number of rows, a product computes the LayerNorm in front of it itself, in every program.
@@ -45,19 +51,19 @@ FEW: dict[tuple[int, int], Tile] = {
     (1024, 3072): Tile(16, 1024, 4),  # 192
     (1024, 1024): Tile(16, 1024, 4),  # 64
     (1024, 4096): Tile(16, 1024, 4),  # 256
-    (4096, 1024): Tile(16, 2048, 8),  # 64, each in 2 tiles
+    (4096, 1024): Tile(16, 1024, 8),  # 64, each in 4 tiles
     (1024, 8192): Tile(32, 1024, 4),  # 256
     # medium and melody
     (1536, 4608): Tile(16, 2048, 8),  # 288
     (1536, 1536): Tile(16, 2048, 8),  # 96
     (1536, 6144): Tile(16, 2048, 8),  # 384
-    (6144, 1536): Tile(16, 2048, 8),  # 96, each in 3 tiles
+    (6144, 1536): Tile(16, 1024, 8),  # 96, each in 6 tiles
     (1536, 8192): Tile(16, 2048, 8),  # 512
     # large
     (2048, 6144): Tile(16, 2048, 8),  # 384
     (2048, 2048): Tile(16, 2048, 8),  # 128
     (2048, 8192): Tile(16, 2048, 8),  # 512, also the heads
-    (8192, 2048): Tile(16, 2048, 8),  # 128, each in 4 tiles
+    (8192, 2048): Tile(16, 1024, 8),  # 128, each in 8 tiles
     # the heads of stereo models
     (1024, 16384): Tile(32, 1024, 4),  # 512
     (1536, 16384): Tile(16, 2048, 8),  # 1,024
@@ -98,14 +104,14 @@ class Split(NamedTuple):
     warps: int
 
 
-def attention_split(rows: int, heads: int) -> Split:
+def attention_split(rows: int, heads: int, dim: int) -> Split:
     """Chooses how self-attention is divided.
 
     At least 128 programs read a cache, one for each processor of a large GPU, because most of the positions
     should be on their way at once. More parts would cost more in the product that combines them.
     """
     readers = rows * heads
-    if rows > FEW_ROWS or readers > 96:
+    if rows > FEW_ROWS or readers > 96 or dim > WHOLE:
         return Split(1, 128, 4)
     return Split(4 if readers <= 48 else 2, 128, 8)
 
