@@ -365,7 +365,7 @@ def embedding_of(device: torch.device, slots: int, dim: int, codebooks: int, dty
 # --- the draw -----------------------------------------------------------------------------------
 
 PARAMETERS = [
-    # guidance, temperature, top_k, top_p
+    # guidance, temperature, top_k (250 is more than the smaller codebooks have), top_p
     (3.0, 1.0, 250, 0.0),
     (3.0, 0.0, 250, 0.0),
     (0.0, 0.7, 1, 0.0),
@@ -373,7 +373,7 @@ PARAMETERS = [
     (7.0, 1.0, 0, 0.0),
     (3.0, 1.0, 20, 0.3),
     (3.0, 1.0, 20, 1e-9),
-    (3.0, 1.3, 10_000, 0.0),
+    (3.0, 5.0, 2, 0.0),
 ]
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 0x123456789ABCDEF, 2**62 - 1, 77)
 
