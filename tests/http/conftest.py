@@ -24,8 +24,8 @@ def server(weights: Path) -> Iterator[CogServer]:
 def four(weights: Path) -> Iterator[CogServer]:
     """The same with four slots, and room for 240 requests that wait for one.
 
-    200 of them are used at once. Cog may have lost some of the others: it can lose a place when a client cancels
-    or hangs up, which several tests do.
+    200 of them are used at once. Cog may have lost some of the others: it can lose a place when a client
+    cancels or hangs up, which several tests do.
     """
     with CogServer(
         COG_WEIGHTS=str(weights / "melody"),
