@@ -35,7 +35,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Kernels are checked in a selection of cases, because all of them take most of an hour."""
+    """Kernels are checked in a selection of cases, because all of them take half an hour."""
     parser.addoption("--all-kernels", action="store_true", help="check the kernels of a step in every case")
 
 

@@ -45,6 +45,8 @@ Weights = Literal["float16", "bfloat16", "int8"]
 
 HEADS = {1024: 16, 1536: 24, 2048: 32}
 """The dims of the released models, and their heads."""
+ROWS = range(1, 33)
+SLOTS = range(1, 17)
 LENGTHS = (1, 127, 128, 129, 1500, 2048)
 TEXTS = (0, 1, 7, 63, 64, 65, 127, 301)
 WEIGHTS: tuple[Weights, ...] = ("float16", "int8")
@@ -158,8 +160,7 @@ def product_of(device: torch.device, dim: int, rows: int, name: str, weights: We
     """A product with what stands before and behind it, in the tiles that the table has for it."""
     kind = PRODUCTS[name]
     shape = Shape(dim, device, codebooks=8 if name == "stereo heads" else 4)
-    slots = rows if kind.step == 2 else -(-rows // 2)
-    step, buffers = launcher(shape, slots)
+    step, buffers = launcher(shape, max(SLOTS))  # so that what is written to other rows is seen
     inputs, outputs = kind.widths[0] * dim, (kind.widths[1] * dim or shape.codebooks * shape.card)
     live = outputs if device.type != "cpu" else PROGRAMS * product_tile(inputs, outputs, rows).outputs
     matrix = matrix_of(outputs, inputs, live, weights, shape)
@@ -366,7 +367,7 @@ def embedding_of(device: torch.device, slots: int, dim: int, codebooks: int, dty
 # --- the draw -----------------------------------------------------------------------------------
 
 PARAMETERS = [
-    # guidance, temperature, top_k, top_p
+    # guidance, temperature, top_k (250 is more than the smaller codebooks have), top_p
     (3.0, 1.0, 250, 0.0),
     (3.0, 0.0, 250, 0.0),
     (0.0, 0.7, 1, 0.0),
@@ -374,7 +375,7 @@ PARAMETERS = [
     (7.0, 1.0, 0, 0.0),
     (3.0, 1.0, 20, 0.3),
     (3.0, 1.0, 20, 1e-9),
-    (3.0, 1.3, 10_000, 0.0),
+    (3.0, 5.0, 2, 0.0),
 ]
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 0x123456789ABCDEF, 2**62 - 1, 77)
 
@@ -429,9 +430,6 @@ def after_draw(step: Step, state: DeviceState, logits: Tensor, slots: slice) -> 
 
 
 # --- which cases --------------------------------------------------------------------------------
-
-ROWS = range(1, 33)
-SLOTS = range(1, 17)
 
 
 def product_cases(*, every: bool) -> Iterator[Case]:
