@@ -172,7 +172,7 @@ def test_nothing_outlives_a_supervisor_that_is_killed(checkout: Path, tmp_path: 
         os.kill(server.process.pid, signal.SIGKILL)
         wait_for(lambda: processes_with(str(tmp_path)) == [])
         wait_for(lambda: list(tmp_path.iterdir()) == [])
-        assert not (COG_FOLDER / "left-alone").exists()
+        wait_for(lambda: not (COG_FOLDER / "left-alone").exists())
 
 
 @pytest.mark.parametrize(
