@@ -95,7 +95,7 @@ def _cache(decoder: Decoder, rows: list[int], text: Tensor | None, capacity: int
         rows=len(rows),
         heads=decoder.heads,
         capacity=capacity,
-        head=decoder.dim // decoder.heads,
+        head=decoder.head_dim,
         text=keys_values,
         text_rows=with_text,
         dtype=decoder.dtype,

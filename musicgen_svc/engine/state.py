@@ -100,8 +100,7 @@ class DeviceState:
         """Allocates the buffers. All slots are stopped."""
         self.capacity = capacity
         device, slots = decoder.device, capacity.slots
-        layers, heads = len(decoder.layers), decoder.heads
-        head = decoder.dim // heads
+        layers, heads, head = len(decoder.layers), decoder.heads, decoder.head_dim
 
         def per_slot(value: int = 0) -> Tensor:
             return torch.full((slots,), value, device=device)

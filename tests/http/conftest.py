@@ -1,4 +1,4 @@
-"""The service with tiny checkpoints, on servers that tests share."""
+"""The service with tiny checkpoints, on servers that tests share, and what their tests share."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,3 +37,10 @@ def four(weights: Path) -> Iterator[CogServer]:
     ) as running:
         assert running.health()["status"] == "READY", running.log
         yield running
+
+
+@pytest.fixture
+def temporary(tmp_path: Path) -> Path:
+    """The folder of the server's temporary files."""
+    (tmp_path / "temporary").mkdir()
+    return tmp_path / "temporary"

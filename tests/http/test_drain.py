@@ -20,13 +20,6 @@ pytestmark = needs_proc
 
 
 @pytest.fixture
-def temporary(tmp_path: Path) -> Path:
-    """The folder of the server's temporary files."""
-    (tmp_path / "temporary").mkdir()
-    return tmp_path / "temporary"
-
-
-@pytest.fixture
 def settings(weights: Path, temporary: Path) -> dict[str, str]:
     """Settings of the real service, with one slot and room for others to wait."""
     return {

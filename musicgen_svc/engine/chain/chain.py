@@ -104,7 +104,7 @@ class Chain:
         Raises:
             ValueError: the kernels cannot compute this decoder. The error says why.
         """
-        head = decoder.dim // decoder.heads
+        head = decoder.head_dim
         if head & (head - 1):
             raise ValueError(f"the attention heads are {head} wide, which is no power of two")
         if decoder.activation is not F.gelu:

@@ -21,13 +21,6 @@ pytestmark = needs_proc
 
 
 @pytest.fixture
-def temporary(tmp_path: Path) -> Path:
-    """The folder of the server's temporary files."""
-    (tmp_path / "temporary").mkdir()
-    return tmp_path / "temporary"
-
-
-@pytest.fixture
 def release(tmp_path: Path) -> Path:
     """The file whose existence ends the request `until(release)`."""
     return tmp_path / "release"
